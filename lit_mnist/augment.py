@@ -1,0 +1,47 @@
+"""Random affine transform of a whole batch at once, a function of its generator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def affine_matrices(
+    batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator
+) -> Tensor:
+    """Draw one inverse affine map an image, float (B, 2, 3), on the generator's device.
+
+    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1: what
+    `torch.nn.functional.affine_grid` takes. All values are uniform.
+
+    Args:
+        rotation: degrees, drawn from -rotation..rotation.
+        shift: pixels, drawn from -shift..shift for each axis.
+        scale: drawn from 1 - scale..1 + scale.
+    """
+    angle, zoom, dx, dy = torch.rand(4, batch_size, generator=generator, device=generator.device).mul_(2).sub_(1)
+    angle = angle * math.radians(rotation)
+    zoom = 1 + scale * zoom
+    cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    dx, dy = dx * (shift / 14), dy * (shift / 14)
+    # output = zoom * rotate(input) + shift, so input = rotate_back(output - shift) / zoom
+    return torch.stack(
+        [cosine, sine, -cosine * dx - sine * dy, -sine, cosine, sine * dx - cosine * dy], dim=1
+    ).view(-1, 2, 3)
+
+
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Apply one map an image, bilinear, black beyond the edges.
+
+    Args:
+        images: uint8 or float (B, 1, 28, 28).
+        matrices: float (B, 2, 3) as from `affine_matrices`, on any device.
+
+    Returns:
+        float (B, 1, 28, 28) on the scale of `images`.
+    """
+    grid = F.affine_grid(matrices.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)

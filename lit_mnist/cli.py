@@ -1,0 +1,75 @@
+"""The command line: `main`, the top-level help, and how errors reach a user.
+
+Nothing here imports torch: `--version` and `--help` answer at once. The commands themselves are in `commands`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lit_mnist import __version__
+
+COMMANDS = {
+    "fit": "train, with validation after each epoch",
+    "validate": "score a checkpoint on the held-out training images",
+    "test": "score a checkpoint on the 10,000 test images",
+    "predict": "write a checkpoint's answers for the test images to a CSV",
+}
+
+HELP = f"""\
+usage: python -m lit_mnist [-h] [--version] {{{",".join(COMMANDS)}}} ...
+
+Train a small CNN on MNIST, look at it, test it, resume it.
+
+commands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+examples:
+  python -m lit_mnist fit
+  python -m lit_mnist fit --config configs/seed.yaml --trainer.max_epochs 5
+  python -m lit_mnist test --ckpt_path best
+  python -m lit_mnist fit --ckpt_path last --trainer.max_epochs 20
+
+`python -m lit_mnist COMMAND --help` lists all settings of a command; `--print_config` prints them as YAML.
+"""
+
+BAD_INPUT, FAILED_TRAINING = 2, 3
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: what would stand on the command line; None takes `sys.argv`.
+
+    Returns:
+        The exit status: 0, 2 for input that cannot be used, 3 for a training that failed. The reason is one
+        message on stderr.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["--version"]:
+        print(f"lit_mnist {__version__}")
+        return 0
+    if args[:1] in ([], ["-h"], ["--help"]):
+        print(HELP, end="")
+        return 0 if args else BAD_INPUT
+    if args[0] not in COMMANDS:
+        return complain(f"unknown command {args[0]!r}, allowed are {', '.join(COMMANDS)}", BAD_INPUT)
+
+    from lit_mnist.commands import CommandError, TrainingError, run
+
+    try:
+        run(args)
+    except TrainingError as error:
+        return complain(str(error), FAILED_TRAINING)
+    except CommandError as error:
+        return complain(str(error), BAD_INPUT)
+    except SystemExit as stop:  # --help and --print_config end the parser that way
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
+    return 0
+
+
+def complain(message: str, status: int) -> int:
+    print(f"lit_mnist: error: {message}", file=sys.stderr)
+    return status

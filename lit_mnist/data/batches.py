@@ -1,0 +1,88 @@
+"""Batches from tensors in memory, in a seeded order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on all the numbers of `key` (each >= 0) and on nothing else.
+
+    numpy's SeedSequence mixes them, so that (1, 2) and (2, 1), or neighbouring seeds and epochs, share nothing.
+    """
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+class EpochOrder:
+    """The order of the samples: in epoch e a permutation that is a function of (seed, e), or as they lie.
+
+    Lightning finds it as the loader's `sampler` and calls `set_epoch` before each training epoch.
+    """
+
+    def __init__(self, size: int, seed: int | None) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def indices(self) -> Tensor:
+        """int64 (size,); drawn on the CPU, so that every device sees the same order."""
+        if self.seed is None:
+            return torch.arange(self.size)
+        return torch.randperm(self.size, generator=seeded_generator(self.seed, self.epoch))
+
+
+class TensorBatches:
+    """Iterate over (images, targets): each batch is one indexing operation on tensors that stay in memory.
+
+    The last batch of an epoch is smaller where `batch_size` does not divide the set: no sample is left out.
+
+    Args:
+        images: uint8 (N, 1, 28, 28); batches are made on the device where it lies.
+        targets: int64 (N,), on the same device.
+        seed: shuffles with a fresh order each epoch; None keeps the order of the tensors.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor, batch_size: int, seed: int | None = None) -> None:
+        assert len(images) == len(targets) and images.device == targets.device
+        self.images = images
+        self.targets = targets
+        self.batch_size = batch_size
+        self.sampler = EpochOrder(len(images), seed)
+        self.batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
+        self._batches_done = 0
+        self._resuming = False
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
+        if not self._resuming:
+            self._batches_done = 0
+        self._resuming = False
+        shuffled = self.sampler.seed is not None
+        indices = self.sampler.indices().to(self.images.device) if shuffled else None
+        for start in range(self._batches_done * self.batch_size, len(self.images), self.batch_size):
+            self._batches_done += 1
+            batch = slice(start, start + self.batch_size)
+            if indices is not None:
+                yield self.images.index_select(0, indices[batch]), self.targets.index_select(0, indices[batch])
+            else:
+                yield self.images[batch], self.targets[batch]
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of this epoch were handed out: Lightning keeps it in checkpoints."""
+        return {"batches_done": self._batches_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Make the next iteration skip the batches that the saved run had taken from its epoch."""
+        self._batches_done = state["batches_done"] % len(self)  # a finished epoch has nothing left to skip
+        self._resuming = True

@@ -1,0 +1,124 @@
+"""MNISTDataModule: the splits, and one loader factory."""
+
+from __future__ import annotations
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+from lit_mnist.data import mnist
+from lit_mnist.data.batches import TensorBatches, seeded_generator
+
+# Larger batches only wait longer for memory on a CPU; the scores do not depend on it.
+EVALUATION_BATCH_SIZE = 500
+# A set is kept on the accelerator when it takes at most this share of the memory that is free there.
+DEVICE_MEMORY_SHARE = 0.5
+
+
+def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
+    """Split by class: the two parts have the classes in the same proportions, to within one image a class.
+
+    Args:
+        targets: int64 (N,).
+        val_size: how many are held out, 0..N-1.
+        split_seed: the split is a function of this seed and of nothing else.
+
+    Returns:
+        The sorted indices of both parts, int64 (N - val_size,) and (val_size,).
+    """
+    counts = torch.bincount(targets).tolist()
+    shares = [val_size * count / len(targets) for count in counts]
+    sizes = [int(share) for share in shares]
+    by_remainder = sorted(range(len(counts)), key=lambda digit: sizes[digit] - shares[digit])
+    for digit in by_remainder[: val_size - sum(sizes)]:  # the largest remainders get what rounding left over
+        sizes[digit] += 1
+    generator = seeded_generator(split_seed)
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    for digit, size in enumerate(sizes):
+        members = (targets == digit).nonzero().flatten()
+        held_out[members[torch.randperm(len(members), generator=generator)[:size]]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST, downloaded once, verified, split, and kept in memory as uint8 tensors.
+
+    Args:
+        root: folder of the data; the files lie in `root/MNIST/raw`, as torchvision has them.
+        batch_size: images a training step.
+        val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
+        split_seed: decides which ones. It is no part of a run's seed: runs with other seeds hold out the same.
+        seed: decides the order of the training batches: epoch e is a function of (seed, e). The command line sets it
+            to `seed_everything`.
+        download: whether missing or spoilt files may be fetched.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DataError: the data cannot be had, from `prepare_data` and `setup`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        val_size: int = 5000,
+        split_seed: int = 0,
+        seed: int = 1,
+        download: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        problems = [
+            f"data.{name} must be {allowed}, got {value}"
+            for name, value, allowed, ok in (
+                ("root", root, "a folder", bool(root)),
+                ("batch_size", batch_size, "in 1..60000", 1 <= batch_size <= 60_000),
+                ("val_size", val_size, "in 0..59999", 0 <= val_size <= 59_999),
+                ("split_seed", split_seed, "an integer from 0", split_seed >= 0),
+                ("seed", seed, "an integer from 0", seed >= 0),
+            )
+            if not ok
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.sets: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def prepare_data(self) -> None:
+        mnist.prepare(self.hparams.root, self.hparams.download)
+
+    def setup(self, stage: str) -> None:
+        if stage in ("fit", "validate") and "train" not in self.sets:
+            images, targets = mnist.load(self.hparams.root, train=True)
+            val_size = self.hparams.val_size
+            if val_size >= len(targets):
+                raise ValueError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
+            parts = stratified_split(targets, val_size, self.hparams.split_seed)
+            # validate must score the very images that fit held out, so both stages split alike
+            for name, indices in zip(("train", "val"), parts, strict=True):
+                self.sets[name] = images[indices], targets[indices]
+        if stage in ("test", "predict") and "test" not in self.sets:
+            self.sets["test"] = mnist.load(self.hparams.root, train=False)
+
+    def train_dataloader(self) -> TensorBatches:
+        return self._batches("train", self.hparams.batch_size, seed=self.hparams.seed)
+
+    def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
+        # an empty list is Lightning's word for no validation
+        return self._batches("val", EVALUATION_BATCH_SIZE) if self.hparams.val_size else []
+
+    def test_dataloader(self) -> TensorBatches:
+        return self._batches("test", EVALUATION_BATCH_SIZE)
+
+    def predict_dataloader(self) -> TensorBatches:
+        return self.test_dataloader()
+
+    def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
+        images, targets = self.sets[name]
+        device = self._device()
+        if device.type == "cuda" and images.nbytes > DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+            device = images.device  # too large: Lightning moves it there batch by batch
+        self.sets[name] = images.to(device), targets.to(device)
+        return TensorBatches(*self.sets[name], batch_size, seed)
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")

@@ -1,0 +1,78 @@
+"""DigitNet: raw pixels in, logits out."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+# Mean and standard deviation of the 60,000 training images' pixels, on the scale 0..1.
+MEAN, STD = 0.1307, 0.3081
+
+LAYER = re.compile(r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<halve>/2)?")
+
+
+class DigitNet(nn.Module):
+    """A small CNN that takes raw pixels and normalises them itself.
+
+    Its convolutions are written as words, read from left to right:
+
+    ========  ==========================================================================================
+    `16`      3x3 convolution to 16 channels, batch norm, ReLU, dropout
+    `16x5`    the same with a 5x5 kernel (1, 3, 5 or 7; always padded to keep the size)
+    `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters
+    `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
+    `pool`    2x2 max pooling after the dropout, as text books draw it
+    ========  ==========================================================================================
+
+    After them come global average pooling and the last convolution, 1x1 to the ten logits, without batch norm or
+    dropout. Both are linear, so the pooling goes first: the same map for a 49th of the work.
+
+    Args:
+        layers: the words, separated by spaces.
+        dropout: probability that dropout after each convolution but the last zeroes an activation, 0 <= p < 1.
+
+    Raises:
+        ValueError: a word or a probability is out of its range, or an image of 28x28 is pooled away.
+    """
+
+    def __init__(self, layers: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
+        blocks: list[nn.Module] = []
+        channels, size = 1, 28
+        for word in layers.split():
+            if word == "pool":
+                blocks.append(nn.MaxPool2d(2))
+                size //= 2
+            elif match := LAYER.fullmatch(word):
+                width, kernel = int(match["width"]), int(match["kernel"] or 3)
+                if match["depthwise"]:
+                    blocks.append(
+                        nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+                    )
+                    kernel = 1
+                blocks.append(nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False))
+                if match["halve"]:
+                    blocks.append(nn.MaxPool2d(2))
+                    size //= 2
+                blocks += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                if dropout > 0:
+                    blocks.append(nn.Dropout(dropout))
+                channels = width
+            else:
+                raise ValueError(
+                    f"model.layers must be words such as 16, 16x5, 16x5d, 16/2 or pool, got {word!r} in {layers!r}"
+                )
+        if channels == 1 or size < 1:
+            raise ValueError(f"model.layers needs a convolution and at most four poolings, got {layers!r}")
+        self.features = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, 10)."""
+        normalised = (images.to(self.head.weight.dtype) - 255 * MEAN).mul_(1 / (255 * STD))
+        features: Tensor = self.features(normalised)
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits

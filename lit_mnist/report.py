@@ -1,0 +1,292 @@
+"""What a user reads: the lines on the console, results.json, predictions.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
+from torch import Tensor
+
+from lit_mnist import __version__
+from lit_mnist.module import LitMNIST
+from lit_mnist.tensorboard import PER_EPOCH
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard")
+
+
+class TrainingError(RuntimeError):
+    """The training failed on its own account; checkpoints written before stay as they are."""
+
+
+def commit() -> str | None:
+    """The git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code: versions, hardware, commit."""
+    return {
+        "versions": {"python": platform.python_version(), "lit_mnist": __version__, **{name: version(name) for name in PACKAGES}},
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "commit": commit(),
+    }
+
+
+def update_results(folder: Path, **sections: Any) -> None:
+    """Put sections into `folder/results.json`, leaving its others as they are."""
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):
+        results = {}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps({**results, **sections}, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+class RunReport(Callback):
+    """Prints a line after each epoch and each evaluation, keeps results.json, and stops a run that diverged.
+
+    Args:
+        folder: the run that a checkpoint given by the user belongs to; None for a new run.
+        checkpoint: that checkpoint.
+    """
+
+    def __init__(self, folder: Path | None = None, checkpoint: Path | None = None) -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.train_seconds = self.validation_seconds = 0.0
+        self.images_seen = 0
+        self.trained = False
+        self._clock = self._window_clock = 0.0
+        self._window_images = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("train_seconds", "validation_seconds", "images_seen")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trained = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._clock = self._window_clock = perf_counter()
+        self._window_images = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images_seen += len(batch[0])
+        self._window_images += len(batch[0])
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0:
+            self._check_finite(trainer, "train/loss_step")
+            now = perf_counter()
+            rate = self._window_images / (now - self._window_clock)
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/images_per_second": rate}, step=step - 1)
+            self._window_clock, self._window_images = now, 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._check_finite(trainer, "train/loss_step")
+            self.train_seconds += self._stop_clock(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.validation_seconds += self._stop_clock(pl_module)
+
+    def _stop_clock(self, pl_module: LightningModule) -> float:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        seconds = perf_counter() - self._clock
+        self._start_clock()
+        return seconds
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.train_seconds += self._stop_clock(pl_module)
+        self._check_finite(trainer, "train/loss_step")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, LitMNIST)
+        loss, correct, images = scores(pl_module, "val")
+        if trainer.state.fn == "fit":
+            line = f"Epoch {trainer.current_epoch}: validation loss {loss:.4f}, accuracy {share(correct, images)}"
+        else:
+            line = f"Validation set: average loss {loss:.4f}, accuracy {share(correct, images)}"
+        trainer.print(line)
+        if trainer.state.fn == "fit" and not math.isfinite(loss):
+            raise TrainingError(diverged(trainer, "val/loss", loss))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitMNIST)
+        loss, correct, images = scores(pl_module, "test")
+        trainer.print(f"Test set: average loss {loss:.4f}, accuracy {share(correct, images)}")
+        if self.folder and trainer.is_global_zero:
+            test = {
+                "test/loss": loss,
+                "test/accuracy": correct / images,
+                "images": images,
+                "checkpoint": self.checkpoint.name if self.checkpoint else None,
+                **conditions(pl_module.device),
+            }
+            update_results(self.folder, test=test)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning 2.6 logs the metrics of the last epoch just before this hook
+        if not (trainer.is_global_zero and trainer.log_dir):
+            return
+        folder = Path(trainer.log_dir)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH}
+        if not all(map(math.isfinite, metrics.values())):
+            raise TrainingError(diverged(trainer, "train/loss", metrics.get("train/loss", math.nan)))
+        best = kept(trainer, "val/accuracy")
+        fit = {
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "metrics": metrics,
+            "best": {"checkpoint": Path(best.best_model_path).name, "val/accuracy": float(best.best_model_score)}
+            if best and best.best_model_score is not None
+            else None,
+            "train_seconds": round(self.train_seconds, 3),
+            "validation_seconds": round(self.validation_seconds, 3),
+            "images_per_second": round(self.images_seen / self.train_seconds, 1) if self.train_seconds else None,
+            "model": dict(pl_module.hparams),
+            "data": dict(trainer.datamodule.hparams) if trainer.datamodule else {},  # type: ignore[attr-defined]
+            **conditions(pl_module.device),
+        }
+        update_results(folder, fit=fit)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = kept(trainer, None)
+        if not (trainer.is_global_zero and trainer.log_dir and last):
+            return
+        if not self.trained:
+            trainer.print(f"Nothing to train: this run has finished its {trainer.current_epoch} epochs.")
+        program = "python -m lit_mnist"
+        best = kept(trainer, "val/accuracy") or last
+        rows = [
+            ("The run", shown(trainer.log_dir)),
+            ("Look at it", f"tensorboard --logdir {shown(Path(trainer.log_dir).parent)}"),
+            ("Test it", f"{program} test --ckpt_path {shown(best.best_model_path)}"),
+            (
+                "Go on",
+                f"{program} fit --ckpt_path {shown(last.best_model_path)}"
+                f" --trainer.max_epochs {2 * trainer.current_epoch}",
+            ),
+        ]
+        trainer.print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows))
+
+    def _check_finite(self, trainer: Trainer, name: str) -> None:
+        loss = trainer.callback_metrics.get(name)
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError(diverged(trainer, name, float(loss)))
+
+
+def kept(trainer: Trainer, monitor: str | None) -> ModelCheckpoint | None:
+    """The callback that keeps the best checkpoint by `monitor`, or with None the last one, once it has kept one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == monitor and callback.best_model_path:
+            return callback
+    return None
+
+
+def diverged(trainer: Trainer, name: str, value: float) -> str:
+    return (
+        f"training failed at step {trainer.global_step} of epoch {trainer.current_epoch}: {name} is {value};"
+        " try a smaller --model.lr (checkpoints written before are kept)"
+    )
+
+
+def scores(pl_module: LitMNIST, stage: str) -> tuple[float, int, int]:
+    """Mean loss, correct answers and images of the evaluation that just ended."""
+    loss, accuracy = pl_module.metrics[f"{stage}/loss"], pl_module.metrics[f"{stage}/accuracy"]
+    images = round(float(loss.weight))  # type: ignore[arg-type]
+    return float(loss.compute()), round(float(accuracy.compute()) * images), images
+
+
+def share(correct: int, images: int) -> str:
+    return f"{correct}/{images} ({100 * correct / images:.2f} %)"
+
+
+def shown(path: str | Path) -> str:
+    """A path as a user would type it: relative where it lies below the current folder."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes `index,digit,p0,...,p9` for each image, in the order of the test set.
+
+    Args:
+        path: the CSV; one that is there is replaced once the new one is complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        probabilities: Tensor = torch.cat(list(predictions)).cpu()
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["index", "digit", *(f"p{digit}" for digit in range(10))])
+            for index, row in enumerate(probabilities):
+                writer.writerow([index, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
+        os.replace(partial, self.path)
+        trainer.print(f"Predictions of {len(probabilities)} images: {shown(self.path)}")
+
+
+def interactive() -> bool:
+    """Whether somebody watches: a progress bar in a file is noise."""
+    return sys.stdout.isatty()

@@ -1,0 +1,107 @@
+"""Runs under lightning_logs/: claiming a folder for a new one, finding an old one and its checkpoints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+VERSION = re.compile(r"version_(\d+)")
+
+
+class RunError(ValueError):
+    """A run or a checkpoint that cannot be found, read or written; the message says which and why."""
+
+
+def versions(runs: Path) -> list[Path]:
+    """The folders of all runs, the newest (highest number) first."""
+    numbered = [
+        (int(match[1]), folder)
+        for folder in (runs.iterdir() if runs.is_dir() else ())
+        if (match := VERSION.fullmatch(folder.name)) and folder.is_dir()
+    ]
+    return [folder for _, folder in sorted(numbered, reverse=True)]
+
+
+def claim_version(runs: Path) -> int:
+    """Make a new folder `version_N` that no other process has, and return N."""
+    newest = next(iter(versions(runs)), None)
+    number = int(newest.name.removeprefix("version_")) + 1 if newest else 0
+    while True:
+        try:
+            (runs / f"version_{number}").mkdir(parents=True)
+            return number
+        except FileExistsError:
+            if not (runs / f"version_{number}").is_dir():
+                raise
+            number += 1  # another program that started at the same time was quicker
+
+
+def find_checkpoint(wanted: str, runs: Path) -> Path:
+    """The file that `best`, `last` or a path means.
+
+    `best` and `last` mean the newest run that has one: with validation the best checkpoint by `val/accuracy`, and
+    the last one written.
+
+    Raises:
+        RunError: there is none.
+    """
+    if wanted in ("best", "last"):
+        for run in versions(runs):
+            found = list((run / "checkpoints").glob(f"{wanted}-*.ckpt"))
+            if found:
+                return max(found, key=lambda path: path.stat().st_mtime_ns)
+        hint = "" if wanted == "last" else " (a run that holds out no validation images has only a last one)"
+        raise RunError(f"--ckpt_path {wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
+    if "://" in wanted:
+        raise RunError(f"--ckpt_path {wanted}: only local files are loaded; download it first, then pass its path")
+    path = Path(wanted)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RunError(f"--ckpt_path {wanted}: that file {what}; allowed are best, last and the path of a checkpoint")
+    return path
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to, or None where it lies somewhere else."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with `weights_only=True`.
+
+    Raises:
+        RunError: the file is no intact checkpoint of this project.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a file that is none of its own
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
+    expected = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), dict) for key in expected):
+        raise RunError(f"--ckpt_path {path}: that file is no checkpoint of lit_mnist")
+    return checkpoint
+
+
+def plain_settings(prefix: str, settings: Any) -> dict[str, int | float | str | bool]:
+    """Those of a mapping's entries that are plain numbers, strings and booleans, as dotted command-line keys.
+
+    Whatever else a checkpoint or a config.yaml may name, classes above all, stays out.
+    """
+    if not isinstance(settings, dict):
+        return {}
+    return {f"{prefix}.{key}": value for key, value in settings.items() if isinstance(value, (int, float, str, bool))}
+
+
+def trainer_settings(run: Path) -> dict[str, int | float | str | bool]:
+    """The plain trainer settings that a run's config.yaml tells, as dotted keys; empty where there is none."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return plain_settings("trainer", config.get("trainer")) if isinstance(config, dict) else {}
