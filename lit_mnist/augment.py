@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def affine_matrices(
-    batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator
-) -> Tensor:
+def affine_matrices(batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator) -> Tensor:
     """Draw one inverse affine map an image, float (B, 2, 3), on the generator's device.
 
     They map the coordinates of an output pixel to the input's, in units where the image spans -1..1: what
@@ -28,9 +26,9 @@ def affine_matrices(
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     dx, dy = dx * (shift / 14), dy * (shift / 14)
     # output = zoom * rotate(input) + shift, so input = rotate_back(output - shift) / zoom
-    return torch.stack(
-        [cosine, sine, -cosine * dx - sine * dy, -sine, cosine, sine * dx - cosine * dy], dim=1
-    ).view(-1, 2, 3)
+    return torch.stack([cosine, sine, -cosine * dx - sine * dy, -sine, cosine, sine * dx - cosine * dy], dim=1).view(
+        -1, 2, 3
+    )
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jsonargparse.typing import restricted_number_type
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichModelSummary, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lit_mnist import runs
 from lit_mnist.cli import COMMANDS
@@ -73,7 +74,7 @@ class Checkpoints(ModelCheckpoint):
             mode="max",
             auto_insert_metric_name=False,
             save_on_train_epoch_end=keep == "last",
-            enable_version_counter=False,  # a resumed run that comes to the same name means the same file
+            enable_version_counter=not resumed,  # a resumed run that comes to the same name means the same file
         )
         self.resumed = resumed
 
@@ -109,7 +110,6 @@ class MNISTCLI(LightningCLI):
             MNISTDataModule,
             seed_everything_default=DEFAULT_SEED,
             trainer_defaults={"max_epochs": DEFAULT_EPOCHS, "num_sanity_val_steps": 0},
-            save_config_kwargs={"overwrite": True},  # only a run that is resumed has one, and it is that run's own
             parser_class=Parser,
             auto_configure_optimizers=False,
             # it would put `_instantiator`, code to call, into every checkpoint
@@ -127,11 +127,20 @@ class MNISTCLI(LightningCLI):
         parser.add_argument("--seed_everything", type=Seed, default=DEFAULT_SEED, help="Seed of everything random.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("seed_everything", "data.seed")
+        # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)
+        assert isinstance(args, list)
+        configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+        configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+        try:
+            self.config = parser.parse_args(args)
+        except CommandError as error:  # jsonargparse does not say which file
+            raise CommandError(
+                f"{error} (in {' or '.join([*configs, 'a flag'])})" if configs else str(error)
+            ) from error
         given = self.config[self.command]
         wanted = given.get("ckpt_path")
         if wanted is None and self.command != "fit":
@@ -164,6 +173,17 @@ class MNISTCLI(LightningCLI):
         """LightningCLI 2.6 lays the checkpoint's settings over the user's flags; `parse_arguments` does it the
         other way round, for the data as well."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:  # torch's type for weights of another shape or name
+            if "loading state_dict" not in str(error):
+                raise
+            raise CommandError(
+                f"--ckpt_path {self.checkpoint}: its weights do not fit the network of model.layers:"
+                f" {self.config[subcommand]['model.layers']}"
+            ) from error
+
     def before_instantiate_classes(self) -> None:
         if self.checkpoint:
             print(f"Checkpoint: {self.checkpoint}", flush=True)
@@ -173,6 +193,15 @@ class MNISTCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise CommandError(" ".join(str(error).split())) from error
+        if (
+            self.command == "fit"
+            and self.model.needs_total_steps
+            and self.trainer.max_epochs == -1 == self.trainer.max_steps
+        ):
+            raise CommandError(
+                "trainer.max_epochs must be a positive number, or trainer.max_steps, for this model.schedule and"
+                " model.warmup; without an end only constant and 0 make sense"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.command]["trainer"]
@@ -188,13 +217,11 @@ class MNISTCLI(LightningCLI):
                 kwargs["logger"] = False
         callbacks: list[Callback] = [RunReport(run, self.checkpoint)]
         if self.command == "fit":
+            validated = self.datamodule.hparams["val_size"] > 0
             if settings["enable_checkpointing"] is not False:
-                validated = self.datamodule.hparams.val_size > 0
                 if validated:
                     callbacks.append(Checkpoints("best", validated, resumed=run is not None))
                 callbacks.append(Checkpoints("last", validated, resumed=run is not None))
-            if kwargs.get("logger"):
-                callbacks.append(LearningRateMonitor())
         if self.command == "predict":
             assert self.checkpoint
             callbacks.append(
@@ -208,17 +235,21 @@ class MNISTCLI(LightningCLI):
             callbacks.append(RichModelSummary(max_depth=1))
         if self.command != "fit":
             kwargs["enable_model_summary"] = False
-            self.save_config_callback = None  # the run's own config.yaml stays as it is
+        if self.command != "fit" or kwargs.get("logger", settings["logger"]) is False:
+            self.save_config_callback = None  # it would go to the current folder, or over the run's own
+        self.save_config_kwargs = {"overwrite": run is not None}
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
     # LightningCLI calls these four in place of the trainer's methods: checkpoints load with weights_only=True.
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        if self.trainer.is_global_zero:
+            datamodule.prepare_data()  # Lightning does so too, but claims the run's folder first: no data, no run
         self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        if not datamodule.hparams.val_size:  # type: ignore[attr-defined]
+        if not datamodule.hparams["val_size"]:
             raise CommandError("validate needs held-out images, and data.val_size is 0")
         self.trainer.validate(model, datamodule=datamodule, weights_only=True, verbose=False, **kwargs)
 
@@ -226,9 +257,7 @@ class MNISTCLI(LightningCLI):
         self.trainer.test(model, datamodule=datamodule, weights_only=True, verbose=False, **kwargs)
 
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        self.trainer.predict(
-            model, datamodule=datamodule, weights_only=True, return_predictions=False, **kwargs
-        )
+        self.trainer.predict(model, datamodule=datamodule, weights_only=True, return_predictions=False, **kwargs)
 
 
 def run(args: list[str]) -> None:
@@ -243,8 +272,10 @@ def run(args: list[str]) -> None:
     with quiet():
         try:
             MNISTCLI(args)
-        except (DataError, runs.RunError) as error:
+        except (DataError, runs.RunError, MisconfigurationException) as error:
             raise CommandError(str(error)) from error
+        except OSError as error:
+            raise CommandError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 @contextmanager
@@ -260,6 +291,7 @@ def quiet() -> Iterator[None]:
             ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
             ".*smaller than the logging interval.*",
             ".*callbacks used to create the checkpoint need to be provided.*",  # only fit writes checkpoints
+            ".*Total length of `list` across ranks is zero.*",  # data.val_size is 0
             ".*infer the batch indices.*",  # predictions come in the order of the test set
             ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
         ):

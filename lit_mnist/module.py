@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule
@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.augment import affine, affine_matrices
@@ -109,7 +109,7 @@ class LitMNIST(LightningModule):
 
     def augment(self, images: Tensor, batch_idx: int) -> Tensor:
         """Move, turn and scale raw images (B, 1, 28, 28) at random, the same way whenever this step is taken."""
-        hp = self.hparams
+        hp: Any = self.hparams
         if hp.rotation == hp.shift == hp.scale == 0:
             return images
         generator = seeded_generator(hp.seed, self.current_epoch, batch_idx)
@@ -122,7 +122,7 @@ class LitMNIST(LightningModule):
         loss = losses.mean()
         self._update("train", losses.detach(), log_probabilities.detach(), targets)
         self.log("train/loss_step", loss.detach())
-        smoothing: float = self.hparams.label_smoothing
+        smoothing = float(self.hparams["label_smoothing"])
         return (1 - smoothing) * loss - smoothing * log_probabilities.mean() if smoothing else loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -141,17 +141,22 @@ class LitMNIST(LightningModule):
         self._update(stage, F.cross_entropy(logits, targets, reduction="none"), logits, targets)
 
     def _update(self, stage: str, losses: Tensor, scores: Tensor, targets: Tensor) -> None:
-        mean_loss, accuracy = self.metrics[f"{stage}/loss"], self.metrics[f"{stage}/accuracy"]
+        mean_loss, accuracy = self.metric(f"{stage}/loss"), self.metric(f"{stage}/accuracy")
         mean_loss.update(losses)
         accuracy.update(scores, targets)
         self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True, prog_bar=stage == "val")
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=stage == "val")
 
+    def metric(self, name: str) -> Metric:
+        """The metric behind `train/loss`, `val/accuracy` and so on."""
+        return cast(Metric, self.metrics[name])
+
     def configure_callbacks(self) -> list[Callback]:
-        return [EMAWeightAveraging(decay=self.hparams.ema_decay)] if self.hparams.ema_decay else []
+        decay = self.hparams["ema_decay"]
+        return [EMAWeightAveraging(decay=decay)] if decay else []
 
     def configure_optimizers(self) -> Any:
-        hp = self.hparams
+        hp: Any = self.hparams
         groups = [
             {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": hp.weight_decay},
             {"params": [p for p in self.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -161,16 +166,15 @@ class LitMNIST(LightningModule):
             optimizer = torch.optim.SGD(groups, lr=hp.lr, momentum=hp.momentum, nesterov=hp.nesterov)
         else:
             optimizer = torch.optim.AdamW(groups, lr=hp.lr, betas=(0.9, 0.99))
-        scheduler = LambdaLR(optimizer, self.lr_factor)
-        # the name is what the learning rate monitor calls it on the board
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "name": "train/learning_rate"}]
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, self.lr_factor), "interval": "step"}]
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step as a share of `lr`."""
-        hp = self.hparams
-        if step == 0 and hp.warmup > 0:
-            return 0.1  # asked for before the trainer knows how many steps there are
-        total = self.total_steps() if hp.warmup > 0 or hp.schedule != "constant" else 1
+        hp: Any = self.hparams
+        if step == 0 or not self.needs_total_steps:
+            # step 0 is asked for before the trainer knows how many steps there are
+            return 0.1 if hp.warmup > 0 else 1.0
+        total = self.total_steps()
         warmup_steps = hp.warmup * total
         if step < warmup_steps:
             return 0.1 + 0.9 * step / warmup_steps
@@ -178,6 +182,11 @@ class LitMNIST(LightningModule):
         if hp.schedule == "linear":
             return 1 - done
         return (1 + math.cos(math.pi * done)) / 2 if hp.schedule == "cosine" else 1.0
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the learning rate depends on the length of the whole fit."""
+        return bool(self.hparams["schedule"] != "constant" or self.hparams["warmup"] > 0)
 
     def total_steps(self) -> int:
         """How many optimizer steps the whole fit takes.
@@ -187,8 +196,7 @@ class LitMNIST(LightningModule):
         """
         trainer = self.trainer
         steps_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        limits = [steps_an_epoch * trainer.max_epochs] if (trainer.max_epochs or -1) > 0 else []
+        limits = [steps_an_epoch * trainer.max_epochs] if trainer.max_epochs and trainer.max_epochs > 0 else []
         limits += [trainer.max_steps] if trainer.max_steps > 0 else []
-        if not limits:
-            raise ValueError("model.schedule and model.warmup need trainer.max_epochs or trainer.max_steps")
+        assert limits, "a schedule needs a trainer with max_epochs or max_steps"
         return int(min(limits))

@@ -60,7 +60,11 @@ def processor() -> str:
 def conditions(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides the code: versions, hardware, commit."""
     return {
-        "versions": {"python": platform.python_version(), "lit_mnist": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "lit_mnist": __version__,
+            **{name: version(name) for name in PACKAGES},
+        },
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processor": processor(),
@@ -80,7 +84,7 @@ def update_results(folder: Path, **sections: Any) -> None:
         results = {}
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(json.dumps({**results, **sections}, indent=2) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 class RunReport(Callback):
@@ -99,6 +103,7 @@ class RunReport(Callback):
         self.trained = False
         self._clock = self._window_clock = 0.0
         self._window_images = 0
+        self._lr = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("train_seconds", "validation_seconds", "images_seen")}
@@ -117,18 +122,22 @@ class RunReport(Callback):
         self._clock = self._window_clock = perf_counter()
         self._window_images = 0
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the batch it is the next step's
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images_seen += len(batch[0])
         self._window_images += len(batch[0])
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0:
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite(trainer, "train/loss_step")
             now = perf_counter()
-            rate = self._window_images / (now - self._window_clock)
+            images_per_second = self._window_images / (now - self._window_clock)
             for logger in trainer.loggers:
-                logger.log_metrics({"train/images_per_second": rate}, step=step - 1)
+                rates = {"train/learning_rate": self._lr, "train/images_per_second": images_per_second}
+                logger.log_metrics(rates, step=step - 1)
             self._window_clock, self._window_images = now, 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +189,7 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning 2.6 logs the metrics of the last epoch just before this hook
-        if not (trainer.is_global_zero and trainer.log_dir):
+        if not (trainer.is_global_zero and trainer.logger and trainer.log_dir):
             return
         folder = Path(trainer.log_dir)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH}
@@ -206,7 +215,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = kept(trainer, None)
-        if not (trainer.is_global_zero and trainer.log_dir and last):
+        if not (trainer.is_global_zero and trainer.logger and trainer.log_dir and last):
             return
         if not self.trained:
             trainer.print(f"Nothing to train: this run has finished its {trainer.current_epoch} epochs.")
@@ -247,7 +256,7 @@ def diverged(trainer: Trainer, name: str, value: float) -> str:
 
 def scores(pl_module: LitMNIST, stage: str) -> tuple[float, int, int]:
     """Mean loss, correct answers and images of the evaluation that just ended."""
-    loss, accuracy = pl_module.metrics[f"{stage}/loss"], pl_module.metrics[f"{stage}/accuracy"]
+    loss, accuracy = pl_module.metric(f"{stage}/loss"), pl_module.metric(f"{stage}/accuracy")
     images = round(float(loss.weight))  # type: ignore[arg-type]
     return float(loss.compute()), round(float(accuracy.compute()) * images), images
 
@@ -283,7 +292,7 @@ class PredictionWriter(BasePredictionWriter):
             writer.writerow(["index", "digit", *(f"p{digit}" for digit in range(10))])
             for index, row in enumerate(probabilities):
                 writer.writerow([index, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
-        os.replace(partial, self.path)
+        partial.replace(self.path)
         trainer.print(f"Predictions of {len(probabilities)} images: {shown(self.path)}")
 
 

@@ -10,6 +10,16 @@ import torch
 import yaml
 
 VERSION = re.compile(r"version_(\d+)")
+# What a resumed run takes over from config.yaml. Nothing that jsonargparse would look up as a class, such as logger or
+# strategy, for then a config.yaml could make it import any module; and nothing that is the machine's, such as devices.
+TRAINER_SETTINGS = frozenset(
+    (
+        *("max_epochs", "min_epochs", "max_steps", "min_steps", "overfit_batches", "accumulate_grad_batches"),
+        *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_n_steps"),
+        *("val_check_interval", "check_val_every_n_epoch", "gradient_clip_val", "gradient_clip_algorithm"),
+        *("precision", "deterministic"),
+    )
+)
 
 
 class RunError(ValueError):
@@ -99,9 +109,10 @@ def plain_settings(prefix: str, settings: Any) -> dict[str, int | float | str | 
 
 
 def trainer_settings(run: Path) -> dict[str, int | float | str | bool]:
-    """The plain trainer settings that a run's config.yaml tells, as dotted keys; empty where there is none."""
+    """Those of a run's trainer settings, from its config.yaml, that decide the training; empty where there is none."""
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return plain_settings("trainer", config.get("trainer")) if isinstance(config, dict) else {}
+    plain = plain_settings("trainer", config.get("trainer")) if isinstance(config, dict) else {}
+    return {key: value for key, value in plain.items() if key.removeprefix("trainer.") in TRAINER_SETTINGS}

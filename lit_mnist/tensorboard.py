@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -33,7 +33,7 @@ class RunLogger(TensorBoardLogger):
                 ) from error
         return self._version
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if any(name.startswith("test/") for name in metrics):
             step = self.tested_step
         super().log_metrics(metrics, step)

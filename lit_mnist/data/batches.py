@@ -12,9 +12,10 @@ from torch import Tensor
 def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on all the numbers of `key` (each >= 0) and on nothing else.
 
-    numpy's SeedSequence mixes them, so that (1, 2) and (2, 1), or neighbouring seeds and epochs, share nothing.
+    numpy's SeedSequence mixes them, so that (1, 2) and (2, 1), or neighbouring seeds and epochs, share nothing. Their
+    count goes in as well, because for SeedSequence (1, 2) and (1, 2, 0) are the same.
     """
-    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    (seed,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
 
@@ -51,7 +52,8 @@ class TensorBatches:
     """
 
     def __init__(self, images: Tensor, targets: Tensor, batch_size: int, seed: int | None = None) -> None:
-        assert len(images) == len(targets) and images.device == targets.device
+        assert len(images) == len(targets)
+        assert images.device == targets.device
         self.images = images
         self.targets = targets
         self.batch_size = batch_size

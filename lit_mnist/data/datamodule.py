@@ -84,27 +84,27 @@ class MNISTDataModule(LightningDataModule):
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def prepare_data(self) -> None:
-        mnist.prepare(self.hparams.root, self.hparams.download)
+        mnist.prepare(self.hparams["root"], self.hparams["download"])
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate") and "train" not in self.sets:
-            images, targets = mnist.load(self.hparams.root, train=True)
-            val_size = self.hparams.val_size
+            images, targets = mnist.load(self.hparams["root"], train=True)
+            val_size = self.hparams["val_size"]
             if val_size >= len(targets):
-                raise ValueError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
-            parts = stratified_split(targets, val_size, self.hparams.split_seed)
+                raise mnist.DataError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
+            parts = stratified_split(targets, val_size, self.hparams["split_seed"])
             # validate must score the very images that fit held out, so both stages split alike
             for name, indices in zip(("train", "val"), parts, strict=True):
                 self.sets[name] = images[indices], targets[indices]
         if stage in ("test", "predict") and "test" not in self.sets:
-            self.sets["test"] = mnist.load(self.hparams.root, train=False)
+            self.sets["test"] = mnist.load(self.hparams["root"], train=False)
 
     def train_dataloader(self) -> TensorBatches:
-        return self._batches("train", self.hparams.batch_size, seed=self.hparams.seed)
+        return self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
         # an empty list is Lightning's word for no validation
-        return self._batches("val", EVALUATION_BATCH_SIZE) if self.hparams.val_size else []
+        return self._batches("val", EVALUATION_BATCH_SIZE) if self.hparams["val_size"] else []
 
     def test_dataloader(self) -> TensorBatches:
         return self._batches("test", EVALUATION_BATCH_SIZE)

@@ -332,7 +332,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
 def _mirrors() -> list[str]:
     # here, since it takes seconds and is needed once in a data folder's life
-    from torchvision.datasets import MNIST  # type: ignore[import-untyped]
+    from torchvision.datasets import MNIST
 
     return list(MNIST.mirrors)
 

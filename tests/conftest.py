@@ -1,0 +1,72 @@
+"""What the tests share: a tiny MNIST that a network learns in seconds, the real one, and no network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+
+from lit_mnist.data import mnist
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, mnist.IDXFile]:
+    """Write four IDX files into RAW, each class a pattern of its own plus noise, the classes in equal numbers.
+
+    Returns:
+        What `mnist.FILES` has to be for them to verify. The same sizes give the same files on every machine.
+    """
+    generator = np.random.Generator(np.random.PCG64(0))
+    patterns = np.kron(generator.integers(0, 2, (10, 7, 7)), np.ones((4, 4), np.int64)) * 180
+    raw.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for part, count in (("train", train), ("t10k", test)):
+        labels = generator.permutation(np.arange(count) % 10).astype(np.uint8)
+        images = (patterns[labels] + generator.integers(0, 75, (count, 28, 28))).astype(np.uint8)
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            content = header + array.tobytes()
+            (raw / name).write_bytes(content)
+            files[name] = mnist.IDXFile(len(content), hashlib.sha256(content).hexdigest())
+    return files
+
+
+@pytest.fixture
+def tiny_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root with 400 training and 100 test images, which `mnist` takes for the real ones."""
+    root = tmp_path / "tiny"
+    monkeypatch.setattr(mnist, "FILES", write_tiny_mnist(root / "MNIST" / "raw"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    """A data root with the real MNIST: LIT_MNIST_ROOT, or `data` in the repository, fetched where it is missing."""
+    root = Path(os.environ.get("LIT_MNIST_ROOT") or REPOSITORY / "data")
+    try:
+        mnist.prepare(root)
+    except mnist.DataError as error:
+        if os.environ.get("LIT_MNIST_REQUIRE_DATA") == "1":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop a test that asks a source of data. `real_root` has done so before: session fixtures are made first.
+
+    A test with sources of its own replaces `_mirrors` and `_pip_download` once more.
+    """
+
+    def stop(*_: object) -> NoReturn:
+        pytest.fail("a test must not reach the network")
+
+    monkeypatch.setattr(mnist, "_mirrors", stop)
+    monkeypatch.setattr(mnist, "_pip_download", stop)

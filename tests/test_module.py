@@ -1,0 +1,127 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from torch.testing import assert_close
+
+from lit_mnist.data.batches import TensorBatches
+from lit_mnist.module import LitMNIST
+
+
+def some_batches(count: int = 64, batch_size: int = 16) -> TensorBatches:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    return TensorBatches(images, torch.randint(0, 10, (count,), generator=generator), batch_size, seed=1)
+
+
+def trainer(**settings: Any) -> Trainer:
+    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, **settings}
+    return Trainer(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **settings)
+
+
+def small(**settings: Any) -> LitMNIST:
+    torch.manual_seed(0)
+    return LitMNIST(**{"layers": "4/2 8/2", "ema_decay": 0.0, **settings})
+
+
+def test_untrained_loss_is_that_of_guessing() -> None:
+    module = small()
+    with torch.no_grad():
+        logits = module(next(iter(some_batches()))[0])
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(16) % 10)
+    assert_close(loss, torch.tensor(math.log(10)), atol=0.3, rtol=0)
+
+
+def test_bad_hyperparameters_are_told_all_at_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"model\.lr must be a positive number, got 0; model\.warmup must be in \[0, 1\]"
+    ):
+        LitMNIST(lr=0, warmup=2)
+
+
+def test_hyperparameters_are_plain() -> None:
+    assert all(type(value) in (int, float, str, bool) for value in LitMNIST().hparams.values())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", 0.0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("linear", 0.5, [0.1, 0.325, 0.55, 0.775, 1, 0.75, 0.5, 0.25]),
+        ("cosine", 0.5, [0.1, 0.325, 0.55, 0.775, 1, 0.853553, 0.5, 0.146447]),
+        ("constant", 0.25, [0.1, 0.55, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_learning_rate_of_each_step(schedule: str, warmup: float, expected: list[float]) -> None:
+    class Recorder(LitMNIST):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates: list[float] = []
+    module = Recorder("4/2", lr=2.0, schedule=schedule, warmup=warmup, ema_decay=0.0)  # type: ignore[arg-type]
+    trainer().fit(module, some_batches())  # 2 epochs of 4 steps
+    assert rates == pytest.approx([2 * factor for factor in expected], abs=1e-6)
+
+
+def test_weight_decay_spares_biases_and_batch_norm() -> None:
+    module = small(weight_decay=0.1)
+    trainer(max_epochs=1).fit(module, some_batches())
+    decayed, spared = module.trainer.optimizers[0].param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert sorted(tuple(p.shape) for p in decayed["params"]) == [(4, 1, 3, 3), (8, 4, 3, 3), (10, 8)]
+    assert len(spared["params"]) == 5
+
+
+def test_metrics_are_those_of_all_images() -> None:
+    module = small()
+    loader = some_batches(count=50, batch_size=16)  # the last batch has 2: a mean of batch means would be another
+    (results,) = trainer().test(module, loader, verbose=False)
+    module.eval()
+    with torch.no_grad():
+        logits = module(loader.images)
+    assert results["test/loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, loader.targets).item(), abs=1e-5
+    )
+    assert results["test/accuracy"] == pytest.approx((logits.argmax(1) == loader.targets).float().mean().item())
+
+
+def test_label_smoothing_is_torchs_and_the_metric_is_without() -> None:
+    images, targets = next(iter(some_batches()))
+    module = small(label_smoothing=0.2, shift=0.0)
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    loss = module.training_step((images, targets), 0)
+    logits = module(images)
+    assert_close(loss, torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.2))
+    assert_close(module.metric("train/loss").compute(), torch.nn.functional.cross_entropy(logits, targets).detach())
+
+
+def test_augmentation_is_a_function_of_seed_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, _ = next(iter(some_batches()))
+    monkeypatch.setattr(LitMNIST, "current_epoch", 3)
+    first = small(seed=5).augment(images, 7)
+    torch.rand(10)
+    assert torch.equal(small(seed=5).augment(images, 7), first)
+    assert not torch.equal(small(seed=5).augment(images, 8), first)
+    assert not torch.equal(small(seed=6).augment(images, 7), first)
+    monkeypatch.setattr(LitMNIST, "current_epoch", 4)
+    assert not torch.equal(small(seed=5).augment(images, 7), first)
+    assert small(shift=0.0).augment(images, 7) is images
+
+
+def test_averaged_weights_are_the_ones_that_are_kept() -> None:
+    plain, averaged = small(lr=0.05), small(lr=0.05, ema_decay=0.9)
+    weights: list[torch.Tensor] = []
+
+    def record(module: LitMNIST) -> None:
+        weights.append(module.network.head.weight.detach().clone())
+
+    plain.on_train_batch_end = lambda *args: record(plain)  # type: ignore[method-assign]
+    for module in (plain, averaged):
+        trainer(max_epochs=1).fit(module, some_batches())
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    assert_close(averaged.network.head.weight.detach(), expected)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from lit_mnist.network import MEAN, STD, DigitNet
+
+SEED_DESIGN = "16 16 16 pool 16 16 16 pool 24"
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def names(network: DigitNet) -> list[str]:
+    return [type(layer).__name__ for layer in network.features]
+
+
+def test_seed_design_has_the_parameters_that_the_documents_tell() -> None:
+    network = DigitNet(SEED_DESIGN, dropout=0.05)
+    convolutions = 16 * 9 + 5 * 16 * 16 * 9 + 16 * 24 * 9
+    batch_norms = 6 * 2 * 16 + 2 * 24
+    assert parameters(network) == convolutions + batch_norms + 24 * 10 + 10 == 15_610
+    block = ["Conv2d", "BatchNorm2d", "ReLU", "Dropout"]
+    assert names(network) == [*block * 3, "MaxPool2d", *block * 3, "MaxPool2d", *block]
+
+
+def test_leaner_designs() -> None:
+    assert names(DigitNet("8x5/2 pool 16")) == [
+        *("Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU", "MaxPool2d"),
+        *("Conv2d", "BatchNorm2d", "ReLU"),
+    ]
+    assert parameters(DigitNet("8x5")) == 25 * 8 + 16 + 90
+    # depthwise 5x5 of 8 channels, then 8 -> 16 pointwise
+    assert parameters(DigitNet("8 16x5d")) - parameters(DigitNet("8")) == 8 * 25 + 8 * 16 + 32 + (160 - 80)
+
+
+def test_logits_of_raw_pixels() -> None:
+    torch.manual_seed(0)
+    network = DigitNet("4/2 8/2").eval()
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    logits = network(images)
+    assert logits.shape == (3, 10)
+    assert logits.dtype == torch.float32
+    assert_close(network(images.float()), logits)
+    # the same by hand: normalised as the field does it, pooled after the last convolution
+    features = network.features((images / 255 - MEAN) / STD)
+    by_convolution = nn.functional.conv2d(features, network.head.weight[:, :, None, None], network.head.bias)
+    assert_close(by_convolution.mean(dim=(2, 3)), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_images_are_left_as_they_are() -> None:
+    images = torch.full((1, 1, 28, 28), 7.0)
+    DigitNet("4/2")(images)
+    assert bool((images == 7).all())
+
+
+@pytest.mark.parametrize("layers", ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool"])
+def test_bad_layers(layers: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.layers"):
+        DigitNet(layers)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_bad_dropout(dropout: float) -> None:
+    with pytest.raises(ValueError, match=r"model\.dropout must be in \[0, 1\)"):
+        DigitNet("8", dropout)
