@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor, nn
 
 # Mean and standard deviation of the 60,000 training images' pixels, on the scale 0..1.
 MEAN, STD = 0.1307, 0.3081
 
 LAYER = re.compile(r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<halve>/2)?")
+
+
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bring raw pixels, uint8 or float on the scale 0..255, to mean 0 and standard deviation 1 over MNIST."""
+    return (images.to(dtype) - 255 * MEAN).mul_(1 / (255 * STD))
 
 
 class DigitNet(nn.Module):
@@ -72,7 +78,6 @@ class DigitNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, 10)."""
-        normalised = (images.to(self.head.weight.dtype) - 255 * MEAN).mul_(1 / (255 * STD))
-        features: Tensor = self.features(normalised)
+        features: Tensor = self.features(normalise(images, self.head.weight.dtype))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
