@@ -5,6 +5,7 @@ Nothing here imports torch: `--version` and `--help` answer at once. The command
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -44,8 +45,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what would stand on the command line; None takes `sys.argv`.
 
     Returns:
-        The exit status: 0, 2 for input that cannot be used, 3 for a training that failed. The reason is one
-        message on stderr.
+        The exit status: 0, 2 for input that cannot be used, 3 for a training that failed, 128 + the signal's number
+        for one that a signal stopped. The reason is one message on stderr.
     """
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["--version"]:
@@ -57,10 +58,19 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         return complain(f"unknown command {args[0]!r}, allowed are {', '.join(COMMANDS)}", BAD_INPUT)
 
-    from lit_mnist.commands import CommandError, TrainingError, run
+    try:
+        from lit_mnist.commands import CommandError, Interrupted, TrainingError, run
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
     try:
         run(args)
+    except Interrupted as stop:
+        name = signal.Signals(stop.signum).name
+        go_on = f"python -m lit_mnist fit --ckpt_path {stop.checkpoint}" if stop.checkpoint else "start again"
+        return complain(f"stopped by {name}; to go on: {go_on}", 128 + stop.signum)
+    except KeyboardInterrupt:
+        return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingError as error:
         return complain(str(error), FAILED_TRAINING)
     except CommandError as error:
@@ -71,5 +81,5 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def complain(message: str, status: int) -> int:
-    print(f"lit_mnist: error: {message}", file=sys.stderr)
+    print(f"lit_mnist: {'error: ' if status < 128 else ''}{message}", file=sys.stderr)
     return status

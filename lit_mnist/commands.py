@@ -6,28 +6,38 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse.typing import restricted_number_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichModelSummary, RichProgressBar
+from pytorch_lightning.callbacks import Callback, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_mnist import runs
+from lit_mnist.checkpoint import (
+    BestCheckpoint,
+    CheckpointWriteError,
+    DurableCheckpointIO,
+    Interrupted,
+    LastCheckpoint,
+    newest_intact,
+    read_checkpoint,
+)
 from lit_mnist.cli import COMMANDS
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.report import PredictionWriter, RunReport, TrainingError, interactive
-from lit_mnist.tensorboard import RunLogger
+from lit_mnist.resume import ExactResume, differences, only_process, rewind, stop_on_signals
+from lit_mnist.tensorboard import TEST_SUFFIX, RunLogger
 
-__all__ = ["CommandError", "TrainingError", "run"]
+__all__ = ["CommandError", "Interrupted", "TrainingError", "run"]
 
-DEFAULT_EPOCHS = 8
+DEFAULT_EPOCHS = 6
 DEFAULT_SEED = 1
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -55,45 +65,6 @@ def one_line(message: str) -> str:
     return f"{key[1]}: expected {allowed}, got {value[1]}"
 
 
-class Checkpoints(ModelCheckpoint):
-    """Keeps one checkpoint, whose name tells epoch and validation accuracy: the best by it, or the last one.
-
-    These are two callbacks because ModelCheckpoint 2.6 with `save_last` writes the last checkpoint only where it has
-    just written a best one.
-
-    Args:
-        keep: `best` (written after validation) or `last` (at the end of each training epoch).
-        validated: whether the run has a validation set; without one there is no accuracy to tell.
-        resumed: whether this goes on with a run in its own folder.
-    """
-
-    def __init__(self, keep: Literal["best", "last"], validated: bool, resumed: bool) -> None:
-        super().__init__(
-            filename=f"{keep}-epoch={{epoch:02d}}" + ("-accuracy={val/accuracy:.4f}" if validated else ""),
-            monitor="val/accuracy" if keep == "best" else None,
-            mode="max",
-            auto_insert_metric_name=False,
-            save_on_train_epoch_end=keep == "last",
-            enable_version_counter=not resumed,  # a resumed run that comes to the same name means the same file
-        )
-        self.resumed = resumed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # ModelCheckpoint 2.6 forgets the best score, but not the best path, when the folder is written in another
-        # way: relative or absolute, or moved. Here the run decides: its own folder, its own best.
-        if not (self.resumed and self.dirpath):
-            return
-        here = Path(self.dirpath)
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved = {key: str(here / Path(state_dict[key]).name) if state_dict[key] else "" for key in paths}
-        best_k_models = {str(here / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **moved, "best_k_models": best_k_models, "dirpath": self.dirpath})
-
-    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        # ModelCheckpoint 2.6 keeps the file that a run was resumed from, as a second "last" for ever
-        return previous != current and Path(previous).parent == Path(current).parent
-
-
 class MNISTCLI(LightningCLI):
     """LightningCLI for the one model and the one data set of this project.
 
@@ -104,7 +75,9 @@ class MNISTCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.command = args[0]
         self.checkpoint: Path | None = None
-        self.checkpoint_step = 0
+        self.loaded: dict[str, Any] = {}
+        self.changes: list[str] = []
+        self.last: LastCheckpoint | None = None
         super().__init__(
             LitMNIST,
             MNISTDataModule,
@@ -130,6 +103,8 @@ class MNISTCLI(LightningCLI):
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        if self.command == "fit":
+            parser.add_class_arguments(LastCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
@@ -146,28 +121,31 @@ class MNISTCLI(LightningCLI):
         if wanted is None and self.command != "fit":
             raise CommandError(f"{self.command} needs --ckpt_path best, last or the path of a checkpoint")
         if wanted is not None:
-            root = given.get("trainer.default_root_dir") or "."
-            self.checkpoint = runs.find_checkpoint(str(wanted), Path(root) / "lightning_logs")
-            self._take_over(self._parser(self.command), self.checkpoint)
-            self.config = parser.parse_args(args)  # again, now over the checkpoint's settings
+            folder = Path(given.get("trainer.default_root_dir") or ".") / "lightning_logs"
+            self.checkpoint = runs.find_checkpoint(str(wanted), folder)
+            try:
+                self.loaded = read_checkpoint(self.checkpoint)
+            except runs.RunError as error:
+                intact = newest_intact(folder) if wanted in ("best", "last") else None
+                raise CommandError(f"{error}; the newest intact one is {intact}" if intact else str(error)) from error
+            before = self._settings_of_checkpoint(self.checkpoint, self.loaded)
+            defaults = self._parser(self.command).get_defaults()
+            before = {key: value for key, value in before.items() if key in defaults}
+            # the run's settings become this command's defaults, and everything is parsed again over them
+            self._parser(self.command).set_defaults(before)
+            self.config = parser.parse_args(args)
             self.config[self.command]["ckpt_path"] = str(self.checkpoint)
+            if self.command == "fit":
+                progress = self.loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+                self.changes = differences(before, self.config["fit"], not progress["is_last_batch"])
 
-    def _take_over(self, parser: LightningArgumentParser, path: Path) -> None:
-        """Make the settings that a checkpoint was trained with the defaults of this command."""
-        checkpoint = runs.read_checkpoint(path)
-        self.checkpoint_step = int(checkpoint.get("global_step", 0))
+    def _settings_of_checkpoint(self, path: Path, checkpoint: dict[str, Any]) -> dict[str, int | float | str | bool]:
         settings = runs.plain_settings("model", checkpoint["hyper_parameters"])
         settings |= runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
         settings["seed_everything"] = settings.pop("model.seed", DEFAULT_SEED)
         settings.pop("data.seed", None)
         run = runs.run_folder(path)
-        if self.command == "fit" and run:
-            settings |= runs.trainer_settings(run)
-        known = parser.get_defaults()
-        try:
-            parser.set_defaults({key: value for key, value in settings.items() if key in known})
-        except (TypeError, ValueError, KeyError) as error:
-            raise CommandError(f"--ckpt_path {path}: its settings do not fit this version ({error})") from error
+        return settings | runs.saved_settings(run) if self.command == "fit" and run else settings
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI 2.6 lays the checkpoint's settings over the user's flags; `parse_arguments` does it the
@@ -186,7 +164,7 @@ class MNISTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.checkpoint:
-            print(f"Checkpoint: {self.checkpoint}", flush=True)
+            print("\n".join([f"Checkpoint: {self.checkpoint}", *self.changes]), flush=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -209,19 +187,26 @@ class MNISTCLI(LightningCLI):
         if settings["logger"] in (None, True):
             if run and self.command in ("fit", "test"):
                 # a resumed run goes on in its own folder, and a test's result goes where the run lies
-                kwargs["logger"] = RunLogger(run.parent.parent, version=run.name, default_hp_metric=False)
-                kwargs["logger"].tested_step = self.checkpoint_step
+                suffix = TEST_SUFFIX if self.command == "test" else ""
+                kwargs["logger"] = RunLogger(
+                    run.parent.parent, version=run.name, default_hp_metric=False, filename_suffix=suffix
+                )
+                if self.command == "test":
+                    kwargs["logger"].tested_step = self.loaded["global_step"]
             elif self.command == "fit" and not settings["fast_dev_run"]:
                 kwargs["logger"] = RunLogger(settings["default_root_dir"] or ".", default_hp_metric=False)
             else:
                 kwargs["logger"] = False
         callbacks: list[Callback] = [RunReport(run, self.checkpoint)]
-        if self.command == "fit":
-            validated = self.datamodule.hparams["val_size"] > 0
+        if self.command == "fit" and kwargs.get("logger", settings["logger"]) is not False:
+            callbacks.append(ExactResume())
             if settings["enable_checkpointing"] is not False:
-                if validated:
-                    callbacks.append(Checkpoints("best", validated, resumed=run is not None))
-                callbacks.append(Checkpoints("last", validated, resumed=run is not None))
+                if self.datamodule.hparams["val_size"] > 0:
+                    callbacks.append(BestCheckpoint(resumed=run is not None))
+                self.last = self.config_init["fit"]["checkpoint"]
+                callbacks.append(self.last)
+        elif settings["enable_checkpointing"] is None:
+            kwargs["enable_checkpointing"] = False  # without a folder of the run's own they could hit another's
         if self.command == "predict":
             assert self.checkpoint
             callbacks.append(
@@ -238,15 +223,24 @@ class MNISTCLI(LightningCLI):
         if self.command != "fit" or kwargs.get("logger", settings["logger"]) is False:
             self.save_config_callback = None  # it would go to the current folder, or over the run's own
         self.save_config_kwargs = {"overwrite": run is not None}
+        plugins = settings["plugins"] or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), DurableCheckpointIO()]
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
     # LightningCLI calls these four in place of the trainer's methods: checkpoints load with weights_only=True.
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        if self.trainer.is_global_zero:
-            datamodule.prepare_data()  # Lightning does so too, but claims the run's folder first: no data, no run
-        self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
+        with ExitStack() as held:
+            if self.trainer.is_global_zero:
+                datamodule.prepare_data()  # Lightning does so too, but claims the run's folder first: no data, no run
+                if isinstance(self.trainer.logger, RunLogger):
+                    run = Path(self.trainer.logger.log_dir)
+                    held.enter_context(only_process(run))
+                    if self.checkpoint and run == runs.run_folder(self.checkpoint):
+                        rewind(run, self.loaded)
+            held.enter_context(stop_on_signals(self.last))
+            self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         if not datamodule.hparams["val_size"]:
@@ -274,6 +268,8 @@ def run(args: list[str]) -> None:
             MNISTCLI(args)
         except (DataError, runs.RunError, MisconfigurationException) as error:
             raise CommandError(str(error)) from error
+        except CheckpointWriteError as error:
+            raise TrainingError(f"training stopped: {error.filename}: {error.strerror}") from error
         except OSError as error:
             raise CommandError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 

@@ -20,6 +20,9 @@ from lit_mnist.network import DigitNet
 
 Batch = tuple[Tensor, Tensor]
 
+# Goes up when a checkpoint can no longer be read by the versions before.
+CHECKPOINT_FORMAT = 1
+
 
 class LitMNIST(LightningModule):
     """A digit classifier and how it is trained.
@@ -115,15 +118,15 @@ class LitMNIST(LightningModule):
         generator = seeded_generator(hp.seed, self.current_epoch, batch_idx)
         return affine(images, affine_matrices(len(images), hp.rotation, hp.shift, hp.scale, generator))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
         log_probabilities = F.log_softmax(self(self.augment(images, batch_idx)), dim=1)
         losses = F.nll_loss(log_probabilities, targets, reduction="none")
-        loss = losses.mean()
+        cross_entropy = losses.mean()
         self._update("train", losses.detach(), log_probabilities.detach(), targets)
-        self.log("train/loss_step", loss.detach())
         smoothing = float(self.hparams["label_smoothing"])
-        return (1 - smoothing) * loss - smoothing * log_probabilities.mean() if smoothing else loss
+        loss = (1 - smoothing) * cross_entropy - smoothing * log_probabilities.mean() if smoothing else cross_entropy
+        return {"loss": loss, "cross_entropy": cross_entropy.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -135,21 +138,60 @@ class LitMNIST(LightningModule):
         """Return the probabilities of the ten digits, float (B, 10)."""
         return self(batch[0]).softmax(dim=1)
 
+    def on_train_epoch_end(self) -> None:
+        self._log_epoch("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test")
+
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, targets = batch
         logits = self(images)
         self._update(stage, F.cross_entropy(logits, targets, reduction="none"), logits, targets)
 
     def _update(self, stage: str, losses: Tensor, scores: Tensor, targets: Tensor) -> None:
-        mean_loss, accuracy = self.metric(f"{stage}/loss"), self.metric(f"{stage}/accuracy")
-        mean_loss.update(losses)
-        accuracy.update(scores, targets)
-        self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True, prog_bar=stage == "val")
-        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=stage == "val")
+        self.metric(f"{stage}/loss").update(losses)
+        self.metric(f"{stage}/accuracy").update(scores, targets)
+
+    def _log_epoch(self, stage: str) -> None:
+        # Not by `self.log` with the metric in each step: Lightning 2.6 then knows the metric only after a step, and a
+        # run resumed behind the last batch of an epoch would lose that epoch's training metrics.
+        for name in (f"{stage}/loss", f"{stage}/accuracy"):
+            self.log(name, self.metric(name).compute(), prog_bar=stage == "val")
+            self.metric(name).reset()
 
     def metric(self, name: str) -> Metric:
         """The metric behind `train/loss`, `val/accuracy` and so on."""
         return cast(Metric, self.metrics[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # the half-filled metrics of an epoch are no part of Lightning's checkpoints
+        checkpoint["lit_mnist_format"] = CHECKPOINT_FORMAT
+        checkpoint["metrics"] = {
+            name: {key: torch.as_tensor(value).clone() for key, value in self.metric(name).metric_state.items()}
+            for name in ("train/loss", "train/accuracy")
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, state in checkpoint.get("metrics", {}).items():
+            for key, value in state.items():
+                setattr(self.metric(name), key, value.clone())
+            self.metric(name)._update_count = 1  # else torchmetrics warns that it was never updated
+
+    def on_train_start(self) -> None:
+        # Lightning restores optimizer and schedule as they were saved, settings included; what is asked for now wins
+        hp: Any = self.hparams
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [hp.lr] * len(optimizer.param_groups)
+        for group, weight_decay in zip(optimizer.param_groups, (hp.weight_decay, 0.0), strict=True):
+            group["initial_lr"], group["weight_decay"] = hp.lr, weight_decay
+            group["lr"] = hp.lr * self.lr_factor(scheduler.last_epoch)
+            if hp.optimizer == "sgd":
+                group["momentum"], group["nesterov"] = hp.momentum, hp.nesterov
 
     def configure_callbacks(self) -> list[Callback]:
         decay = self.hparams["ema_decay"]

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
+from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lit_mnist import __version__
+from lit_mnist.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_mnist.module import LitMNIST
 from lit_mnist.tensorboard import PER_EPOCH
 
@@ -104,6 +105,7 @@ class RunReport(Callback):
         self._clock = self._window_clock = 0.0
         self._window_images = 0
         self._lr = 0.0
+        self._loss: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("train_seconds", "validation_seconds", "images_seen")}
@@ -130,19 +132,25 @@ class RunReport(Callback):
     ) -> None:
         self.images_seen += len(batch[0])
         self._window_images += len(batch[0])
+        self._loss = outputs["cross_entropy"]
         step = trainer.global_step
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_finite(trainer, "train/loss_step")
+            self._check_finite(trainer)
             now = perf_counter()
-            images_per_second = self._window_images / (now - self._window_clock)
+            # Logged here and not by `self.log`, which writes after all callbacks: a checkpoint that is saved behind
+            # this step must find its events written.
+            metrics = {
+                "train/loss_step": float(self._loss),
+                "train/learning_rate": self._lr,
+                "train/images_per_second": self._window_images / (now - self._window_clock),
+            }
             for logger in trainer.loggers:
-                rates = {"train/learning_rate": self._lr, "train/images_per_second": images_per_second}
-                logger.log_metrics(rates, step=step - 1)
+                logger.log_metrics(metrics, step=step - 1)
             self._window_clock, self._window_images = now, 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._check_finite(trainer, "train/loss_step")
+            self._check_finite(trainer)
             self.train_seconds += self._stop_clock(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,7 +166,7 @@ class RunReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds += self._stop_clock(pl_module)
-        self._check_finite(trainer, "train/loss_step")
+        self._check_finite(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -195,7 +203,7 @@ class RunReport(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH}
         if not all(map(math.isfinite, metrics.values())):
             raise TrainingError(diverged(trainer, "train/loss", metrics.get("train/loss", math.nan)))
-        best = kept(trainer, "val/accuracy")
+        best = best_checkpoint(trainer)
         fit = {
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
@@ -214,35 +222,36 @@ class RunReport(Callback):
         update_results(folder, fit=fit)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        last = kept(trainer, None)
+        last = next((callback.path for callback in callbacks(trainer) if isinstance(callback, LastCheckpoint)), None)
+        last = last or self.checkpoint
         if not (trainer.is_global_zero and trainer.logger and trainer.log_dir and last):
             return
         if not self.trained:
             trainer.print(f"Nothing to train: this run has finished its {trainer.current_epoch} epochs.")
+        best = best_checkpoint(trainer)
         program = "python -m lit_mnist"
-        best = kept(trainer, "val/accuracy") or last
-        rows = [
-            ("The run", shown(trainer.log_dir)),
-            ("Look at it", f"tensorboard --logdir {shown(Path(trainer.log_dir).parent)}"),
-            ("Test it", f"{program} test --ckpt_path {shown(best.best_model_path)}"),
-            (
-                "Go on",
-                f"{program} fit --ckpt_path {shown(last.best_model_path)}"
-                f" --trainer.max_epochs {2 * trainer.current_epoch}",
-            ),
-        ]
-        trainer.print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows))
+        longer = f"--trainer.max_epochs {2 * trainer.current_epoch}"
+        rows = {
+            "The run": shown(trainer.log_dir),
+            "Look at it": f"tensorboard --logdir {shown(Path(trainer.log_dir).parent)}",
+            "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}",
+            "Go on": f"{program} fit --ckpt_path {shown(last)} {longer}",
+        }
+        trainer.print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
 
-    def _check_finite(self, trainer: Trainer, name: str) -> None:
-        loss = trainer.callback_metrics.get(name)
-        if loss is not None and not math.isfinite(loss):
-            raise TrainingError(diverged(trainer, name, float(loss)))
+    def _check_finite(self, trainer: Trainer) -> None:
+        if self._loss is not None and not math.isfinite(self._loss):
+            raise TrainingError(diverged(trainer, "train/loss_step", float(self._loss)))
 
 
-def kept(trainer: Trainer, monitor: str | None) -> ModelCheckpoint | None:
-    """The callback that keeps the best checkpoint by `monitor`, or with None the last one, once it has kept one."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor == monitor and callback.best_model_path:
+def callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def best_checkpoint(trainer: Trainer) -> BestCheckpoint | None:
+    """The callback that keeps the best checkpoint, once it has kept one."""
+    for callback in callbacks(trainer):
+        if isinstance(callback, BestCheckpoint) and callback.best_model_path:
             return callback
     return None
 

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 VERSION = re.compile(r"version_(\d+)")
@@ -81,23 +80,6 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with `weights_only=True`.
-
-    Raises:
-        RunError: the file is no intact checkpoint of this project.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a file that is none of its own
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
-    expected = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), dict) for key in expected):
-        raise RunError(f"--ckpt_path {path}: that file is no checkpoint of lit_mnist")
-    return checkpoint
-
-
 def plain_settings(prefix: str, settings: Any) -> dict[str, int | float | str | bool]:
     """Those of a mapping's entries that are plain numbers, strings and booleans, as dotted command-line keys.
 
@@ -108,11 +90,14 @@ def plain_settings(prefix: str, settings: Any) -> dict[str, int | float | str | 
     return {f"{prefix}.{key}": value for key, value in settings.items() if isinstance(value, (int, float, str, bool))}
 
 
-def trainer_settings(run: Path) -> dict[str, int | float | str | bool]:
-    """Those of a run's trainer settings, from its config.yaml, that decide the training; empty where there is none."""
+def saved_settings(run: Path) -> dict[str, int | float | str | bool]:
+    """What a run's config.yaml tells of its trainer and checkpoints, as dotted keys; empty where there is none."""
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    plain = plain_settings("trainer", config.get("trainer")) if isinstance(config, dict) else {}
-    return {key: value for key, value in plain.items() if key.removeprefix("trainer.") in TRAINER_SETTINGS}
+    if not isinstance(config, dict):
+        return {}
+    trainer = plain_settings("trainer", config.get("trainer"))
+    trainer = {key: value for key, value in trainer.items() if key.removeprefix("trainer.") in TRAINER_SETTINGS}
+    return trainer | plain_settings("checkpoint", config.get("checkpoint"))

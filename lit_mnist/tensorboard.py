@@ -11,6 +11,8 @@ from lit_mnist.runs import RunError, claim_version
 
 PER_EPOCH = tuple(f"{stage}/{metric}" for stage in ("train", "val") for metric in ("loss", "accuracy"))
 
+TEST_SUFFIX = ".test"  # of the event files that `test` writes beside those of the training
+
 
 class RunLogger(TensorBoardLogger):
     """TensorBoard's events of one run, written to a folder that no other process has.

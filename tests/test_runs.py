@@ -1,5 +1,4 @@
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -57,41 +56,10 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path, wanted: str, reason: s
         runs.find_checkpoint(wanted, tmp_path)
 
 
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
-    whole = checkpoint(tmp_path / "version_0", "last-epoch=00.ckpt")
-    spoilt = {
-        "empty": b"",
-        "text": b"hello",
-        "truncated": whole.read_bytes()[:-200],
-        "pickle": pickle.dumps(Hostile(tmp_path / "run by the pickle")),
-    }
-    for name, content in spoilt.items():
-        path = tmp_path / f"{name}.ckpt"
-        path.write_bytes(content)
-        with pytest.raises(RunError, match=f"{name}.ckpt: that file is no intact checkpoint") as error:
-            runs.read_checkpoint(path)
-        assert "\n" not in str(error.value)
-    torch.save({"state_dict": Hostile(tmp_path / "run by the pickle")}, tmp_path / "hostile.ckpt")
-    with pytest.raises(RunError, match=r"no intact checkpoint"):
-        runs.read_checkpoint(tmp_path / "hostile.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(RunError, match=r"no checkpoint of lit_mnist"):
-        runs.read_checkpoint(tmp_path / "other.ckpt")
-    assert not (tmp_path / "run by the pickle").exists()
-
-
 def test_only_plain_settings_are_taken(tmp_path: Path) -> None:
     hostile = {"lr": 0.1, "name": "x", "flag": True, "_class_path": ["os.system"], "init": {"class_path": "os.system"}}
     assert runs.plain_settings("model", hostile) == {"model.lr": 0.1, "model.name": "x", "model.flag": True}
     (tmp_path / "config.yaml").write_text("trainer:\n  max_epochs: 3\n  logger: os.system\n  strategy: x.Y\n")
-    assert runs.trainer_settings(tmp_path) == {"trainer.max_epochs": 3}
+    assert runs.saved_settings(tmp_path) == {"trainer.max_epochs": 3}
     (tmp_path / "config.yaml").write_text("trainer: !!python/object/apply:os.system ['true']\n")
-    assert runs.trainer_settings(tmp_path) == {}
+    assert runs.saved_settings(tmp_path) == {}

@@ -1,0 +1,225 @@
+"""Durable writing and safe reading of checkpoints, and which ones a run keeps."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+
+from lit_mnist.module import CHECKPOINT_FORMAT
+from lit_mnist.runs import RunError, versions
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with `weights_only=True`: it can make the program neither run code nor import a module.
+
+    Raises:
+        RunError: the file is no intact checkpoint of this project, or of a newer format.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a file that is none of its own
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
+    expected = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), dict) for key in expected):
+        raise RunError(f"--ckpt_path {path}: that file is no checkpoint of lit_mnist")
+    if checkpoint.get("lit_mnist_format") not in range(1, CHECKPOINT_FORMAT + 1):
+        raise RunError(
+            f"--ckpt_path {path}: that checkpoint has the format {checkpoint.get('lit_mnist_format')}, and this version"
+            f" reads up to {CHECKPOINT_FORMAT}; install a newer lit_mnist"
+        )
+    return checkpoint
+
+
+def newest_intact(runs: Path) -> Path | None:
+    """The newest checkpoint that can be read, of the newest run that has one."""
+    for run in versions(runs):
+        for path in sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            try:
+                read_checkpoint(path)
+            except RunError:
+                continue
+            return path
+    return None
+
+
+class Interrupted(Exception):  # noqa: N818, it is no error
+    """The training was stopped by a signal; `checkpoint` is where it goes on."""
+
+    def __init__(self, signum: int, checkpoint: Path | None) -> None:
+        super().__init__(signum, checkpoint)
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; those written before are as they were."""
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint so that a kill at any moment leaves a whole one, and reads with `weights_only=True` alone.
+
+    TorchCheckpointIO of Lightning 2.6 writes to a temporary folder, which may be on another file system, and copies
+    from there without flushing: a kill in the middle leaves half a file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        content = io.BytesIO()  # in memory first: a full disk then is a plain OSError
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
+            finally:
+                os.close(folder)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CheckpointWriteError(
+                error.errno, f"{error.strerror}; checkpoints written before are as they were", str(path)
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint of the best validation accuracy; its name tells epoch and accuracy.
+
+    Args:
+        resumed: whether this goes on with a run in its own folder.
+    """
+
+    def __init__(self, resumed: bool) -> None:
+        super().__init__(
+            filename="best-epoch={epoch:02d}-accuracy={val/accuracy:.4f}",
+            monitor="val/accuracy",
+            mode="max",
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+            enable_version_counter=not resumed,  # a resumed run that comes to the same name means the same file
+        )
+        self.resumed = resumed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # ModelCheckpoint 2.6 forgets the best score, but not the best path, when the folder is written in another
+        # way: relative or absolute, or moved. Here the run decides: its own folder, its own best.
+        if not (self.resumed and self.dirpath):
+            return
+        here = Path(self.dirpath)
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {key: str(here / Path(state_dict[key]).name) if state_dict[key] else "" for key in paths}
+        best_k_models = {str(here / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best_k_models, "dirpath": self.dirpath})
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        # ModelCheckpoint 2.6 keeps the file that a run was resumed from, as a second best for ever
+        return previous != current and Path(previous).parent == Path(current).parent
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the newest state of a run: what a kill costs at most.
+
+    Written at the start, every so many seconds or steps, behind each validation, and at the end. The name tells epoch,
+    step and, once there is one, the accuracy of the latest validation. ModelCheckpoint 2.6 with `save_last` would write
+    it only where it has just written a best one.
+
+    Args:
+        every_seconds: how often, in seconds of training.
+        every_n_steps: also behind every step that this number divides; 0 means never.
+
+    Raises:
+        ValueError: a negative number.
+    """
+
+    def __init__(self, every_seconds: float = 10.0, every_n_steps: int = 0) -> None:
+        if every_seconds < 0 or every_n_steps < 0:
+            raise ValueError(
+                "checkpoint.every_seconds and checkpoint.every_n_steps must be numbers from 0, got"
+                f" {every_seconds} and {every_n_steps}"
+            )
+        self.every_seconds = every_seconds
+        self.every_n_steps = every_n_steps
+        self.path: Path | None = None
+        self.stop_signal: int | None = None  # set from outside: save behind this step, then stop
+        self._saved_at = monotonic()
+        self._epoch = self._step = 0
+        self._accuracy: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "accuracy": self._accuracy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch, self._accuracy = state_dict["epoch"], state_dict["accuracy"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self.save(trainer)  # at no moment is there nothing to go on with
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._epoch = trainer.current_epoch
+        stepped = trainer.global_step > self._step
+        self._step = trainer.global_step
+        # Not where gradients accumulate: they are in no checkpoint. And not in front of a validation or behind the last
+        # batch of an epoch: Lightning 2.6 resumes from there behind the validation, and leaves it out.
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if not stepped or trainer.is_last_batch or trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            return
+        due = monotonic() - self._saved_at >= self.every_seconds
+        due = due or bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
+        # a run that has diverged is stopped by RunReport, and until then its last sound state stays
+        if (due or self.stop_signal) and math.isfinite(outputs["cross_entropy"]):
+            self.save(trainer)
+        self._stop_if_asked()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._accuracy = float(trainer.callback_metrics["val/accuracy"])
+            self.save(trainer)
+            self._stop_if_asked()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def _stop_if_asked(self) -> None:
+        if self.stop_signal:
+            raise Interrupted(self.stop_signal, self.path)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of this moment, then remove the one before."""
+        name = f"last-epoch={self._epoch:02d}-step={trainer.global_step:06d}"
+        if self._accuracy is not None:
+            name += f"-accuracy={self._accuracy:.4f}"
+        for logger in trainer.loggers:
+            logger.save()  # events on the disk first: the checkpoint tells how many there are
+        assert trainer.log_dir
+        path = Path(trainer.log_dir) / "checkpoints" / f"{name}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for older in path.parent.glob("last-*.ckpt"):
+                if older.name != path.name:
+                    older.unlink(missing_ok=True)
+        self.path = path
+        self._saved_at = monotonic()

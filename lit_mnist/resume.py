@@ -1,0 +1,154 @@
+"""Going on with a run: what a checkpoint lacks, the curve up to it, one process at a time, a stop on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lit_mnist.checkpoint import Interrupted, LastCheckpoint
+from lit_mnist.runs import RunError
+from lit_mnist.tensorboard import TEST_SUFFIX
+
+# Changing these would make another run of it, not a continuation.
+FIXED = {
+    "model.layers": "the weights are of that network",
+    "model.optimizer": "the optimizer's state is of that kind",
+    "data.val_size": "held-out images would have been trained on",
+    "data.split_seed": "held-out images would have been trained on",
+    "seed_everything": "the order of the batches is a function of it",
+}
+ON_OFF = {
+    "model.dropout": "the network has dropout layers or has not",
+    "model.ema_decay": "the checkpoint has averaged weights or has not",
+}
+
+
+class ExactResume(Callback):
+    """Puts into checkpoints what Lightning 2.6 leaves out: torch's random state and how much of the curve was written.
+
+    The order of the batches and their augmentation are functions of the seed, so the random state is dropout's alone.
+    """
+
+    def __init__(self) -> None:
+        self._random: Mapping[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random"] = {"cpu": torch.get_rng_state()}
+        if pl_module.device.type == "cuda":
+            checkpoint["random"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        if trainer.logger and trainer.log_dir:
+            checkpoint["events"] = {path.name: path.stat().st_size for path in event_files(Path(trainer.log_dir))}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random = checkpoint.get("random")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the last hook before the first step: whatever was drawn on the way here does not count
+        if self._random:
+            torch.set_rng_state(self._random["cpu"])
+            if "cuda" in self._random and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random["cuda"], pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 0:
+            # Lightning 2.6 resumes a checkpoint of step 0 with this counter of the loggers' steps at 1
+            trainer.fit_loop.epoch_loop._batches_that_stepped = 0
+
+
+def event_files(run: Path) -> list[Path]:
+    """The files of a run's training curve; those of `test` are left out."""
+    return [path for path in run.glob("events.out.tfevents.*") if not path.name.endswith(TEST_SUFFIX)]
+
+
+def rewind(run: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a run's curve off behind a checkpoint, so that going on writes nothing twice."""
+    sizes = checkpoint.get("events")
+    if not isinstance(sizes, dict):
+        return
+    for path in event_files(run):
+        if path.name not in sizes:
+            path.unlink()
+        elif path.stat().st_size > sizes[path.name]:
+            os.truncate(path, sizes[path.name])
+    for partial in (run / "checkpoints").glob(".*.tmp"):
+        partial.unlink()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], epoch_unfinished: bool) -> list[str]:
+    """What a continuation changes, a line each.
+
+    Args:
+        before: the run's settings by dotted key.
+        now: those asked for.
+        epoch_unfinished: whether the checkpoint lies within an epoch.
+
+    Raises:
+        RunError: one that cannot be changed.
+    """
+    changed = {key: (value, now[key]) for key, value in before.items() if key in now and now[key] != value}
+    for key, (old, new) in changed.items():
+        reason = FIXED.get(key)
+        if key in ON_OFF and bool(old) != bool(new):
+            reason = ON_OFF[key]
+        if key == "data.batch_size" and epoch_unfinished:
+            reason = "the checkpoint lies within an epoch, whose batches are counted"
+        if reason:
+            raise RunError(f"{key} was {old} in this run and cannot become {new}: {reason}; start a new run for that")
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+@contextmanager
+def only_process(run: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the system lets go of it however the process ends.
+
+    Raises:
+        RunError: another process has it.
+    """
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{run}: another process is training this run") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def stop_on_signals(last: LastCheckpoint | None) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the training behind the step at hand; a second Ctrl-C ends it at once.
+
+    Raises:
+        Interrupted: the training was ended so.
+    """
+    if last is None:
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        last.stop_signal = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for signum in before:
+        signal.signal(signum, stop)
+    try:
+        yield
+    except SystemExit as exit_:
+        # Lightning 2.6 turns KeyboardInterrupt into exit status 1
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            raise Interrupted(signal.SIGINT, last.path) from None
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
