@@ -223,6 +223,7 @@ class MNISTCLI(LightningCLI):
         if self.command != "fit" or kwargs.get("logger", settings["logger"]) is False:
             self.save_config_callback = None  # it would go to the current folder, or over the run's own
         self.save_config_kwargs = {"overwrite": run is not None}
+        self.config[self.command]["ckpt_path"] = None  # config.yaml repeats the run, it does not resume it
         plugins = settings["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), DurableCheckpointIO()]
         self.trainer_defaults = {"callbacks": callbacks}

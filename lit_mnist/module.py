@@ -56,7 +56,7 @@ class LitMNIST(LightningModule):
 
     def __init__(
         self,
-        layers: str = "16x5/2 32/2 32",
+        layers: str = "16x5/2 16 20/2 24 24",
         dropout: float = 0.0,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.4,
@@ -65,7 +65,7 @@ class LitMNIST(LightningModule):
         weight_decay: float = 5e-4,
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
         warmup: float = 0.2,
-        label_smoothing: float = 0.05,
+        label_smoothing: float = 0.0,
         ema_decay: float = 0.99,
         rotation: float = 0.0,
         shift: float = 1.0,
@@ -194,7 +194,8 @@ class LitMNIST(LightningModule):
                 group["momentum"], group["nesterov"] = hp.momentum, hp.nesterov
 
     def configure_callbacks(self) -> list[Callback]:
-        decay = self.hparams["ema_decay"]
+        # outside fit it would warn that it has nothing to average
+        decay = self.hparams["ema_decay"] if self.trainer.state.fn == "fit" else 0
         return [EMAWeightAveraging(decay=decay)] if decay else []
 
     def configure_optimizers(self) -> Any:

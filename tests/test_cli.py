@@ -139,6 +139,18 @@ def test_fit_goes_on_in_the_same_run(command: Command, capsys: pytest.CaptureFix
     assert results["best"]["val/accuracy"] == pytest.approx(max(accuracies))
 
 
+def test_config_yaml_repeats_a_run(command: Command) -> None:
+    assert command("fit", *TINY, "--trainer.max_epochs", "1") == 0
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    assert command("fit", "--config", "lightning_logs/version_0/config.yaml") == 0
+    resumed, repeated = (
+        torch.load(only(f"lightning_logs/version_{run}/checkpoints/last-*"), weights_only=True) for run in range(2)
+    )
+    assert resumed["global_step"] == repeated["global_step"] == 14
+    assert resumed["hyper_parameters"] == repeated["hyper_parameters"]
+    assert resumed["datamodule_hyper_parameters"] == repeated["datamodule_hyper_parameters"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

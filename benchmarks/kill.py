@@ -1,0 +1,197 @@
+"""Kill the real program with SIGKILL at random moments, resume it, and compare with the run that was never killed.
+
+    python benchmarks/kill.py                       # 60 kills over three recipes: minutes
+    python benchmarks/kill.py --kills 3 smoke
+
+Each trial starts `python -m lit_mnist fit` on real MNIST with a shortened recipe, kills it at a random (seeded) moment
+of its training, or now and then of its start, resumes it with `--ckpt_path last`, kills it again up to three times, and
+then lets it end. Every tensor of its last checkpoint (weights, averaged weights, optimizer, random state, best score)
+and every scalar of its curve but the timings is compared with the uninterrupted run's. Prints a table, appends a line a
+trial to results/kill.jsonl, and ends with status 1 where anything differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_mnist.data import mnist
+from lit_mnist.report import conditions
+
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "kill.jsonl"
+TIMINGS = {"train/images_per_second"}
+SHORT = ["--trainer.max_epochs", "3", "--trainer.limit_train_batches", "40", "--trainer.log_every_n_steps", "3"]
+SHORT += ["--trainer.enable_model_summary", "false", "--data.val_size", "1000", "--checkpoint.every_seconds", "0.2"]
+RECIPES = {
+    "default": SHORT,
+    "seed": ["--config", str(REPOSITORY / "configs" / "seed.yaml"), *SHORT],
+    "smoke": ["--config", str(REPOSITORY / "configs" / "smoke.yaml"), *SHORT],
+}
+# one thread a process: two trials run side by side, and sums come out in one order
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(folder: Path, flags: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lit_mnist", "fit", *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"fit ended with status {process.returncode}:\n{out}")
+
+
+def event_files(folder: Path) -> set[Path]:
+    return set(folder.glob("lightning_logs/version_0/events.out.*"))
+
+
+def kill_somewhere(process: subprocess.Popen[str], folder: Path, seconds: float, moment: random.Random) -> bool:
+    """Kill the process; False where it ended before.
+
+    The clock runs from the moment when this process opened its own file of events: the imports before it are seconds
+    in which nothing can be lost. One kill in eight comes somewhere in the start all the same.
+    """
+    before = event_files(folder)
+    started = monotonic()
+    in_start = moment.random() < 1 / 8
+    delay = moment.uniform(2, 8) if in_start else moment.uniform(0, seconds)
+    while not in_start and not event_files(folder) - before and process.poll() is None:
+        sleep(0.005)
+    opened = started if in_start else monotonic()
+    while monotonic() - opened < delay and process.poll() is None:
+        sleep(0.002)
+    if process.poll() is not None:
+        return False
+    process.kill()
+    process.communicate()
+    return True
+
+
+def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {key: tensor for part, inner in items for key, tensor in tensors(inner, f"{name}/{part}").items()}
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple[int, float]]], list[str]]:
+    """All tensors of the last checkpoint and of the best, the curve, and the names of the checkpoints."""
+    run = folder / "lightning_logs" / "version_0"
+    paths = sorted((run / "checkpoints").iterdir())
+    all_tensors = {}
+    for path in paths:
+        checkpoint = torch.load(path, weights_only=True)
+        kept = {key: value for key, value in checkpoint.items() if key not in ("hyper_parameters", "events")}
+        all_tensors |= tensors(kept, path.name)
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    curve = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in set(events.Tags()["scalars"]) - TIMINGS
+    }
+    return all_tensors, curve, [path.name for path in paths]
+
+
+def trial(recipe: str, number: int, flags: list[str], expected: Any, seconds: float) -> dict[str, Any]:
+    moment = random.Random(f"{recipe} {number}")
+    kills = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        next_flags = flags
+        for _ in range(moment.randint(1, 4)):
+            killed = kill_somewhere(start(folder, next_flags), folder, seconds, moment)
+            kills += killed
+            if list(folder.glob("lightning_logs/version_0/checkpoints/last-*.ckpt")):
+                next_flags = ["--ckpt_path", "last"]
+            if not killed:
+                break
+        if next_flags is flags and (folder / "lightning_logs").exists():
+            # killed before there was anything to go on with: a newcomer would start again
+            for leftover in sorted((folder / "lightning_logs").rglob("*"), reverse=True):
+                leftover.rmdir() if leftover.is_dir() else leftover.unlink()
+        finish(start(folder, next_flags))
+        ours, curve, names = outcome(folder)
+    expected_tensors, expected_curve, expected_names = expected
+    different = [key for key in expected_tensors.keys() | ours.keys() if not same(expected_tensors, ours, key)]
+    different += [tag for tag in expected_curve.keys() | curve.keys() if expected_curve.get(tag) != curve.get(tag)]
+    different += sorted(set(names) ^ set(expected_names))
+    scalars = sum(map(len, curve.values()))
+    return {"kills": kills, "tensors": len(ours), "scalars": scalars, "different": sorted(different)}
+
+
+def same(expected: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], key: str) -> bool:
+    return key in expected and key in ours and torch.equal(expected[key], ours[key])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipes", nargs="*", default=list(RECIPES), help=f"of {', '.join(RECIPES)} (all)")
+    parser.add_argument("--kills", type=int, default=60, help="at least so many, over all recipes (60)")
+    parser.add_argument("--root", default=str(REPOSITORY / "data"), help="folder of the data")
+    settings = parser.parse_args()
+    if unknown := set(settings.recipes) - set(RECIPES):
+        parser.error(f"unknown recipes {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    mnist.prepare(settings.root)
+    share = -(-settings.kills // len(settings.recipes))
+
+    table, failed = [], False
+    with Progress() as progress, ThreadPoolExecutor(2) as pool:
+        for recipe in settings.recipes:
+            flags = [
+                *RECIPES[recipe],
+                "--trainer.accelerator",
+                "cpu",
+                "--data.root",
+                str(Path(settings.root).resolve()),
+            ]
+            with tempfile.TemporaryDirectory() as name:
+                process = start(Path(name), flags)
+                while not event_files(Path(name)) and process.poll() is None:
+                    sleep(0.005)
+                opened = monotonic()
+                finish(process)
+                seconds = monotonic() - opened
+                expected = outcome(Path(name))
+            task = progress.add_task(recipe, total=share)
+            trials: list[dict[str, Any]] = []
+            number = 0
+            while sum(result["kills"] for result in trials) < share:
+                pair = [pool.submit(trial, recipe, number + side, flags, expected, seconds) for side in range(2)]
+                number += 2
+                for result in (future.result() for future in pair):
+                    trials.append(result)
+                    with RESULTS.open("a") as file:
+                        file.write(json.dumps({"recipe": recipe, **result, **conditions(torch.device("cpu"))}) + "\n")
+                    for name in result["different"]:
+                        progress.console.print(f"{recipe}: {name} differs", markup=False)
+                progress.update(task, completed=min(share, sum(result["kills"] for result in trials)))
+            different = sum(bool(result["different"]) for result in trials)
+            failed |= different > 0
+            kills = sum(result["kills"] for result in trials)
+            table.append((recipe, len(trials), kills, trials[0]["tensors"], trials[0]["scalars"], different))
+    print("\n| recipe | runs | kills | tensors compared a run | scalars compared a run | runs that differ |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in table:
+        print("| " + " | ".join(map(str, row)) + " |")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
