@@ -37,10 +37,10 @@ def settings_of(flags: list[str]) -> str:
     return hashlib.sha256(printed.getvalue().encode()).hexdigest()[:12]
 
 
-def run(flags: list[str], seed: int, test: bool) -> dict[str, Any]:
+def run(flags: list[str], seed: int, test: bool, root: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*flags, "--seed_everything", str(seed), "--trainer.default_root_dir", folder]
-        if status := lit_mnist(["fit", *flags]):
+        flags = [*flags, "--seed_everything", str(seed), "--trainer.default_root_dir", folder, "--data.root", root]
+        if status := lit_mnist(["fit", *flags, "--trainer.enable_model_summary", "false"]):
             raise SystemExit(status)
         results = Path(folder, "lightning_logs", "version_0", "results.json")
         fit = json.loads(results.read_text())["fit"]
@@ -48,6 +48,7 @@ def run(flags: list[str], seed: int, test: bool) -> dict[str, Any]:
             kept = "best" if fit["best"] else "last"
             if status := lit_mnist(["test", "--ckpt_path", kept, "--trainer.default_root_dir", folder]):
                 raise SystemExit(status)
+        fit["data"].pop("root")  # no condition of the figure
         return {"fit": fit, "test": json.loads(results.read_text()).get("test")}
 
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=10, help="how many seeds (10)")
     parser.add_argument("--config", help="the recipe; without one, what fit does by itself")
     parser.add_argument("--test", action="store_true", help="score the test set as well")
+    parser.add_argument("--root", default="data", help="folder of the data (data)")
     options, extra = parser.parse_known_args()
     recipe = Path(options.config).stem if options.config else "default"
     flags = [*(["--config", options.config] if options.config else []), *extra]
@@ -74,7 +76,7 @@ def main() -> None:
         if seed in mine and (mine[seed]["test"] or not options.test):
             continue
         print(f"\n{recipe}, seed {seed} of {options.n}", flush=True)
-        result = run(flags, seed, options.test)
+        result = run(flags, seed, options.test, options.root)
         mine[seed] = {"recipe": recipe, "flags": extra, "settings": settings, "seed": seed, **result}
         with RESULTS.open("a") as file:
             file.write(json.dumps(mine[seed]) + "\n")

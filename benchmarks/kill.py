@@ -95,7 +95,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple
     """All tensors of the last checkpoint and of the best, the curve, and the names of the checkpoints."""
     run = folder / "lightning_logs" / "version_0"
     paths = sorted((run / "checkpoints").iterdir())
-    all_tensors = {}
+    all_tensors: dict[str, torch.Tensor] = {}
     for path in paths:
         checkpoint = torch.load(path, weights_only=True)
         kept = {key: value for key, value in checkpoint.items() if key not in ("hyper_parameters", "events")}

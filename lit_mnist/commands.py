@@ -128,7 +128,7 @@ class MNISTCLI(LightningCLI):
             except runs.RunError as error:
                 intact = newest_intact(folder) if wanted in ("best", "last") else None
                 raise CommandError(f"{error}; the newest intact one is {intact}" if intact else str(error)) from error
-            before = self._settings_of_checkpoint(self.checkpoint, self.loaded)
+            before = self._settings_of_checkpoint(self.loaded)
             defaults = self._parser(self.command).get_defaults()
             before = {key: value for key, value in before.items() if key in defaults}
             # the run's settings become this command's defaults, and everything is parsed again over them
@@ -139,13 +139,14 @@ class MNISTCLI(LightningCLI):
                 progress = self.loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]
                 self.changes = differences(before, self.config["fit"], not progress["is_last_batch"])
 
-    def _settings_of_checkpoint(self, path: Path, checkpoint: dict[str, Any]) -> dict[str, int | float | str | bool]:
+    def _settings_of_checkpoint(self, checkpoint: dict[str, Any]) -> dict[str, int | float | str | bool]:
         settings = runs.plain_settings("model", checkpoint["hyper_parameters"])
         settings |= runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
         settings["seed_everything"] = settings.pop("model.seed", DEFAULT_SEED)
         settings.pop("data.seed", None)
-        run = runs.run_folder(path)
-        return settings | runs.saved_settings(run) if self.command == "fit" and run else settings
+        if self.command == "fit" and isinstance(checkpoint.get("settings"), dict):
+            settings |= runs.run_settings(checkpoint["settings"])
+        return settings
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI 2.6 lays the checkpoint's settings over the user's flags; `parse_arguments` does it the
@@ -199,7 +200,7 @@ class MNISTCLI(LightningCLI):
                 kwargs["logger"] = False
         callbacks: list[Callback] = [RunReport(run, self.checkpoint)]
         if self.command == "fit" and kwargs.get("logger", settings["logger"]) is not False:
-            callbacks.append(ExactResume())
+            callbacks.append(ExactResume(runs.run_settings(dict(self.config["fit"].items()))))
             if settings["enable_checkpointing"] is not False:
                 if self.datamodule.hparams["val_size"] > 0:
                     callbacks.append(BestCheckpoint(resumed=run is not None))

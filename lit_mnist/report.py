@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lit_mnist import __version__
-from lit_mnist.checkpoint import BestCheckpoint, LastCheckpoint
+from lit_mnist.checkpoint import BestCheckpoint, Interrupted, LastCheckpoint
 from lit_mnist.module import LitMNIST
 from lit_mnist.tensorboard import PER_EPOCH
 
@@ -108,7 +108,11 @@ class RunReport(Callback):
         self._loss: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("train_seconds", "validation_seconds", "images_seen")}
+        return {
+            "train_seconds": self.train_seconds + (perf_counter() - self._clock if self.trained else 0),
+            "validation_seconds": self.validation_seconds,
+            "images_seen": self.images_seen,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():
@@ -116,6 +120,8 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
+        self._start_clock()  # a run that is resumed within an epoch starts none
+        self._write_results(trainer, pl_module, "running")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_clock()
@@ -197,14 +203,23 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning 2.6 logs the metrics of the last epoch just before this hook
+        self._write_results(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.trained and trainer.state.fn == "fit":
+            self._write_results(
+                trainer,
+                pl_module,
+                "interrupted" if isinstance(exception, (Interrupted, KeyboardInterrupt)) else "failed",
+            )
+
+    def _write_results(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         if not (trainer.is_global_zero and trainer.logger and trainer.log_dir):
             return
-        folder = Path(trainer.log_dir)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH}
-        if not all(map(math.isfinite, metrics.values())):
-            raise TrainingError(diverged(trainer, "train/loss", metrics.get("train/loss", math.nan)))
         best = best_checkpoint(trainer)
         fit = {
+            "state": state,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
@@ -219,7 +234,7 @@ class RunReport(Callback):
             "data": dict(trainer.datamodule.hparams) if trainer.datamodule else {},  # type: ignore[attr-defined]
             **conditions(pl_module.device),
         }
-        update_results(folder, fit=fit)
+        update_results(Path(trainer.log_dir), fit=fit)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = next((callback.path for callback in callbacks(trainer) if isinstance(callback, LastCheckpoint)), None)
@@ -230,7 +245,7 @@ class RunReport(Callback):
             trainer.print(f"Nothing to train: this run has finished its {trainer.current_epoch} epochs.")
         best = best_checkpoint(trainer)
         program = "python -m lit_mnist"
-        longer = f"--trainer.max_epochs {2 * trainer.current_epoch}"
+        longer = f"--trainer.max_epochs {2 * max(1, trainer.current_epoch)}"
         rows = {
             "The run": shown(trainer.log_dir),
             "Look at it": f"tensorboard --logdir {shown(Path(trainer.log_dir).parent)}",

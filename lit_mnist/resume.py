@@ -33,15 +33,21 @@ ON_OFF = {
 
 
 class ExactResume(Callback):
-    """Puts into checkpoints what Lightning 2.6 leaves out: torch's random state and how much of the curve was written.
+    """Puts into checkpoints what Lightning 2.6 leaves out: torch's random state, how much of the curve was written, and
+    the trainer's settings (config.yaml is not written in one piece, and a resumed run writes it anew).
 
     The order of the batches and their augmentation are functions of the seed, so the random state is dropout's alone.
+
+    Args:
+        settings: plain settings of trainer and checkpoints, with dotted keys.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
         self._random: Mapping[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["settings"] = self.settings
         checkpoint["random"] = {"cpu": torch.get_rng_state()}
         if pl_module.device.type == "cuda":
             checkpoint["random"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)

@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 VERSION = re.compile(r"version_(\d+)")
-# What a resumed run takes over from config.yaml. Nothing that jsonargparse would look up as a class, such as logger or
-# strategy, for then a config.yaml could make it import any module; and nothing that is the machine's, such as devices.
+# What a resumed run takes over of the trainer's settings. Nothing that jsonargparse would look up as a class, such as
+# logger or strategy, for then a checkpoint could make it import any module; and nothing that is the machine's.
 TRAINER_SETTINGS = frozenset(
     (
         *("max_epochs", "min_epochs", "max_steps", "min_steps", "overfit_batches", "accumulate_grad_batches"),
@@ -80,24 +78,21 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
 
 
+def run_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
+    """Those of some dotted settings that a checkpoint keeps of its run's trainer, for a resumed run to take over."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if type(value) in (int, float, str, bool)
+        and (key.startswith("checkpoint.") or key.removeprefix("trainer.") in TRAINER_SETTINGS)
+    }
+
+
 def plain_settings(prefix: str, settings: Any) -> dict[str, int | float | str | bool]:
     """Those of a mapping's entries that are plain numbers, strings and booleans, as dotted command-line keys.
 
-    Whatever else a checkpoint or a config.yaml may name, classes above all, stays out.
+    Whatever else a checkpoint may name, classes above all, stays out.
     """
     if not isinstance(settings, dict):
         return {}
-    return {f"{prefix}.{key}": value for key, value in settings.items() if isinstance(value, (int, float, str, bool))}
-
-
-def saved_settings(run: Path) -> dict[str, int | float | str | bool]:
-    """What a run's config.yaml tells of its trainer and checkpoints, as dotted keys; empty where there is none."""
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    trainer = plain_settings("trainer", config.get("trainer"))
-    trainer = {key: value for key, value in trainer.items() if key.removeprefix("trainer.") in TRAINER_SETTINGS}
-    return trainer | plain_settings("checkpoint", config.get("checkpoint"))
+    return {f"{prefix}.{key}": value for key, value in settings.items() if type(value) in (int, float, str, bool)}

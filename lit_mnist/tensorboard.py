@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lightning_fabric.utilities.rank_zero import _get_rank
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lit_mnist.runs import RunError, claim_version
@@ -26,14 +27,14 @@ class RunLogger(TensorBoardLogger):
     def version(self) -> int | str:
         # TensorBoardLogger 2.6 looks for the highest number and takes the next, so programs that start together
         # share a folder; here the folder is made, which only one of them can.
-        if self._version is None:
+        if self._version is None and _get_rank() in (None, 0):  # the others are told by Lightning
             try:
                 self._version = claim_version(Path(self.root_dir))
             except OSError as error:
                 raise RunError(
                     f"trainer.default_root_dir: no run can be written to {self.root_dir} ({error.strerror})"
                 ) from error
-        return self._version
+        return 0 if self._version is None else self._version
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if any(name.startswith("test/") for name in metrics):

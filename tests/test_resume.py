@@ -1,11 +1,13 @@
 """A run that is stopped anywhere and resumed is, bit for bit, the run that was not."""
 
+import json
 import os
 import re
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -312,6 +314,43 @@ def test_a_spoilt_last_checkpoint_names_an_intact_one(command: Command, capsys: 
     assert "is no intact checkpoint" in error
     assert f"the newest intact one is {best}" in error
     assert error.count("\n") == 1
+
+
+def test_hostile_files_of_a_run_are_not_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(*SETTINGS) == 0
+    marker = tmp_path / "imported"
+    (tmp_path / "work" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Logger: pass\n")
+    monkeypatch.syspath_prepend(tmp_path / "work")
+    run = Path("lightning_logs/version_0")
+    (run / "config.yaml").write_text("trainer:\n  logger: evil.Logger\n  callbacks: !!python/object/apply:evil.f []\n")
+    (last,) = run.glob("checkpoints/last-*")
+    loaded = torch.load(last, weights_only=True)
+    loaded["settings"]["trainer.logger"] = loaded["settings"]["trainer.strategy"] = "evil.Logger"
+    loaded["hyper_parameters"] |= {
+        "_class_path": "evil.Logger",
+        "_instantiator": "evil.f",
+        "lr": {"class_path": "evil.L"},
+    }
+    loaded["datamodule_hyper_parameters"]["_class_path"] = "evil.Logger"
+    torch.save(loaded, last)
+    assert command("--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    assert not marker.exists()
+
+
+def test_results_tell_the_state(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> dict[str, Any]:
+        fit: dict[str, Any] = json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]
+        return fit
+
+    with monkeypatch.context() as patch:
+        kill(patch, "training_step", 10)
+        with pytest.raises(Killed):
+            command(*SETTINGS)
+    assert results()["state"] == "failed"
+    started = monotonic()
+    assert command("--ckpt_path", "last") == 0
+    assert results()["state"] == "finished"
+    assert results()["train_seconds"] < monotonic() - started + 60  # the clock of a run resumed within an epoch
 
 
 def test_a_full_disk(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

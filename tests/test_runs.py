@@ -56,10 +56,14 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path, wanted: str, reason: s
         runs.find_checkpoint(wanted, tmp_path)
 
 
-def test_only_plain_settings_are_taken(tmp_path: Path) -> None:
+def test_only_plain_settings_are_taken() -> None:
     hostile = {"lr": 0.1, "name": "x", "flag": True, "_class_path": ["os.system"], "init": {"class_path": "os.system"}}
     assert runs.plain_settings("model", hostile) == {"model.lr": 0.1, "model.name": "x", "model.flag": True}
-    (tmp_path / "config.yaml").write_text("trainer:\n  max_epochs: 3\n  logger: os.system\n  strategy: x.Y\n")
-    assert runs.saved_settings(tmp_path) == {"trainer.max_epochs": 3}
-    (tmp_path / "config.yaml").write_text("trainer: !!python/object/apply:os.system ['true']\n")
-    assert runs.saved_settings(tmp_path) == {}
+    settings = {"trainer.max_epochs": 3, "checkpoint.every_seconds": 1.5}
+    poison = {
+        "trainer.logger": "os.system",
+        "trainer.strategy": "x.Y",
+        "model.lr": 3,
+        "trainer.precision": ["os.system"],
+    }
+    assert runs.run_settings(settings | poison) == settings
