@@ -120,16 +120,24 @@ class BestCheckpoint(ModelCheckpoint):
         )
         self.resumed = resumed
 
+    def state_dict(self) -> dict[str, Any]:
+        # names without folders: a run may be moved, and its checkpoints are the same wherever it lies
+        return self._in_folder(super().state_dict(), Path())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # ModelCheckpoint 2.6 forgets the best score, but not the best path, when the folder is written in another
         # way: relative or absolute, or moved. Here the run decides: its own folder, its own best.
-        if not (self.resumed and self.dirpath):
-            return
-        here = Path(self.dirpath)
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved = {key: str(here / Path(state_dict[key]).name) if state_dict[key] else "" for key in paths}
-        best_k_models = {str(here / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **moved, "best_k_models": best_k_models, "dirpath": self.dirpath})
+        if self.resumed and self.dirpath:
+            super().load_state_dict(self._in_folder(state_dict, Path(self.dirpath)) | {"dirpath": self.dirpath})
+
+    @staticmethod
+    def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+        def moved(path: str) -> str:
+            return str(folder / Path(path).name) if path else ""
+
+        paths = {key: moved(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best_k_models = {moved(path): score for path, score in state["best_k_models"].items()}
+        return {**state, **paths, "best_k_models": best_k_models, "dirpath": str(folder)}
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # ModelCheckpoint 2.6 keeps the file that a run was resumed from, as a second best for ever
