@@ -140,6 +140,8 @@ def test_between_the_epochs(
         ["--trainer.max_steps", "10"],
         ["--trainer.check_val_every_n_epoch", "2", "--model.ema_decay", "0", "--model.optimizer", "adamw"],
         ["--checkpoint.every_n_steps", "3"],
+        # epochs shorter than the set: behind one, its loader is still within its order
+        ["--trainer.limit_train_batches", "5", "--checkpoint.every_n_steps", "0"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],
 )
@@ -191,9 +193,9 @@ def test_going_back_to_the_best(command: Command, uninterrupted: Path) -> None:
 
 def test_killed_again_and_again(command: Command, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = SETTINGS
-    for _ in range(4):
+    for calls in (10, 1, 1, 3):  # twice before the first step
         with monkeypatch.context() as patch:
-            kill(patch, "training_step", 3)
+            kill(patch, "training_step", calls)
             with pytest.raises(Killed):
                 command(*flags)
         flags = ["--ckpt_path", "last"]

@@ -60,16 +60,16 @@ class TensorBatches:
         self.sampler = EpochOrder(len(images), seed)
         self.batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
         self._batches_done = 0
-        self._resuming = False
+        self._resume_in: int | None = None  # the epoch in which batches are to be skipped
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
-        if not self._resuming:
+        if self._resume_in != self.sampler.epoch:
             self._batches_done = 0
-        self._resuming = False
+        self._resume_in = None
         shuffled = self.sampler.seed is not None
         indices = self.sampler.indices().to(self.images.device) if shuffled else None
         for start in range(self._batches_done * self.batch_size, len(self.images), self.batch_size):
@@ -81,10 +81,15 @@ class TensorBatches:
                 yield self.images[batch], self.targets[batch]
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch were handed out: Lightning keeps it in checkpoints."""
-        return {"batches_done": self._batches_done}
+        """The epoch, and how many of its batches were handed out: Lightning keeps it in checkpoints."""
+        epoch = self.sampler.epoch if self._resume_in is None else self._resume_in  # saved again before the first batch
+        return {"epoch": epoch, "batches_done": self._batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Make the next iteration skip the batches that the saved run had taken from its epoch."""
-        self._batches_done = state["batches_done"] % len(self)  # a finished epoch has nothing left to skip
-        self._resuming = True
+        """Make that epoch's next iteration skip the batches that the saved run had taken from it.
+
+        Behind a finished epoch, which `limit_train_batches` may end early, Lightning goes on with the next one, and
+        nothing is skipped there.
+        """
+        self._batches_done = state["batches_done"] % len(self)
+        self._resume_in = state["epoch"]

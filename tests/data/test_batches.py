@@ -64,6 +64,17 @@ def test_resumes_after_any_batch(done: int) -> None:
     assert order(second) == whole  # and the skip is for one epoch
 
 
+def test_a_state_is_for_its_epoch() -> None:
+    first = batches()
+    first.sampler.set_epoch(2)
+    next(iter(first))
+    second = batches()
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict() == {"epoch": 2, "batches_done": 1}
+    second.sampler.set_epoch(3)
+    assert len(order(second)) == 10
+
+
 def test_seeds_are_mixed() -> None:
     keys = [(1, 2), (2, 1), (1, 2, 0), (1, 3), (0,), (1,)]
     draws = {tuple(torch.randint(0, 2**31, (2,), generator=seeded_generator(*key)).tolist()) for key in keys}
