@@ -41,5 +41,8 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     Returns:
         float (B, 1, 28, 28) on the scale of `images`.
     """
-    grid = F.affine_grid(matrices.to(images.device), list(images.shape), align_corners=False)
+    if images.device.type == "cuda":
+        matrices = matrices.pin_memory()  # or the copy would wait for the device
+    matrices = matrices.to(images.device, non_blocking=True)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)

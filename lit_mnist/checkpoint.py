@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -96,9 +95,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 error.errno, f"{error.strerror}; checkpoints written before are as they were", str(path)
             ) from error
 
+    def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
+        self.loaded = loaded or {}  # by path: checkpoints that were read before
+
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        if str(path) in self.loaded:
+            return dict(self.loaded[str(path)])
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
 
@@ -169,6 +173,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.path: Path | None = None
         self.stop_signal: int | None = None  # set from outside: save behind this step, then stop
+        self.on_start: Callable[[], None] | None = None  # called when the training starts
         self._saved_at = monotonic()
         self._epoch = self._step = 0
         self._accuracy: float | None = None
@@ -180,6 +185,8 @@ class LastCheckpoint(Checkpoint):
         self._epoch, self._accuracy = state_dict["epoch"], state_dict["accuracy"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.on_start:
+            self.on_start()
         self._step = trainer.global_step
         self.save(trainer)  # at no moment is there nothing to go on with
 
@@ -197,8 +204,7 @@ class LastCheckpoint(Checkpoint):
             return
         due = monotonic() - self._saved_at >= self.every_seconds
         due = due or bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
-        # a run that has diverged is stopped by RunReport, and until then its last sound state stays
-        if (due or self.stop_signal) and math.isfinite(outputs["cross_entropy"]):
+        if due or self.stop_signal:
             self.save(trainer)
         self._stop_if_asked()
 
@@ -216,17 +222,20 @@ class LastCheckpoint(Checkpoint):
             raise Interrupted(self.stop_signal, self.path)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of this moment, then remove the one before."""
+        """Write a checkpoint of this moment, then remove the one before.
+
+        Not of a run that has diverged: RunReport stops it soon, and its last sound state stays.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
+            return
         name = f"last-epoch={self._epoch:02d}-step={trainer.global_step:06d}"
         if self._accuracy is not None:
             name += f"-accuracy={self._accuracy:.4f}"
-        for logger in trainer.loggers:
-            logger.save()  # events on the disk first: the checkpoint tells how many there are
         assert trainer.log_dir
         path = Path(trainer.log_dir) / "checkpoints" / f"{name}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            for older in path.parent.glob("last-*.ckpt"):
+            for older in [*path.parent.glob("last-*.ckpt"), *path.parent.glob(".*.tmp")]:
                 if older.name != path.name:
                     older.unlink(missing_ok=True)
         self.path = path

@@ -32,7 +32,7 @@ from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.report import PredictionWriter, RunReport, TrainingError, interactive
-from lit_mnist.resume import ExactResume, differences, only_process, rewind, stop_on_signals
+from lit_mnist.resume import ExactResume, differences, only_process, stop_on_signals
 from lit_mnist.tensorboard import TEST_SUFFIX, RunLogger
 
 __all__ = ["CommandError", "Interrupted", "TrainingError", "run"]
@@ -82,7 +82,7 @@ class MNISTCLI(LightningCLI):
             LitMNIST,
             MNISTDataModule,
             seed_everything_default=DEFAULT_SEED,
-            trainer_defaults={"max_epochs": DEFAULT_EPOCHS, "num_sanity_val_steps": 0},
+            trainer_defaults={"max_epochs": DEFAULT_EPOCHS, "devices": 1, "num_sanity_val_steps": 0},
             parser_class=Parser,
             auto_configure_optimizers=False,
             # it would put `_instantiator`, code to call, into every checkpoint
@@ -112,7 +112,7 @@ class MNISTCLI(LightningCLI):
         configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
         try:
             self.config = parser.parse_args(args)
-        except CommandError as error:  # jsonargparse does not say which file
+        except (CommandError, UnicodeDecodeError) as error:  # jsonargparse does not say which file
             raise CommandError(
                 f"{error} (in {' or '.join([*configs, 'a flag'])})" if configs else str(error)
             ) from error
@@ -121,7 +121,7 @@ class MNISTCLI(LightningCLI):
         if wanted is None and self.command != "fit":
             raise CommandError(f"{self.command} needs --ckpt_path best, last or the path of a checkpoint")
         if wanted is not None:
-            folder = Path(given.get("trainer.default_root_dir") or ".") / "lightning_logs"
+            folder = root_folder(given.get("trainer.default_root_dir")) / "lightning_logs"
             self.checkpoint = runs.find_checkpoint(str(wanted), folder)
             try:
                 self.loaded = read_checkpoint(self.checkpoint)
@@ -135,12 +135,21 @@ class MNISTCLI(LightningCLI):
             self._parser(self.command).set_defaults(before)
             self.config = parser.parse_args(args)
             self.config[self.command]["ckpt_path"] = str(self.checkpoint)
+            if self.command == "validate":
+                for key in ("data.val_size", "data.split_seed"):
+                    if before[key] != self.config["validate"][key]:
+                        raise CommandError(
+                            f"{key} was {before[key]} in this run; with {self.config['validate'][key]} its training"
+                            " images would be scored"
+                        )
             if self.command == "fit":
+                if not {"loops", "optimizer_states", "callbacks"} <= self.loaded.keys():
+                    raise CommandError(f"--ckpt_path {self.checkpoint}: it holds weights alone, no state to go on from")
                 progress = self.loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]
                 self.changes = differences(before, self.config["fit"], not progress["is_last_batch"])
 
-    def _settings_of_checkpoint(self, checkpoint: dict[str, Any]) -> dict[str, int | float | str | bool]:
-        settings = runs.plain_settings("model", checkpoint["hyper_parameters"])
+    def _settings_of_checkpoint(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        settings: dict[str, Any] = runs.plain_settings("model", checkpoint["hyper_parameters"])
         settings |= runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
         settings["seed_everything"] = settings.pop("model.seed", DEFAULT_SEED)
         settings.pop("data.seed", None)
@@ -155,6 +164,14 @@ class MNISTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SystemExit as stop:  # Lightning 2.6 turns KeyboardInterrupt into exit status 1
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        except OSError as error:
+            if subcommand != "fit" or isinstance(error, CheckpointWriteError) or not self.report.trained:
+                raise
+            raise TrainingError(f"training stopped: {error}; checkpoints written before are as they were") from error
         except RuntimeError as error:  # torch's type for weights of another shape or name
             if "loading state_dict" not in str(error):
                 raise
@@ -172,6 +189,11 @@ class MNISTCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise CommandError(" ".join(str(error).split())) from error
+        if self.trainer.world_size > 1:
+            raise CommandError(
+                f"trainer.devices and trainer.num_nodes ask for {self.trainer.world_size} processes; batches are not"
+                " shared between processes yet, so 1 is allowed"
+            )
         if (
             self.command == "fit"
             and self.model.needs_total_steps
@@ -186,21 +208,26 @@ class MNISTCLI(LightningCLI):
         settings = self.config_init[self.command]["trainer"]
         run = runs.run_folder(self.checkpoint) if self.checkpoint else None
         if settings["logger"] in (None, True):
-            if run and self.command in ("fit", "test"):
+            if settings["fast_dev_run"] or self.command in ("validate", "predict"):
+                kwargs["logger"] = False
+            elif run:
                 # a resumed run goes on in its own folder, and a test's result goes where the run lies
                 suffix = TEST_SUFFIX if self.command == "test" else ""
                 kwargs["logger"] = RunLogger(
-                    run.parent.parent, version=run.name, default_hp_metric=False, filename_suffix=suffix
+                    run.parent, name="", version=run.name, default_hp_metric=False, filename_suffix=suffix
                 )
                 if self.command == "test":
                     kwargs["logger"].tested_step = self.loaded["global_step"]
-            elif self.command == "fit" and not settings["fast_dev_run"]:
-                kwargs["logger"] = RunLogger(settings["default_root_dir"] or ".", default_hp_metric=False)
+            elif self.command == "fit":
+                kwargs["logger"] = RunLogger(root_folder(settings["default_root_dir"]), default_hp_metric=False)
             else:
                 kwargs["logger"] = False
-        callbacks: list[Callback] = [RunReport(run, self.checkpoint)]
+        self.report = RunReport(run, self.checkpoint)
+        callbacks: list[Callback] = [self.report]
         if self.command == "fit" and kwargs.get("logger", settings["logger"]) is not False:
-            callbacks.append(ExactResume(runs.run_settings(dict(self.config["fit"].items()))))
+            callbacks.append(
+                ExactResume(runs.run_settings(dict(self.config["fit"].items())), self.loaded if run else {})
+            )
             if settings["enable_checkpointing"] is not False:
                 if self.datamodule.hparams["val_size"] > 0:
                     callbacks.append(BestCheckpoint(resumed=run is not None))
@@ -226,7 +253,9 @@ class MNISTCLI(LightningCLI):
         self.save_config_kwargs = {"overwrite": run is not None}
         self.config[self.command]["ckpt_path"] = None  # config.yaml repeats the run, it does not resume it
         plugins = settings["plugins"] or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), DurableCheckpointIO()]
+        # what was read is used: until the trainer would read it, a run in progress may have removed the file
+        loader = DurableCheckpointIO({str(self.checkpoint): self.loaded} if self.checkpoint else {})
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), loader]
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
@@ -239,10 +268,13 @@ class MNISTCLI(LightningCLI):
                 if isinstance(self.trainer.logger, RunLogger):
                     run = Path(self.trainer.logger.log_dir)
                     held.enter_context(only_process(run))
-                    if self.checkpoint and run == runs.run_folder(self.checkpoint):
-                        rewind(run, self.loaded)
+                    if self.checkpoint and not self.checkpoint.is_file():
+                        raise CommandError(f"--ckpt_path {self.checkpoint}: another process went on from it just now")
             held.enter_context(stop_on_signals(self.last))
             self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
+
+    def after_fit(self) -> None:
+        self.report.print_summary(self.trainer)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         if not datamodule.hparams["val_size"]:
@@ -254,6 +286,10 @@ class MNISTCLI(LightningCLI):
 
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=datamodule, weights_only=True, return_predictions=False, **kwargs)
+
+
+def root_folder(default_root_dir: str | None) -> Path:
+    return Path(default_root_dir or ".").expanduser()
 
 
 def run(args: list[str]) -> None:
@@ -268,8 +304,10 @@ def run(args: list[str]) -> None:
     with quiet():
         try:
             MNISTCLI(args)
-        except (DataError, runs.RunError, MisconfigurationException) as error:
+        except DataError as error:
             raise CommandError(str(error)) from error
+        except (ValueError, MisconfigurationException) as error:  # this project's and Lightning's for what users set
+            raise CommandError(" ".join(str(error).split())) from error
         except CheckpointWriteError as error:
             raise TrainingError(f"training stopped: {error.filename}: {error.strerror}") from error
         except OSError as error:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -140,7 +141,8 @@ class RunReport(Callback):
         self._window_images += len(batch[0])
         self._loss = outputs["cross_entropy"]
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0:
             self._check_finite(trainer)
             now = perf_counter()
             # Logged here and not by `self.log`, which writes after all callbacks: a checkpoint that is saved behind
@@ -203,20 +205,23 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning 2.6 logs the metrics of the last epoch just before this hook
+        metrics = (float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH)
+        sound = all(bool(torch.isfinite(parameter).all()) for parameter in pl_module.parameters())
+        if not (sound and all(map(math.isfinite, metrics))):
+            raise TrainingError(diverged(trainer, "the loss or a weight", math.nan))
         self._write_results(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.trained and trainer.state.fn == "fit":
-            self._write_results(
-                trainer,
-                pl_module,
-                "interrupted" if isinstance(exception, (Interrupted, KeyboardInterrupt)) else "failed",
-            )
+            state = "interrupted" if isinstance(exception, (Interrupted, KeyboardInterrupt)) else "failed"
+            with suppress(OSError):  # a full disk is told by the exception at hand
+                self._write_results(trainer, pl_module, state)
 
     def _write_results(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         if not (trainer.is_global_zero and trainer.logger and trainer.log_dir):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH}
+        train_seconds = self.state_dict()["train_seconds"]
         best = best_checkpoint(trainer)
         fit = {
             "state": state,
@@ -227,32 +232,36 @@ class RunReport(Callback):
             "best": {"checkpoint": Path(best.best_model_path).name, "val/accuracy": float(best.best_model_score)}
             if best and best.best_model_score is not None
             else None,
-            "train_seconds": round(self.train_seconds, 3),
+            "train_seconds": round(train_seconds, 3),
             "validation_seconds": round(self.validation_seconds, 3),
-            "images_per_second": round(self.images_seen / self.train_seconds, 1) if self.train_seconds else None,
+            "images_per_second": round(self.images_seen / train_seconds, 1) if train_seconds else None,
             "model": dict(pl_module.hparams),
             "data": dict(trainer.datamodule.hparams) if trainer.datamodule else {},  # type: ignore[attr-defined]
             **conditions(pl_module.device),
         }
         update_results(Path(trainer.log_dir), fit=fit)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def print_summary(self, trainer: Trainer) -> None:
+        """Say where the run lies and what to do with it, once the progress bar, which wraps long lines, is gone."""
         last = next((callback.path for callback in callbacks(trainer) if isinstance(callback, LastCheckpoint)), None)
         last = last or self.checkpoint
         if not (trainer.is_global_zero and trainer.logger and trainer.log_dir and last):
             return
         if not self.trained:
-            trainer.print(f"Nothing to train: this run has finished its {trainer.current_epoch} epochs.")
+            done = f"{trainer.current_epoch} epochs, {trainer.global_step} steps"
+            print(f"Nothing to train: this run has finished ({done}).")
         best = best_checkpoint(trainer)
         program = "python -m lit_mnist"
-        longer = f"--trainer.max_epochs {2 * max(1, trainer.current_epoch)}"
+        by_steps = 0 < trainer.max_steps <= trainer.global_step
+        longer = f"--trainer.max_steps {2 * trainer.max_steps}" if by_steps else ""
+        longer = longer or f"--trainer.max_epochs {2 * max(1, trainer.current_epoch)}"
         rows = {
             "The run": shown(trainer.log_dir),
             "Look at it": f"tensorboard --logdir {shown(Path(trainer.log_dir).parent)}",
             "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}",
             "Go on": f"{program} fit --ckpt_path {shown(last)} {longer}",
         }
-        trainer.print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
+        print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
 
     def _check_finite(self, trainer: Trainer) -> None:
         if self._loss is not None and not math.isfinite(self._loss):

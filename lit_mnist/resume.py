@@ -40,10 +40,13 @@ class ExactResume(Callback):
 
     Args:
         settings: plain settings of trainer and checkpoints, with dotted keys.
+        resumed: the checkpoint of this very run that it goes on from, or nothing.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], resumed: Mapping[str, Any]) -> None:
         self.settings = settings
+        self.resumed = resumed
+        self._old_events: list[Path] = []
         self._random: Mapping[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -52,12 +55,21 @@ class ExactResume(Callback):
         if pl_module.device.type == "cuda":
             checkpoint["random"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
         if trainer.logger and trainer.log_dir:
+            for logger in trainer.loggers:
+                logger.save()  # onto the disk first: the checkpoint tells how long the files are
             checkpoint["events"] = {path.name: path.stat().st_size for path in event_files(Path(trainer.log_dir))}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random = checkpoint.get("random")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.resumed and trainer.is_global_zero and trainer.log_dir:
+            own = Path(trainer.logger.experiment.file_writer.event_writer._file_name).name  # type: ignore[union-attr]
+            self._old_events = [path for path in event_files(Path(trainer.log_dir)) if path.name != own]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._old_events:  # only now that all else is restored; LastCheckpoint saves next
+            rewind(self._old_events, self.resumed)
         # the last hook before the first step: whatever was drawn on the way here does not count
         if self._random:
             torch.set_rng_state(self._random["cpu"])
@@ -75,18 +87,16 @@ def event_files(run: Path) -> list[Path]:
     return [path for path in run.glob("events.out.tfevents.*") if not path.name.endswith(TEST_SUFFIX)]
 
 
-def rewind(run: Path, checkpoint: Mapping[str, Any]) -> None:
+def rewind(files: list[Path], checkpoint: Mapping[str, Any]) -> None:
     """Cut a run's curve off behind a checkpoint, so that going on writes nothing twice."""
     sizes = checkpoint.get("events")
     if not isinstance(sizes, dict):
         return
-    for path in event_files(run):
+    for path in files:
         if path.name not in sizes:
             path.unlink()
         elif path.stat().st_size > sizes[path.name]:
             os.truncate(path, sizes[path.name])
-    for partial in (run / "checkpoints").glob(".*.tmp"):
-        partial.unlink()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], epoch_unfinished: bool) -> list[str]:
@@ -146,8 +156,12 @@ def stop_on_signals(last: LastCheckpoint | None) -> Iterator[None]:
         last.stop_signal = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for signum in before:
-        signal.signal(signum, stop)
+    def install() -> None:
+        for signum in before:
+            signal.signal(signum, stop)
+
+    install()
+    last.on_start = install  # again: Lightning 2.6 puts its own in front, which would end a validation with status 0
     try:
         yield
     except SystemExit as exit_:

@@ -78,12 +78,12 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
 
 
-def run_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
+def run_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool | None]:
     """Those of some dotted settings that a checkpoint keeps of its run's trainer, for a resumed run to take over."""
     return {
         key: value
         for key, value in settings.items()
-        if type(value) in (int, float, str, bool)
+        if type(value) in (int, float, str, bool, type(None))
         and (key.startswith("checkpoint.") or key.removeprefix("trainer.") in TRAINER_SETTINGS)
     }
 

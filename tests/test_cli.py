@@ -126,7 +126,7 @@ def test_equal_runs_are_equal_and_seeds_matter(command: Command) -> None:
 def test_fit_goes_on_in_the_same_run(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("fit", *TINY) == 0
     assert command("fit", "--ckpt_path", "last") == 0
-    assert "this run has finished its 2 epochs" in capsys.readouterr().out
+    assert "this run has finished (2 epochs, 14 steps)" in capsys.readouterr().out
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
     assert re.search(r"^Epoch 2: ", capsys.readouterr().out, re.M)
     assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
@@ -172,6 +172,8 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--ckpt_path", "last"], "--ckpt_path last: no run under lightning_logs has a last checkpoint"),
         (["--ckpt_path", "typo.yaml"], "--ckpt_path typo.yaml: that file is no intact checkpoint"),
         (["--trainer.default_root_dir", "typo.yaml"], "trainer.default_root_dir: no run can be written to typo.yaml/"),
+        (["--config", "latin.yaml"], "latin.yaml"),
+        (["--trainer.devices", "2"], "trainer.devices and trainer.num_nodes ask for 2 processes"),
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs must be a positive number"),
     ],
 )
@@ -180,6 +182,7 @@ def test_bad_input_is_one_line_and_costs_nothing(
 ) -> None:
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
     Path("broken.yaml").write_text("model: [1, 2\n")
+    Path("latin.yaml").write_bytes(b"model: \xe9\n")
     assert command("fit", *flags) == 2
     printed = capsys.readouterr()
     assert said in printed.err
@@ -221,6 +224,21 @@ def test_version_and_help_do_without_torch() -> None:
         code = f"import sys; from lit_mnist.cli import main; main([{flag!r}]); assert 'torch' not in sys.modules"
         printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert printed.startswith(expected)
+
+
+def test_validate_does_not_score_training_images(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("fit", *TINY) == 0
+    assert command("validate", "--ckpt_path", "last", "--data.split_seed", "7") == 2
+    assert "data.split_seed was 0 in this run" in capsys.readouterr().err
+
+
+def test_weights_alone_are_not_gone_on_from(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("fit", *TINY) == 0
+    last = only("lightning_logs/version_0/checkpoints/last-*")
+    loaded = torch.load(last, weights_only=True)
+    torch.save({key: value for key, value in loaded.items() if key not in ("loops", "optimizer_states")}, last)
+    assert command("fit", "--ckpt_path", "last") == 2
+    assert "it holds weights alone" in capsys.readouterr().err
 
 
 def test_another_network_than_the_checkpoints(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

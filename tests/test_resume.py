@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_mnist import resume
 from lit_mnist.cli import main
+from lit_mnist.data import datamodule
 from lit_mnist.module import LitMNIST
 from lit_mnist.runs import RunError
 
@@ -30,7 +31,7 @@ Command = Callable[..., int]
 
 
 class Killed(BaseException):
-    """Stands for kill -9 in process: nothing that would be run on the way out is run here."""
+    """Stands for kill -9 in process. Lightning's own way out is still taken; tests/test_kill.py kills for real."""
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 10)  # five batches a validation
     return lambda *flags: main(["fit", "--data.root", str(tiny_root), *flags])
 
 
@@ -231,12 +233,45 @@ def test_a_signal_stops_behind_the_step_and_saves(
         assert command(*rarely) == status
     told = capsys.readouterr().err
     step = 7 if hook == "validation_step" else 4
+    assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["state"] == "interrupted"
     go_on = re.search(r"to go on: python -m lit_mnist fit --ckpt_path (\S+)", told)
     assert go_on
     assert f"step={step:06d}" in go_on[1]
     assert told.count("\n") == 1
     assert command("--ckpt_path", go_on[1]) == 0
     assert_same(state(Path("lightning_logs/version_0")), state(uninterrupted))
+
+
+@pytest.mark.parametrize("extra", [["--data.val_size", "0"], ["--trainer.accumulate_grad_batches", "4"]])
+@pytest.mark.parametrize("call", [1, 7, 8])
+def test_a_signal_where_no_checkpoint_can_be_written_yet(
+    command: Command, monkeypatch: pytest.MonkeyPatch, extra: list[str], call: int
+) -> None:
+    original = LitMNIST.training_step
+    left = [call]
+
+    def signalled(self: LitMNIST, *args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitMNIST, "training_step", signalled)
+        assert command(*SETTINGS, *extra) == 143
+    assert command("--ckpt_path", "last") == 0
+    assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["epochs"] == 2
+
+
+def test_a_moved_folder_of_runs(command: Command) -> None:
+    assert command(*SETTINGS) == 0
+    shutil.move("lightning_logs", "old")
+    assert command(*SETTINGS, "--trainer.max_epochs", "1") == 0
+    other = {path: path.read_bytes() for path in Path("lightning_logs").rglob("*") if path.is_file()}
+    (last,) = Path("old/version_0/checkpoints").glob("last-*")
+    assert command("--ckpt_path", str(last), "--trainer.max_epochs", "3") == 0
+    assert {path: path.read_bytes() for path in Path("lightning_logs").rglob("*") if path.is_file()} == other
+    assert [step for step, _ in curve(Path("old/version_0"))["val/loss"]] == [6, 13, 20]
 
 
 def test_a_second_interrupt_stops_at_once(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
