@@ -5,9 +5,10 @@
 
 Each trial starts `python -m lit_mnist fit` on real MNIST with a shortened recipe, kills it at a random (seeded) moment
 of its training, or now and then of its start, resumes it with `--ckpt_path last`, kills it again up to three times, and
-then lets it end. Every tensor of its last checkpoint (weights, averaged weights, optimizer, random state, best score)
-and every scalar of its curve but the timings is compared with the uninterrupted run's. Prints a table, appends a line a
-trial to results/kill.jsonl, and ends with status 1 where anything differed.
+then lets it end. A kill counts where it left a checkpoint to go on with; one before the first checkpoint means a start
+from scratch, and has a column of its own. Every tensor of its last checkpoint (weights, averaged weights, optimizer,
+random state, best score) and every scalar of its curve but the timings is compared with the uninterrupted run's. Prints
+a table, appends a line a trial to results/kill.jsonl, and ends with status 1 where anything differed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,21 +113,21 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple
 
 def trial(recipe: str, number: int, flags: list[str], expected: Any, seconds: float) -> dict[str, Any]:
     moment = random.Random(f"{recipe} {number}")
-    kills = 0
+    kills = start_kills = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         next_flags = flags
         for _ in range(moment.randint(1, 4)):
             killed = kill_somewhere(start(folder, next_flags), folder, seconds, moment)
-            kills += killed
             if list(folder.glob("lightning_logs/version_0/checkpoints/last-*.ckpt")):
                 next_flags = ["--ckpt_path", "last"]
+                kills += killed
+            else:
+                # killed before there was anything to go on with: a newcomer would start again
+                start_kills += killed
+                shutil.rmtree(folder / "lightning_logs", ignore_errors=True)
             if not killed:
                 break
-        if next_flags is flags and (folder / "lightning_logs").exists():
-            # killed before there was anything to go on with: a newcomer would start again
-            for leftover in sorted((folder / "lightning_logs").rglob("*"), reverse=True):
-                leftover.rmdir() if leftover.is_dir() else leftover.unlink()
         finish(start(folder, next_flags))
         ours, curve, names = outcome(folder)
     expected_tensors, expected_curve, expected_names = expected
@@ -133,7 +135,13 @@ def trial(recipe: str, number: int, flags: list[str], expected: Any, seconds: fl
     different += [tag for tag in expected_curve.keys() | curve.keys() if expected_curve.get(tag) != curve.get(tag)]
     different += sorted(set(names) ^ set(expected_names))
     scalars = sum(map(len, curve.values()))
-    return {"kills": kills, "tensors": len(ours), "scalars": scalars, "different": sorted(different)}
+    return {
+        "kills": kills,
+        "start_kills": start_kills,
+        "tensors": len(ours),
+        "scalars": scalars,
+        "different": sorted(different),
+    }
 
 
 def same(expected: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], key: str) -> bool:
@@ -151,6 +159,8 @@ def main() -> int:
     mnist.prepare(settings.root)
     share = -(-settings.kills // len(settings.recipes))
 
+    where = conditions(torch.device("cpu"))
+    where["hardware"]["threads"] = int(ENVIRONMENT["OMP_NUM_THREADS"])
     table, failed = [], False
     with Progress() as progress, ThreadPoolExecutor(2) as pool:
         for recipe in settings.recipes:
@@ -178,16 +188,21 @@ def main() -> int:
                 for result in (future.result() for future in pair):
                     trials.append(result)
                     with RESULTS.open("a") as file:
-                        file.write(json.dumps({"recipe": recipe, **result, **conditions(torch.device("cpu"))}) + "\n")
+                        file.write(json.dumps({"recipe": recipe, **result, **where}) + "\n")
                     for name in result["different"]:
                         progress.console.print(f"{recipe}: {name} differs", markup=False)
                 progress.update(task, completed=min(share, sum(result["kills"] for result in trials)))
             different = sum(bool(result["different"]) for result in trials)
             failed |= different > 0
-            kills = sum(result["kills"] for result in trials)
-            table.append((recipe, len(trials), kills, trials[0]["tensors"], trials[0]["scalars"], different))
-    print("\n| recipe | runs | kills | tensors compared a run | scalars compared a run | runs that differ |")
-    print("| --- | --- | --- | --- | --- | --- |")
+            kills, start_kills = (sum(result[key] for result in trials) for key in ("kills", "start_kills"))
+            table.append(
+                (recipe, len(trials), kills, start_kills, trials[0]["tensors"], trials[0]["scalars"], different)
+            )
+    print(
+        "\n| recipe | runs | kills | kills before the first checkpoint | tensors compared a run |"
+        " scalars compared a run | runs that differ |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in table:
         print("| " + " | ".join(map(str, row)) + " |")
     return int(failed)

@@ -60,7 +60,9 @@ def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = set(events.Tags()["scalars"]) - TIMINGS
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    # Sorted, as files are read in the order of their names, which end in a counter: of two that one process makes
+    # within one second, the tenth is read before the ninth.
+    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in tags}
 
 
 def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
