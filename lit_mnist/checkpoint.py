@@ -133,6 +133,7 @@ class BestCheckpoint(ModelCheckpoint):
         # way: relative or absolute, or moved. Here the run decides: its own folder, its own best.
         if self.resumed and self.dirpath:
             super().load_state_dict(self._in_folder(state_dict, Path(self.dirpath)) | {"dirpath": self.dirpath})
+            self.current_score = state_dict["current_score"]  # which ModelCheckpoint 2.6 saves and does not load
 
     @staticmethod
     def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:

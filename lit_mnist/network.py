@@ -10,12 +10,22 @@ from torch import Tensor, nn
 # Mean and standard deviation of the 60,000 training images' pixels, on the scale 0..1.
 MEAN, STD = 0.1307, 0.3081
 
-LAYER = re.compile(r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<halve>/2)?")
+LAYER = re.compile(r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<halve>/2|s2)?(?P<add>\+)?")
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Bring raw pixels, uint8 or float on the scale 0..255, to mean 0 and standard deviation 1 over MNIST."""
     return (images.to(dtype) - 255 * MEAN).mul_(1 / (255 * STD))
+
+
+class Residual(nn.Sequential):
+    """Layers whose input is added to their output."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = input
+        for layer in self:
+            output = layer(output)
+        return input + output
 
 
 class DigitNet(nn.Module):
@@ -28,6 +38,8 @@ class DigitNet(nn.Module):
     `16x5`    the same with a 5x5 kernel (1, 3, 5 or 7; always padded to keep the size)
     `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters
     `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
+    `16s2`    the convolution with a stride of 2: a quarter of the pixels, without looking at the others
+    `16+`     the layer's input is added to its output (https://arxiv.org/abs/1512.03385); their shapes must agree
     `pool`    2x2 max pooling after the dropout, as text books draw it
     ========  ==========================================================================================
 
@@ -54,18 +66,24 @@ class DigitNet(nn.Module):
                 size //= 2
             elif match := LAYER.fullmatch(word):
                 width, kernel = int(match["width"]), int(match["kernel"] or 3)
+                if match["add"] and (width != channels or match["halve"]):
+                    raise ValueError(f"model.layers adds to {word!r} its input, which has another shape, in {layers!r}")
+                layer: list[nn.Module] = []
                 if match["depthwise"]:
-                    blocks.append(
+                    layer.append(
                         nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
                     )
                     kernel = 1
-                blocks.append(nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False))
+                stride = 2 if match["halve"] == "s2" else 1
+                layer.append(nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False))
+                if match["halve"] == "/2":
+                    layer.append(nn.MaxPool2d(2))
                 if match["halve"]:
-                    blocks.append(nn.MaxPool2d(2))
                     size //= 2
-                blocks += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                layer += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 if dropout > 0:
-                    blocks.append(nn.Dropout(dropout))
+                    layer.append(nn.Dropout(dropout))
+                blocks += [Residual(*layer)] if match["add"] else layer
                 channels = width
             else:
                 raise ValueError(

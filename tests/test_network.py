@@ -35,6 +35,21 @@ def test_leaner_designs() -> None:
     assert parameters(DigitNet("8 16x5d")) - parameters(DigitNet("8")) == 8 * 25 + 8 * 16 + 32 + (160 - 80)
 
 
+def test_a_layer_that_adds_its_input() -> None:
+    torch.manual_seed(0)
+    network = DigitNet("4/2 4x5d+").eval()
+    (residual,) = [layer for layer in network.features if type(layer).__name__ == "Residual"]
+    features = torch.randn(2, 4, 14, 14)
+    convolutions = nn.Sequential(*list(residual.children()))
+    assert_close(residual(features), features + convolutions(features))
+    assert parameters(network) == parameters(DigitNet("4/2 4x5d"))
+
+
+def test_strides_and_poolings_halve() -> None:
+    for layers in ("4s2", "4/2", "4x5s2", "4 pool"):
+        assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, 14, 14)
+
+
 def test_logits_of_raw_pixels() -> None:
     torch.manual_seed(0)
     network = DigitNet("4/2 8/2").eval()
@@ -55,7 +70,10 @@ def test_images_are_left_as_they_are() -> None:
     assert bool((images == 7).all())
 
 
-@pytest.mark.parametrize("layers", ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool"])
+@pytest.mark.parametrize(
+    "layers",
+    ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool", "8 16+", "8 8/2+", "8 8s2+"],
+)
 def test_bad_layers(layers: str) -> None:
     with pytest.raises(ValueError, match=r"model\.layers"):
         DigitNet(layers)

@@ -1,0 +1,292 @@
+"""What the time goes into: against the yardstick's own loop, a bare loop, the bare imports and the processor's peak.
+
+    python benchmarks/speed.py                       # all five, on a quiet machine
+    python benchmarks/speed.py target --rounds 20    # one of them
+
+target    seconds of training with configs/fast.yaml to its last epoch, and its test accuracy, against the
+          yardstick's 20 epochs by a loop as its author would have written it: DataLoader, ToTensor and Normalize,
+          plain PyTorch. Each round is one epoch of the yardstick, with its scoring of the test set, and one whole run
+          of ours.
+overhead  training by `fit`, with its metrics, curve and checkpoints, over a bare loop with the same network, batches,
+          augmentation, optimizer, schedule and averaged weights.
+startup   from the start of `python -m lit_mnist fit` until its first step, over importing the packages that it uses.
+peak      the training's multiplications and additions a second, as a share of the best large matrix product.
+predict   images a second: the network alone, and the command with its CSV.
+
+What is compared takes turns within one run, because timings on shared machines drift. Prints tables and appends every
+value with its conditions to results/speed.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accuracy import run as accuracy_run
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets, transforms
+
+from lit_mnist import LitMNIST
+from lit_mnist.cli import main as lit_mnist
+from lit_mnist.data import mnist
+from lit_mnist.data.batches import TensorBatches
+from lit_mnist.network import MEAN, STD
+from lit_mnist.report import conditions
+
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+QUIET = ["--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
+YARDSTICK_EPOCHS = 20
+
+
+def row(name: str, values: list[float], form: str = ".2f") -> None:
+    median, low, high = statistics.median(values), min(values), max(values)
+    print(f"{name:<44}" + "".join(f"{format(number, form):>12}" for number in (median, low, high)))
+
+
+def table(title: str) -> None:
+    print(f"\n{title:<44}{'median':>12}{'lowest':>12}{'highest':>12}")
+
+
+class Yardstick(nn.Module):
+    """The course solution's design in plain PyTorch: 15,610 parameters, as configs/seed.yaml."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(channels: int, width: int) -> list[nn.Module]:
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            return [convolution, nn.ReLU(), nn.BatchNorm2d(width), nn.Dropout(0.05)]
+
+        self.features = nn.Sequential(
+            *(*block(1, 16), *block(16, 16), *block(16, 16), nn.MaxPool2d(2)),
+            *(*block(16, 16), *block(16, 16), *block(16, 16), nn.MaxPool2d(2)),
+            *(*block(16, 24), nn.AvgPool2d(7), nn.Conv2d(24, 10, 1)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.log_softmax(self.features(images).flatten(1), dim=1)
+
+
+def yardstick_epochs(root: str) -> Iterator[tuple[float, float]]:
+    """Train as the course solution does; after each epoch give its seconds, scoring included, and its test accuracy."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    train_loader = DataLoader(datasets.MNIST(root, transform=transform), 64, shuffle=True)
+    test_loader = DataLoader(datasets.MNIST(root, train=False, transform=transform), 64)
+    torch.manual_seed(1)
+    model = Yardstick()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    while True:
+        started = perf_counter()
+        model.train()
+        for images, targets in train_loader:
+            optimizer.zero_grad()
+            loss = F.nll_loss(model(images), targets)
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        correct, test_loss = 0, 0.0
+        with torch.no_grad():
+            for images, targets in test_loader:
+                output = model(images)
+                test_loss += F.nll_loss(output, targets, reduction="sum").item()
+                correct += int((output.argmax(dim=1) == targets).sum())
+        yield perf_counter() - started, correct / len(test_loader.dataset)  # type: ignore[arg-type]
+
+
+def target(root: str, rounds: int) -> dict[str, Any]:
+    flags = ["--config", str(REPOSITORY / "configs" / "fast.yaml"), "--trainer.accelerator", "cpu"]
+    theirs, ours = [], []
+    for seed, (epoch, accuracy) in zip(range(1, rounds + 1), yardstick_epochs(root), strict=False):
+        theirs.append({"epoch_seconds": epoch, "test_accuracy": accuracy})
+        result = accuracy_run(flags, seed, True, root)
+        ours.append({"train_seconds": result["fit"]["train_seconds"], **result["test"]})
+    seconds, epoch_seconds = [r["train_seconds"] for r in ours], [r["epoch_seconds"] for r in theirs]
+    ratios = [YARDSTICK_EPOCHS * b / a for a, b in zip(seconds, epoch_seconds, strict=True)]
+    table(f"to the target, {rounds} rounds")
+    row("fast.yaml, seconds of training", seconds)
+    row("fast.yaml, test accuracy %", [100 * r["test/accuracy"] for r in ours])
+    row("the yardstick, seconds an epoch", epoch_seconds)
+    row(f"{YARDSTICK_EPOCHS} epochs of it / ours, within a round", ratios, ".1f")
+    print(f"mean test accuracy of ours: {100 * statistics.mean(r['test/accuracy'] for r in ours):.2f} %")
+    return {"ours": ours, "yardstick": theirs, "median_ratio": statistics.median(ratios)}
+
+
+@contextmanager
+def folder_of_runs() -> Iterator[list[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield ["--trainer.default_root_dir", folder]
+
+
+def bare_loop(model: LitMNIST, batches: TensorBatches, steps: int) -> float:
+    """Train without Lightning: the same network, batches, augmentation, optimizer, schedule and averaged weights."""
+    hp: Any = model.hparams
+    weights = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights[0], "weight_decay": hp.weight_decay}, {"params": weights[1], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=hp.lr, momentum=hp.momentum, nesterov=hp.nesterov)
+    scheduler = LambdaLR(optimizer, lambda step: min(1.0, 0.1 + step / steps))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema_decay), use_buffers=True)
+    model.train()
+    started = perf_counter()
+    for step, (images, targets) in zip(range(steps), batches, strict=False):
+        loss = F.cross_entropy(model.network(model.augment(images, step)), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        averaged.update_parameters(model)
+    return perf_counter() - started
+
+
+def overhead(root: str, rounds: int, steps: int = 200) -> dict[str, Any]:
+    flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps), *QUIET]
+    bare, lightning = [], []
+    for number in range(rounds + 1):
+        with folder_of_runs() as where:
+            lit_mnist(["fit", *flags, *where])
+            results = Path(where[1], "lightning_logs", "version_0", "results.json").read_text()
+        batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
+        seconds = bare_loop(LitMNIST(), batches, steps)
+        if number:  # the first round warms up
+            bare.append(seconds)
+            lightning.append(json.loads(results)["fit"]["train_seconds"])
+    ratios = [a / b for a, b in zip(lightning, bare, strict=True)]
+    table(f"the Trainer's cost, {steps} steps of the default")
+    row("fit, seconds", lightning)
+    row("bare loop, seconds", bare)
+    row("ratio within a round", ratios, ".3f")
+    return {"fit": lightning, "bare": bare, "median_ratio": statistics.median(ratios)}
+
+
+FIRST_STEP = """
+import os, sys
+from lit_mnist.cli import main
+from lit_mnist.module import LitMNIST
+LitMNIST.training_step = lambda self, batch, batch_idx: os._exit(0)
+main(sys.argv[1:])
+"""
+IMPORTS = "import torch, torchvision, torchmetrics.classification, torch.utils.tensorboard, pytorch_lightning.cli"
+
+
+def startup(root: str, rounds: int) -> dict[str, Any]:
+    ours, imports = [], []
+    for number in track(range(rounds + 1), "starting"):
+        with folder_of_runs() as where:
+            fit = [sys.executable, "-c", FIRST_STEP, "fit", "--data.root", root, *where, "--trainer.accelerator", "cpu"]
+            pair = [timed(fit), timed([sys.executable, "-c", IMPORTS])]
+        if number:
+            ours.append(pair[0])
+            imports.append(pair[1])
+    ratios = [a / b for a, b in zip(ours, imports, strict=True)]
+    table("start-up")
+    row("until the first step, seconds", ours)
+    row("bare imports, seconds", imports)
+    row("ratio within a round", ratios, ".3f")
+    return {"fit": ours, "imports": imports, "median_ratio": statistics.median(ratios)}
+
+
+def timed(command: list[str]) -> float:
+    started = perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return perf_counter() - started
+
+
+def peak(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
+    model = LitMNIST()
+    batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
+    images, targets = next(iter(batches))
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(images), targets).backward()
+    step_flops = counter.get_total_flops()
+    a, b = torch.rand(2, 2048, 2048)
+    product_flops = 2 * 2048**3
+    training, products = [], []
+    for number in track(range(rounds + 1), "measuring"):
+        seconds = bare_loop(LitMNIST(), batches, steps)
+        fastest = min(repeat(lambda: a @ b, 5))
+        if number:
+            training.append(step_flops * steps / seconds / 1e9)
+            products.append(product_flops / fastest / 1e9)
+    shares = [100 * a / b for a, b in zip(training, products, strict=True)]
+    table(f"share of the peak ({step_flops / 1e9:.2f} GFLOP a step of 128)")
+    row("bare loop of the default, GFLOP/s", training, ".1f")
+    row("matrix product of 2048, GFLOP/s", products, ".1f")
+    row("share, %", shares, ".1f")
+    return {"step_flops": step_flops, "training_gflops": training, "product_gflops": products}
+
+
+def repeat(work: Callable[[], Any], times: int) -> list[float]:
+    seconds = []
+    for _ in range(times):
+        started = perf_counter()
+        work()
+        seconds.append(perf_counter() - started)
+    return seconds
+
+
+@torch.inference_mode()
+def predict(root: str, rounds: int) -> dict[str, Any]:
+    images, _ = mnist.load(root, train=False)
+    network = LitMNIST().network.eval()
+    alone, command = [], []
+    with folder_of_runs() as where:
+        short = ["--trainer.limit_train_batches", "5", "--trainer.max_epochs", "1"]
+        lit_mnist(["fit", "--data.root", root, *where, *QUIET, *short])
+        for number in track(range(rounds + 1), "predicting"):
+            seconds = repeat(lambda: [network(batch).softmax(1) for batch in images.split(1000)], 1)[0]
+            started = perf_counter()
+            lit_mnist(["predict", "--ckpt_path", "last", *where, "--trainer.accelerator", "cpu"])
+            if number:
+                alone.append(len(images) / seconds)
+                command.append(len(images) / (perf_counter() - started))
+    table("predict, images a second")
+    row("the network of the default alone", alone, ",.0f")
+    row("the command in a warm process, with its CSV", command, ",.0f")
+    return {"network": alone, "command": command}
+
+
+MEASURES = {
+    "target": (target, 5),
+    "overhead": (overhead, 7),
+    "startup": (startup, 5),
+    "peak": (peak, 7),
+    "predict": (predict, 5),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("measures", nargs="*", help=f"of {', '.join(MEASURES)} (all)")
+    parser.add_argument("--rounds", type=int, help="how often each is measured, in turns (5 to 7)")
+    parser.add_argument("--root", default="data", help="folder of the data (data)")
+    settings = parser.parse_args()
+    if unknown := set(settings.measures) - set(MEASURES):
+        parser.error(f"unknown measures {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
+    root = str(Path(settings.root).resolve())
+    mnist.prepare(root)
+    for name in settings.measures or MEASURES:
+        measure, rounds = MEASURES[name]
+        values = measure(root, settings.rounds or rounds)
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({"measure": name, **values, **conditions(torch.device("cpu"))}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
