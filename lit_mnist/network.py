@@ -10,7 +10,9 @@ from torch import Tensor, nn
 # Mean and standard deviation of the 60,000 training images' pixels, on the scale 0..1.
 MEAN, STD = 0.1307, 0.3081
 
-LAYER = re.compile(r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<halve>/2|s2)?(?P<add>\+)?")
+LAYER = re.compile(
+    r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2|s2)?(?P<add>\+)?"
+)
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,7 +37,8 @@ class DigitNet(nn.Module):
 
     ========  ==========================================================================================
     `16`      3x3 convolution to 16 channels, batch norm, ReLU, dropout
-    `16x5`    the same with a 5x5 kernel (1, 3, 5 or 7; always padded to keep the size)
+    `16x5`    the same with a 5x5 kernel (1, 3, 5 or 7), padded to keep the size
+    `16x5v`   not padded: what follows is 4 pixels smaller, which MNIST's empty borders allow, and as much cheaper
     `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters
     `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
     `16s2`    the convolution with a stride of 2: a quarter of the pixels, without looking at the others
@@ -66,20 +69,21 @@ class DigitNet(nn.Module):
                 size //= 2
             elif match := LAYER.fullmatch(word):
                 width, kernel = int(match["width"]), int(match["kernel"] or 3)
-                if match["add"] and (width != channels or match["halve"]):
+                padding = 0 if match["valid"] else kernel // 2
+                size -= kernel - 1 - 2 * padding
+                if match["add"] and (width != channels or match["halve"] or match["valid"]):
                     raise ValueError(f"model.layers adds to {word!r} its input, which has another shape, in {layers!r}")
                 layer: list[nn.Module] = []
                 if match["depthwise"]:
-                    layer.append(
-                        nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
-                    )
-                    kernel = 1
+                    layer.append(nn.Conv2d(channels, channels, kernel, 1, padding, groups=channels, bias=False))
+                    kernel, padding = 1, 0
                 stride = 2 if match["halve"] == "s2" else 1
-                layer.append(nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False))
+                layer.append(nn.Conv2d(channels, width, kernel, stride, padding, bias=False))
                 if match["halve"] == "/2":
                     layer.append(nn.MaxPool2d(2))
-                if match["halve"]:
                     size //= 2
+                elif match["halve"] == "s2":
+                    size = -(-size // 2)
                 layer += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 if dropout > 0:
                     layer.append(nn.Dropout(dropout))
@@ -87,7 +91,8 @@ class DigitNet(nn.Module):
                 channels = width
             else:
                 raise ValueError(
-                    f"model.layers must be words such as 16, 16x5, 16x5d, 16/2 or pool, got {word!r} in {layers!r}"
+                    f"model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2, 16s2 or pool, got {word!r} in"
+                    f" {layers!r}"
                 )
         if channels == 1 or size < 1:
             raise ValueError(f"model.layers needs a convolution and at most four poolings, got {layers!r}")

@@ -50,6 +50,12 @@ def test_strides_and_poolings_halve() -> None:
         assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, 14, 14)
 
 
+def test_convolutions_without_padding() -> None:
+    for layers, size in (("4x5v", 24), ("4x5v/2", 12), ("4x7v 4v", 20), ("4x5v 4x5dv", 20), ("4x5vs2", 12)):
+        assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, size, size)
+    assert parameters(DigitNet("4x5v 8x3dv")) == parameters(DigitNet("4x5 8x3d"))
+
+
 def test_logits_of_raw_pixels() -> None:
     torch.manual_seed(0)
     network = DigitNet("4/2 8/2").eval()
