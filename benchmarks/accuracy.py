@@ -48,7 +48,8 @@ def run(flags: list[str], seed: int, test: bool, root: str) -> dict[str, Any]:
             kept = "best" if fit["best"] else "last"
             if status := lit_mnist(["test", "--ckpt_path", kept, "--trainer.default_root_dir", folder]):
                 raise SystemExit(status)
-        fit["data"].pop("root")  # no condition of the figure
+        fit["data"].pop("root")  # no condition of the figure, nor the folders in the commands
+        fit.pop("commands")
         return {"fit": fit, "test": json.loads(results.read_text()).get("test")}
 
 

@@ -15,7 +15,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from lit_mnist.module import CHECKPOINT_FORMAT
-from lit_mnist.runs import RunError, versions
+from lit_mnist.runs import RunError, find_checkpoint, versions
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -38,6 +38,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f" reads up to {CHECKPOINT_FORMAT}; install a newer lit_mnist"
         )
     return checkpoint
+
+
+def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that `best`, `last` or a path means, and what it holds.
+
+    Raises:
+        RunError: there is none, or it cannot be read; then with the newest intact one, where a name was given.
+    """
+    path = find_checkpoint(wanted, runs)
+    try:
+        return path, read_checkpoint(path)
+    except RunError as error:
+        intact = newest_intact(runs) if wanted in ("best", "last") else None
+        raise RunError(f"{error}; the newest intact one is {intact}" if intact else str(error)) from error
 
 
 def newest_intact(runs: Path) -> Path | None:

@@ -5,9 +5,14 @@ Nothing here imports torch: `--version` and `--help` answer at once. The command
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from lit_mnist import __version__
 
@@ -16,6 +21,8 @@ COMMANDS = {
     "validate": "score a checkpoint on the held-out training images",
     "test": "score a checkpoint on the 10,000 test images",
     "predict": "write a checkpoint's answers for the test images to a CSV",
+    "export": "write a checkpoint's network to an ONNX or PT2 file",
+    "runs": "list the runs under lightning_logs/",
 }
 
 HELP = f"""\
@@ -58,6 +65,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         return complain(f"unknown command {args[0]!r}, allowed are {', '.join(COMMANDS)}", BAD_INPUT)
 
+    if args[0] == "runs":
+        return list_runs(args[1:])
+
     try:
         from lit_mnist.commands import CommandError, Interrupted, TrainingError, run
     except KeyboardInterrupt:
@@ -78,6 +88,59 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help and --print_config end the parser that way
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
     return 0
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(complain(message, BAD_INPUT))
+
+
+RUN_COLUMNS = ("run", "recipe", "parameters", "epochs", "val_accuracy", "test_accuracy", "seconds", "state")
+
+
+def list_runs(args: Sequence[str]) -> int:
+    from lit_mnist.runs import summaries
+
+    parser = OneLineParser(prog="python -m lit_mnist runs", description="List the runs under lightning_logs/.")
+    parser.add_argument("--root_dir", type=Path, default=Path(), help="the folder of lightning_logs (this one)")
+    parser.add_argument("--sort", choices=RUN_COLUMNS, help="by a column, the best or largest number last")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    try:
+        options = parser.parse_args(args)
+    except SystemExit as stop:  # from --help and from an error, which was told
+        return stop.code if isinstance(stop.code, int) else 0
+    folder = options.root_dir / "lightning_logs"
+    if not folder.is_dir():
+        return complain(f"--root_dir {options.root_dir}: there is no folder lightning_logs in it", BAD_INPUT)
+    rows = summaries(folder)
+    if options.sort and options.sort != "run":
+        # None first; numbers and words do not meet in one column
+        rows.sort(key=lambda row: (row[options.sort] is not None, row[options.sort] or 0))
+    if options.format == "json":
+        print(json.dumps(rows, indent=2))
+    elif options.format == "csv":
+        writer = csv.DictWriter(sys.stdout, RUN_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print_table(rows)
+    return 0
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    forms = {"parameters": "{:,}", "val_accuracy": "{:.2%}", "test_accuracy": "{:.2%}", "seconds": "{:.1f}"}
+    table = Table(box=None, pad_edge=False)
+    for column in RUN_COLUMNS:
+        words = column in ("run", "recipe", "state")
+        table.add_column(column.replace("_", " "), justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        cells = ("-" if row[column] is None else forms.get(column, "{}").format(row[column]) for column in RUN_COLUMNS)
+        table.add_row(*cells)
+    # a pipe has no width, and rich would cut the lines
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
 
 
 def complain(message: str, status: int) -> int:

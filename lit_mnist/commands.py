@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,8 +25,7 @@ from lit_mnist.checkpoint import (
     DurableCheckpointIO,
     Interrupted,
     LastCheckpoint,
-    newest_intact,
-    read_checkpoint,
+    find_and_read,
 )
 from lit_mnist.cli import COMMANDS
 from lit_mnist.data.datamodule import MNISTDataModule
@@ -108,8 +108,10 @@ class MNISTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
+        self.args = args
         configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
         configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+        self.recipe = "+".join(Path(config).stem for config in configs) or "default"
         try:
             self.config = parser.parse_args(args)
         except (CommandError, UnicodeDecodeError) as error:  # jsonargparse does not say which file
@@ -122,12 +124,7 @@ class MNISTCLI(LightningCLI):
             raise CommandError(f"{self.command} needs --ckpt_path best, last or the path of a checkpoint")
         if wanted is not None:
             folder = root_folder(given.get("trainer.default_root_dir")) / "lightning_logs"
-            self.checkpoint = runs.find_checkpoint(str(wanted), folder)
-            try:
-                self.loaded = read_checkpoint(self.checkpoint)
-            except runs.RunError as error:
-                intact = newest_intact(folder) if wanted in ("best", "last") else None
-                raise CommandError(f"{error}; the newest intact one is {intact}" if intact else str(error)) from error
+            self.checkpoint, self.loaded = find_and_read(str(wanted), folder)
             before = self._settings_of_checkpoint(self.loaded)
             defaults = self._parser(self.command).get_defaults()
             before = {key: value for key, value in before.items() if key in defaults}
@@ -222,7 +219,7 @@ class MNISTCLI(LightningCLI):
                 kwargs["logger"] = RunLogger(root_folder(settings["default_root_dir"]), default_hp_metric=False)
             else:
                 kwargs["logger"] = False
-        self.report = RunReport(run, self.checkpoint)
+        self.report = RunReport(run, self.checkpoint, self.recipe, shlex.join(self.args))
         callbacks: list[Callback] = [self.report]
         if self.command == "fit" and kwargs.get("logger", settings["logger"]) is not False:
             callbacks.append(
@@ -303,7 +300,12 @@ def run(args: list[str]) -> None:
     assert args[0] in COMMANDS
     with quiet():
         try:
-            MNISTCLI(args)
+            if args[0] == "export":
+                from lit_mnist.export import main
+
+                main(args[1:])
+            else:
+                MNISTCLI(args)
         except DataError as error:
             raise CommandError(str(error)) from error
         except (ValueError, MisconfigurationException) as error:  # this project's and Lightning's for what users set

@@ -95,11 +95,17 @@ class RunReport(Callback):
     Args:
         folder: the run that a checkpoint given by the user belongs to; None for a new run.
         checkpoint: that checkpoint.
+        recipe: a name for the settings of a new run.
+        command: what was typed.
     """
 
-    def __init__(self, folder: Path | None = None, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, checkpoint: Path | None = None, recipe: str = "", command: str = ""
+    ) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
+        self.recipe = recipe
+        self.commands = [command]
         self.train_seconds = self.validation_seconds = 0.0
         self.images_seen = 0
         self.trained = False
@@ -113,11 +119,14 @@ class RunReport(Callback):
             "train_seconds": self.train_seconds + (perf_counter() - self._clock if self.trained else 0),
             "validation_seconds": self.validation_seconds,
             "images_seen": self.images_seen,
+            "recipe": self.recipe,
+            "commands": self.commands,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        for name in ("train_seconds", "validation_seconds", "images_seen", "recipe"):
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
+        self.commands = [*state_dict.get("commands", []), *self.commands]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
@@ -225,6 +234,8 @@ class RunReport(Callback):
         best = best_checkpoint(trainer)
         fit = {
             "state": state,
+            "recipe": self.recipe,
+            "commands": self.commands,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "parameters": sum(p.numel() for p in pl_module.parameters()),

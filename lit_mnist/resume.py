@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.checkpoint import Interrupted, LastCheckpoint
-from lit_mnist.runs import RunError
+from lit_mnist.runs import LOCK, RunError
 from lit_mnist.tensorboard import TEST_SUFFIX
 
 # Changing these would make another run of it, not a continuation.
@@ -129,7 +129,7 @@ def only_process(run: Path) -> Iterator[None]:
     Raises:
         RunError: another process has it.
     """
-    lock = FileLock(run / ".lock")
+    lock = FileLock(run / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -1,10 +1,14 @@
-"""Runs under lightning_logs/: claiming a folder for a new one, finding an old one and its checkpoints."""
+"""Runs under lightning_logs/: claiming a folder for a new one, finding an old one and its checkpoints, listing them."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 VERSION = re.compile(r"version_(\d+)")
 # What a resumed run takes over of the trainer's settings. Nothing that jsonargparse would look up as a class, such as
@@ -45,6 +49,61 @@ def claim_version(runs: Path) -> int:
             if not (runs / f"version_{number}").is_dir():
                 raise
             number += 1  # another program that started at the same time was quicker
+
+
+LOCK = ".lock"  # in a run's folder: held by the process that trains it
+
+
+def being_trained(run: Path) -> bool:
+    """Whether a living process trains this run."""
+    if not (run / LOCK).exists():
+        return False
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # a folder of somebody else's
+        return False
+    lock.release()
+    return False
+
+
+def summaries(runs: Path) -> list[dict[str, Any]]:
+    """What each run's results.json tells in short, the oldest run first; None where it does not tell.
+
+    The state is `running`, `finished`, `interrupted` (also where the process was killed and could not say so),
+    `failed`, or `unknown` for a run without results.
+    """
+    rows = []
+    for run in reversed(versions(runs)):
+        try:
+            results = json.loads((run / "results.json").read_text())
+        except (OSError, ValueError):
+            results = {}
+        fit = section(results, "fit")
+        state = fit.get("state", "unknown")
+        if state == "running" and not being_trained(run):
+            state = "interrupted"
+        rows.append(
+            {
+                "run": run.name,
+                "recipe": fit.get("recipe"),
+                "parameters": fit.get("parameters"),
+                "epochs": fit.get("epochs"),
+                "val_accuracy": (section(fit, "best") or section(fit, "metrics")).get("val/accuracy"),
+                "test_accuracy": section(results, "test").get("test/accuracy"),
+                "seconds": fit.get("train_seconds"),
+                "state": state,
+            }
+        )
+    return rows
+
+
+def section(results: Any, name: str) -> Mapping[str, Any]:
+    """A mapping within a mapping, empty where there is none."""
+    found = results.get(name) if isinstance(results, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def find_checkpoint(wanted: str, runs: Path) -> Path:

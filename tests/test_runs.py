@@ -1,3 +1,6 @@
+import csv
+import io
+import json
 import os
 import re
 from pathlib import Path
@@ -6,6 +9,8 @@ import pytest
 import torch
 
 from lit_mnist import runs
+from lit_mnist.cli import main
+from lit_mnist.resume import only_process
 from lit_mnist.runs import RunError
 
 
@@ -67,3 +72,60 @@ def test_only_plain_settings_are_taken() -> None:
         "trainer.precision": ["os.system"],
     }
     assert runs.run_settings(settings | poison) == settings
+
+
+@pytest.fixture
+def some_runs(tmp_path: Path) -> Path:
+    """Ten runs and more: a finished one, one that says it is running, one that failed, one without results."""
+    folder = tmp_path / "lightning_logs"
+    fit = {"recipe": "tiny", "parameters": 7976, "epochs": 3, "train_seconds": 12.34, "metrics": {"val/accuracy": 0.5}}
+    for number, results in {
+        2: {"fit": fit | {"state": "finished", "best": {"val/accuracy": 0.75}}, "test": {"test/accuracy": 0.625}},
+        10: {"fit": fit | {"state": "running", "best": None, "recipe": "seed"}},
+        11: {"fit": fit | {"state": "failed", "metrics": {}, "parameters": 500}},
+    }.items():
+        (folder / f"version_{number}").mkdir(parents=True)
+        (folder / f"version_{number}" / "results.json").write_text(json.dumps(results))
+    (folder / "version_12").mkdir()
+    (folder / "version_12" / "results.json").write_text("half a fi")
+    return folder
+
+
+def test_summaries(some_runs: Path) -> None:
+    with only_process(some_runs / "version_10"):
+        rows = runs.summaries(some_runs)
+        assert [row["state"] for row in rows] == ["finished", "running", "failed", "unknown"]
+    assert [row["state"] for row in runs.summaries(some_runs)] == ["finished", "interrupted", "failed", "unknown"]
+    assert [row["run"] for row in rows] == ["version_2", "version_10", "version_11", "version_12"]
+    assert [row["val_accuracy"] for row in rows] == [0.75, 0.5, None, None]
+    assert [row["test_accuracy"] for row in rows] == [0.625, None, None, None]
+    assert rows[0] == rows[0] | {"recipe": "tiny", "parameters": 7976, "epochs": 3, "seconds": 12.34}
+
+
+def test_runs_command(some_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(some_runs.parent)
+    assert main(["runs"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["version_2", "tiny", "7,976", "3", "75.00%", "62.50%", "12.3", "finished"]
+    assert lines[4] == ["version_12", "-", "-", "-", "-", "-", "-", "unknown"]
+    monkeypatch.chdir("/")
+    where = ["--root_dir", str(some_runs.parent)]
+    assert main(["runs", *where, "--format", "csv", "--sort", "parameters"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["parameters"] for row in rows] == ["", "500", "7976", "7976"]
+    assert main(["runs", *where, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == runs.summaries(some_runs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--root_dir", "nowhere"], "--root_dir nowhere: there is no folder lightning_logs in it"),
+        (["--sort", "colour"], "argument --sort: invalid choice: 'colour'"),
+        (["--best"], "unrecognized arguments: --best"),
+    ],
+)
+def test_runs_command_told_wrong(flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", *flags]) == 2
+    assert reason in capsys.readouterr().err
+    assert main(["runs", "--help"]) == 0
