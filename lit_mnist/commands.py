@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shlex
@@ -31,7 +32,8 @@ from lit_mnist.cli import COMMANDS
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
-from lit_mnist.report import PredictionWriter, RunReport, TrainingError, interactive
+from lit_mnist.predictions import PredictionWriter
+from lit_mnist.report import RunReport, TrainingError, interactive
 from lit_mnist.resume import ExactResume, differences, only_process, stop_on_signals
 from lit_mnist.tensorboard import TEST_SUFFIX, RunLogger
 
@@ -109,6 +111,7 @@ class MNISTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         self.args = args
+        args = joined(args, "--data.images")
         configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
         configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
         self.recipe = "+".join(Path(config).stem for config in configs) or "default"
@@ -234,9 +237,8 @@ class MNISTCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False  # without a folder of the run's own they could hit another's
         if self.command == "predict":
             assert self.checkpoint
-            callbacks.append(
-                PredictionWriter((run or self.checkpoint.parent) / f"predictions-{self.checkpoint.stem}.csv")
-            )
+            self.writer = PredictionWriter(run or self.checkpoint.parent, self.checkpoint.stem)
+            callbacks.append(self.writer)
         if settings["enable_progress_bar"] is not False and interactive():
             callbacks.append(RichProgressBar(refresh_rate=10))
         else:
@@ -283,6 +285,20 @@ class MNISTCLI(LightningCLI):
 
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=datamodule, weights_only=True, return_predictions=False, **kwargs)
+        assert isinstance(datamodule, MNISTDataModule)
+        if not datamodule.images:
+            self.writer.write_test_set()
+        elif not self.writer.write_pictures(datamodule.pictures):
+            raise CommandError("data.images: none of the files shows a digit")
+
+
+def joined(args: list[str], flag: str) -> list[str]:
+    """Make one list of all values behind a flag: jsonargparse 4.53 takes `--flag '["a","b"]'`, a shell gives `a b`."""
+    if flag not in args:
+        return args
+    start = args.index(flag) + 1
+    end = next((index for index in range(start, len(args)) if args[index].startswith("--")), len(args))
+    return [*args[:start], json.dumps(args[start:end]), *args[end:]]
 
 
 def root_folder(default_root_dir: str | None) -> Path:

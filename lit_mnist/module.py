@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_mnist.augment import affine_matrices, bends, warp
+from lit_mnist.augment import affine, affine_matrices
 from lit_mnist.data.batches import seeded_generator
 from lit_mnist.network import DigitNet
 
@@ -46,8 +46,7 @@ class LitMNIST(LightningModule):
             0 turns it off.
         rotation: training images are turned by up to so many degrees, drawn uniformly.
         shift: and shifted by up to so many pixels along each axis,
-        scale: and scaled by a factor within 1 - scale .. 1 + scale,
-        elastic: and bent: the points of a 5x5 grid move by up to so many pixels, what lies between them smoothly.
+        scale: and scaled by a factor within 1 - scale .. 1 + scale.
         seed: of the augmentation. Step s of epoch e draws from (seed, e, s) alone. The command line sets it to
             `seed_everything`.
 
@@ -57,7 +56,7 @@ class LitMNIST(LightningModule):
 
     def __init__(
         self,
-        layers: str = "16x5/2 16 20/2 24 24",
+        layers: str = "16x5v/2 16v 20/2 24 24v",
         dropout: float = 0.0,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.4,
@@ -71,7 +70,6 @@ class LitMNIST(LightningModule):
         rotation: float = 0.0,
         shift: float = 1.0,
         scale: float = 0.0,
-        elastic: float = 0.0,
         seed: int = 1,
     ) -> None:
         super().__init__()
@@ -91,7 +89,6 @@ class LitMNIST(LightningModule):
                 ("rotation", rotation, "in 0..180 degrees", 0 <= rotation <= 180),
                 ("shift", shift, "in 0..28 pixels", 0 <= shift <= 28),
                 ("scale", scale, "in [0, 1)", 0 <= scale < 1),
-                ("elastic", elastic, "in 0..7 pixels", 0 <= elastic <= 7),
                 ("seed", seed, "an integer from 0", seed >= 0),
             )
             if not ok
@@ -114,13 +111,12 @@ class LitMNIST(LightningModule):
         return logits
 
     def augment(self, images: Tensor, batch_idx: int) -> Tensor:
-        """Move, turn, scale and bend raw images (B, 1, 28, 28) at random, the same way whenever this step is taken."""
+        """Move, turn and scale raw images (B, 1, 28, 28) at random, the same way whenever this step is taken."""
         hp: Any = self.hparams
-        if hp.rotation == hp.shift == hp.scale == hp.elastic == 0:
+        if hp.rotation == hp.shift == hp.scale == 0:
             return images
         generator = seeded_generator(hp.seed, self.current_epoch, batch_idx)
-        matrices = affine_matrices(len(images), hp.rotation, hp.shift, hp.scale, generator)
-        return warp(images, matrices, bends(len(images), hp.elastic, generator) if hp.elastic else None)
+        return affine(images, affine_matrices(len(images), hp.rotation, hp.shift, hp.scale, generator))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch

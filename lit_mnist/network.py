@@ -11,7 +11,7 @@ from torch import Tensor, nn
 MEAN, STD = 0.1307, 0.3081
 
 LAYER = re.compile(
-    r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2|s2)?(?P<add>\+)?"
+    r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2)?(?P<add>\+)?"
 )
 
 
@@ -41,7 +41,6 @@ class DigitNet(nn.Module):
     `16x5v`   not padded: what follows is 4 pixels smaller, which MNIST's empty borders allow, and as much cheaper
     `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters
     `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
-    `16s2`    the convolution with a stride of 2: a quarter of the pixels, without looking at the others
     `16+`     the layer's input is added to its output (https://arxiv.org/abs/1512.03385); their shapes must agree
     `pool`    2x2 max pooling after the dropout, as text books draw it
     ========  ==========================================================================================
@@ -75,15 +74,12 @@ class DigitNet(nn.Module):
                     raise ValueError(f"model.layers adds to {word!r} its input, which has another shape, in {layers!r}")
                 layer: list[nn.Module] = []
                 if match["depthwise"]:
-                    layer.append(nn.Conv2d(channels, channels, kernel, 1, padding, groups=channels, bias=False))
+                    layer.append(nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, bias=False))
                     kernel, padding = 1, 0
-                stride = 2 if match["halve"] == "s2" else 1
-                layer.append(nn.Conv2d(channels, width, kernel, stride, padding, bias=False))
-                if match["halve"] == "/2":
+                layer.append(nn.Conv2d(channels, width, kernel, padding=padding, bias=False))
+                if match["halve"]:
                     layer.append(nn.MaxPool2d(2))
                     size //= 2
-                elif match["halve"] == "s2":
-                    size = -(-size // 2)
                 layer += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 if dropout > 0:
                     layer.append(nn.Dropout(dropout))
@@ -91,7 +87,7 @@ class DigitNet(nn.Module):
                 channels = width
             else:
                 raise ValueError(
-                    f"model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2, 16s2 or pool, got {word!r} in"
+                    f"model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2 or pool, got {word!r} in"
                     f" {layers!r}"
                 )
         if channels == 1 or size < 1:

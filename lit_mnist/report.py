@@ -1,8 +1,7 @@
-"""What a user reads: the lines on the console, results.json, predictions.csv."""
+"""What a user reads: the lines on the console, results.json."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lit_mnist import __version__
@@ -313,31 +311,6 @@ def shown(path: str | Path) -> str:
     """A path as a user would type it: relative where it lies below the current folder."""
     path = Path(path).resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Writes `index,digit,p0,...,p9` for each image, in the order of the test set.
-
-    Args:
-        path: the CSV; one that is there is replaced once the new one is complete.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(write_interval="epoch")
-        self.path = path
-
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
-    ) -> None:
-        probabilities: Tensor = torch.cat(list(predictions)).cpu()
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index", "digit", *(f"p{digit}" for digit in range(10))])
-            for index, row in enumerate(probabilities):
-                writer.writerow([index, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
-        partial.replace(self.path)
-        trainer.print(f"Predictions of {len(probabilities)} images: {shown(self.path)}")
 
 
 def interactive() -> bool:

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
-from lit_mnist.augment import affine_matrices, bends, warp
+from lit_mnist.augment import affine, affine_matrices
 from lit_mnist.data.batches import seeded_generator
 
 
@@ -30,14 +30,14 @@ def drawn(matrix: torch.Tensor) -> tuple[float, float, float, float]:
 def test_agrees_with_torchvision_on_single_images() -> None:
     images = some_images(16)
     matrices = affine_matrices(16, rotation=20, shift=3, scale=0.2, generator=seeded_generator(5))
-    transformed = warp(images, matrices)
+    transformed = affine(images, matrices)
     for image, matrix, ours in zip(images, matrices, transformed, strict=True):
         angle, zoom, dx, dy = drawn(matrix)
         # torchvision takes whole pixels of shift alone: shifts have a test of their own
         turned = tvf.affine(image, angle, [0, 0], zoom, [0.0, 0.0], InterpolationMode.BILINEAR)
         without_shift = matrix.clone()
         without_shift[:, 2] = 0
-        assert_close(warp(image[None], without_shift[None])[0], turned, atol=0.05, rtol=0)
+        assert_close(affine(image[None], without_shift[None])[0], turned, atol=0.05, rtol=0)
         assert abs(angle) <= 20
         assert 0.8 <= zoom <= 1.2
         assert max(abs(dx), abs(dy)) <= 3 + 1e-4
@@ -48,8 +48,8 @@ def test_whole_shifts_agree_with_torchvision() -> None:
     image = some_images(1)
     matrix = torch.tensor([[[1.0, 0.0, -3 / 14], [0.0, 1.0, 2 / 14]]])
     expected = tvf.affine(image, 0.0, [3, -2], 1.0, [0.0, 0.0], InterpolationMode.BILINEAR)
-    assert_close(warp(image, matrix), expected, atol=1e-3, rtol=0)
-    assert_close(warp(image, matrix)[0, 0, :-2, 3:], image[0, 0, 2:, :-3], atol=1e-3, rtol=0)
+    assert_close(affine(image, matrix), expected, atol=1e-3, rtol=0)
+    assert_close(affine(image, matrix)[0, 0, :-2, 3:], image[0, 0, 2:, :-3], atol=1e-3, rtol=0)
 
 
 def test_draws_fill_their_ranges() -> None:
@@ -61,7 +61,7 @@ def test_draws_fill_their_ranges() -> None:
 
 def test_nothing_asked_for_is_the_identity() -> None:
     images = some_images(4).to(torch.uint8)
-    transformed = warp(images, affine_matrices(4, 0.0, 0.0, 0.0, seeded_generator(1)))
+    transformed = affine(images, affine_matrices(4, 0.0, 0.0, 0.0, seeded_generator(1)))
     assert_close(transformed, images.float(), atol=2e-3, rtol=0)
 
 
@@ -71,22 +71,3 @@ def test_is_a_function_of_its_generator(key: tuple[int, ...]) -> None:
     other = affine_matrices(8, 10.0, 2.0, 0.1, seeded_generator(key[0], key[1], key[2] + 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_bends_move_the_points_of_their_grid() -> None:
-    ramp = torch.arange(28.0).expand(1, 1, 28, 28).contiguous()  # the value of a pixel is its column
-    still = affine_matrices(1, 0.0, 0.0, 0.0, seeded_generator(1))
-    moved = torch.zeros(1, 2, 5, 5)
-    moved[0, 0, 2, 2] = 2 / 14  # the middle takes its pixel from two columns to the right
-    taken_from = warp(ramp, still, moved) - ramp
-    assert_close(taken_from[0, 0, 13:15, 13:15].mean(), torch.tensor(2.0), atol=0.1, rtol=0)
-    assert_close(taken_from[0, 0, :4, 4:24], torch.zeros(4, 20), atol=0.2, rtol=0)  # cubic: a little beyond
-    assert taken_from[0, 0, 13, 10] > 0.5  # smoothly
-
-
-def test_bends_fill_their_range() -> None:
-    drawn_bends = bends(2000, 1.5, seeded_generator(1)) * 14
-    assert drawn_bends.shape == (2000, 2, 5, 5)
-    assert_close(drawn_bends.aminmax(), (torch.tensor(-1.5), torch.tensor(1.5)), atol=0.01, rtol=0)
-    assert_close(drawn_bends.mean(0), torch.zeros(2, 5, 5), atol=0.1, rtol=0)
-    assert not torch.equal(*bends(2, 1.5, seeded_generator(1)))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from pytorch_lightning import LightningDataModule
+from rich.progress import track
 from torch import Tensor
 
+from lit_mnist.data import images as pictures
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 
@@ -51,6 +55,7 @@ class MNISTDataModule(LightningDataModule):
         seed: decides the order of the training batches: epoch e is a function of (seed, e). The command line sets it
             to `seed_everything`.
         download: whether missing or spoilt files may be fetched.
+        images: pictures of digits, and folders of them, for `predict` in place of MNIST's test set.
 
     Raises:
         ValueError: an argument is out of range.
@@ -65,9 +70,12 @@ class MNISTDataModule(LightningDataModule):
         split_seed: int = 0,
         seed: int = 1,
         download: bool = True,
+        images: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["images"])
+        self.images = images
+        self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
         problems = [
             f"data.{name} must be {allowed}, got {value}"
             for name, value, allowed, ok in (
@@ -84,6 +92,8 @@ class MNISTDataModule(LightningDataModule):
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def prepare_data(self) -> None:
+        if self.images and self.trainer and self.trainer.state.fn == "predict":
+            return
         mnist.prepare(self.hparams["root"], self.hparams["download"])
 
     def setup(self, stage: str) -> None:
@@ -96,7 +106,14 @@ class MNISTDataModule(LightningDataModule):
             # validate must score the very images that fit held out, so both stages split alike
             for name, indices in zip(("train", "val"), parts, strict=True):
                 self.sets[name] = images[indices], targets[indices]
-        if stage in ("test", "predict") and "test" not in self.sets:
+        if stage == "predict" and self.images:
+            if not self.pictures:
+                paths = track(pictures.find(self.images), "reading pictures", disable=not sys.stdout.isatty())
+                self.pictures = [pictures.load(path) for path in paths]
+            digits = [picture.digit for picture in self.pictures if picture.digit is not None]
+            images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
+            self.sets["pictures"] = images, torch.full((len(digits),), -1)  # nobody knows their targets
+        elif stage in ("test", "predict") and "test" not in self.sets:
             self.sets["test"] = mnist.load(self.hparams["root"], train=False)
 
     def train_dataloader(self) -> TensorBatches:
@@ -110,7 +127,7 @@ class MNISTDataModule(LightningDataModule):
         return self._batches("test", EVALUATION_BATCH_SIZE)
 
     def predict_dataloader(self) -> TensorBatches:
-        return self.test_dataloader()
+        return self._batches("pictures" if self.images else "test", EVALUATION_BATCH_SIZE)
 
     def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
         images, targets = self.sets[name]

@@ -1,0 +1,160 @@
+"""What `predict` leaves behind: a CSV, and of a user's own pictures a table and a contact sheet."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_mnist.data.images import Picture
+from lit_mnist.report import shown
+
+DIGITS = [f"p{digit}" for digit in range(10)]
+CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
+SHEET_LIMIT = 400  # pictures on a sheet
+INK, PAPER, FAINT, ALARM = "#202020", "#ffffff", "#767676", "#b3261e"
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Collects the probabilities of all batches, and writes them when told that they are complete.
+
+    Args:
+        folder: where the files go; what is there under their names is replaced once the new one is complete.
+        name: of the checkpoint, a part of theirs.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = folder
+        self.name = name
+        self.batches: list[Tensor] = []
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self.batches.append(prediction.cpu())
+
+    def write_test_set(self) -> None:
+        """`index,digit,p0,...,p9` for each image of the test set, in its order."""
+        probabilities = torch.cat(self.batches)
+        path = self.folder / f"predictions-{self.name}.csv"
+        rows = ([index, int(row.argmax()), *percent(row)] for index, row in enumerate(probabilities))
+        write_csv(path, ["index", "digit", *DIGITS], rows)
+        print(f"Predictions of {len(probabilities)} images: {shown(path)}")
+
+    def write_pictures(self, pictures: Sequence[Picture]) -> int:
+        """A table on the console, `file,digit,confidence,p0,...,p9,problem`, and a contact sheet.
+
+        Returns:
+            How many pictures have an answer.
+        """
+        answers = iter(torch.cat(self.batches) if self.batches else ())
+        rows = [(picture, None if picture.digit is None else next(answers)) for picture in pictures]
+        print_table(rows)
+        csv_path, sheet_path = (self.folder / f"pictures-{self.name}.{suffix}" for suffix in ("csv", "png"))
+        write_csv(csv_path, ["file", "digit", "confidence", *DIGITS, "problem"], map(csv_row, rows))
+        with replaced(sheet_path) as partial:
+            contact_sheet(rows[:SHEET_LIMIT]).save(partial, format="PNG")
+        beyond = f", the first {SHEET_LIMIT} of them" if len(rows) > SHEET_LIMIT else ""
+        print(f"Probabilities: {shown(csv_path)}\nContact sheet: {shown(sheet_path)}{beyond}")
+        return sum(answer is not None for _, answer in rows)
+
+
+Row = tuple[Picture, Tensor | None]
+
+
+def percent(probabilities: Tensor) -> list[str]:
+    return [f"{p:.6f}" for p in probabilities.tolist()]
+
+
+def csv_row(row: Row) -> list[Any]:
+    picture, answer = row
+    if answer is None:
+        return [picture.path, "", "", *[""] * len(DIGITS), picture.problem]
+    return [picture.path, int(answer.argmax()), f"{float(answer.max()):.6f}", *percent(answer), ""]
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    table.add_column("digit", justify="right")
+    table.add_column("confidence", justify="right")
+    table.add_column("")
+    for picture, answer in rows:
+        if answer is None:
+            table.add_row(str(picture.path), "-", "-", picture.problem)
+        else:
+            table.add_row(str(picture.path), str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
+    # a pipe has no width, and rich would cut the lines
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+def contact_sheet(rows: Sequence[Row]) -> Image.Image:
+    """Each picture, beside it what the network saw, under them the answer."""
+    font, small = ImageFont.load_default(20), ImageFont.load_default(12)
+    width, height = 2 * CELL + 2 * MARGIN, CELL + 56
+    columns = min(COLUMNS, len(rows))
+    lines = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * width + MARGIN, lines * height + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, answer) in enumerate(rows):
+        left, above = MARGIN + index % columns * width, MARGIN + index // columns * height
+        draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
+        name = picture.path.name if len(picture.path.name) < 34 else f"{picture.path.name[:30]}..."
+        draw.text((left, above + CELL + 26), name, fill=FAINT, font=small)
+        if answer is None or picture.digit is None:
+            problem = picture.problem if len(picture.problem) < 36 else f"{picture.problem[:33]}..."
+            draw.text((left, above + CELL + 6), problem, fill=ALARM, font=small)
+            continue
+        original = thumbnail(picture.path)
+        sheet.paste(original, (left + (CELL - original.width) // 2, above + (CELL - original.height) // 2))
+        seen = Image.fromarray(picture.digit[0].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
+        sheet.paste(seen, (left + CELL, above))
+        draw.text((left, above + CELL + 2), f"{int(answer.argmax())}", fill=INK, font=font)
+        draw.text((left + 20, above + CELL + 8), f"{float(answer.max()):.1%}", fill=FAINT, font=small)
+    return sheet
+
+
+def thumbnail(path: Path) -> Image.Image:
+    """A picture that was read before, in its colours, what is transparent on grey."""
+    with Image.open(path) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith(("I", "F")):
+            low, high = picture.getextrema()
+            picture = picture.point(lambda level: (level - low) * (255 / max(high - low, 1))).convert("L")  # type: ignore[operator]
+        picture = picture.convert("RGBA")
+    scale = min(CELL / side for side in picture.size)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    picture = picture.resize((size[0], size[1]), Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
+    background = Image.new("RGBA", picture.size, "#b0b0b0")
+    return Image.alpha_composite(background, picture).convert("RGB")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
+    with replaced(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when all went well."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
