@@ -84,6 +84,7 @@ class MNISTDataModule(LightningDataModule):
                 ("val_size", val_size, "in 0..59999", 0 <= val_size <= 59_999),
                 ("split_seed", split_seed, "an integer from 0", split_seed >= 0),
                 ("seed", seed, "an integer from 0", seed >= 0),
+                ("images", images, "at least one file or folder", images != []),
             )
             if not ok
         ]

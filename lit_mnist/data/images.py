@@ -20,7 +20,7 @@ from lit_mnist.data.mnist import DataError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"))
-PIXEL_LIMIT = 100_000_000  # of a picture; decoded they take some hundred megabytes
+PIXEL_LIMIT = 50_000_000  # of a picture; decoded they take four bytes each
 WORKING_SIZE = 256  # larger pictures are first reduced to this
 BOX, SIDE = 20, 28
 
@@ -47,10 +47,10 @@ def find(paths: list[str]) -> list[Path]:
             if not inside:
                 raise DataError(f"data.images: the folder {path} has no {', '.join(sorted(SUFFIXES))} in it")
             found += inside
-        elif path.exists():
+        elif path.is_file():
             found.append(path)
         else:
-            raise DataError(f"data.images: {path} does not exist")
+            raise DataError(f"data.images: {path} {'is no file' if path.exists() else 'does not exist'}")
     return found
 
 
@@ -86,7 +86,10 @@ def grey_levels(path: Path) -> Tensor:
                 if deep:
                     levels = np.asarray(picture, dtype=np.float32)
                 else:
-                    pixels = np.asarray(picture.convert("RGBA").convert("LA"), dtype=np.float32) / 255
+                    colours = picture.convert("RGBA")
+                    if (factor := max(colours.size) // (2 * WORKING_SIZE)) > 1:
+                        colours = colours.reduce(factor)
+                    pixels = np.asarray(colours.convert("LA"), dtype=np.float32) / 255
     except UnusableError:
         raise
     except Image.DecompressionBombError:
@@ -167,7 +170,8 @@ def ink_of(levels: Tensor) -> Tensor:
         near = residuals.abs() <= torch.maximum(3 * spread, torch.tensor(0.02))
         surface = torch.linalg.lstsq(terms[near], values[near, None], driver="gelsd").solution
         residuals = values - (terms @ surface).flatten()
-    residuals = residuals * torch.sign((residuals**3).sum())  # ink is the smaller part, and stands out further
+    if (residuals**3).sum() < 0:  # ink is the smaller part, and stands out further
+        residuals = -residuals / (terms @ surface).flatten().clamp(min=0.05)  # dark ink takes its share of the light
     noise = 1.4826 * residuals[near].abs().median()
     full = float(top(residuals))
     if not full > max(0.04, 5 * float(noise)):
