@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse.typing import restricted_number_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -33,9 +34,9 @@ from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.predictions import PredictionWriter
-from lit_mnist.report import RunReport, TrainingError, interactive
+from lit_mnist.report import RunReport, TrainingError, conditions, interactive
 from lit_mnist.resume import ExactResume, differences, only_process, stop_on_signals
-from lit_mnist.tensorboard import TEST_SUFFIX, RunLogger
+from lit_mnist.tensorboard import TEST_SUFFIX, Board, RunLogger
 
 __all__ = ["CommandError", "Interrupted", "TrainingError", "run"]
 
@@ -107,6 +108,8 @@ class MNISTCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         if self.command == "fit":
             parser.add_class_arguments(LastCheckpoint, "checkpoint")
+        if self.command in ("fit", "test"):
+            parser.add_class_arguments(Board, "board")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
@@ -224,6 +227,16 @@ class MNISTCLI(LightningCLI):
                 kwargs["logger"] = False
         self.report = RunReport(run, self.checkpoint, self.recipe, shlex.join(self.args))
         callbacks: list[Callback] = [self.report]
+        if self.command in ("fit", "test"):
+            board: Board = self.config_init[self.command]["board"]
+            if not run:  # a resumed run has its texts
+                board.texts = {
+                    "command": f"    python -m lit_mnist {shlex.join(self.args)}",
+                    "conditions": f"    {json.dumps(conditions(torch.device('cpu')), indent=4)}".replace(
+                        "\n", "\n    "
+                    ),
+                }
+            callbacks.append(board)
         if self.command == "fit" and kwargs.get("logger", settings["logger"]) is not False:
             callbacks.append(
                 ExactResume(runs.run_settings(dict(self.config["fit"].items())), self.loaded if run else {})
@@ -235,6 +248,10 @@ class MNISTCLI(LightningCLI):
                 callbacks.append(self.last)
         elif settings["enable_checkpointing"] is None:
             kwargs["enable_checkpointing"] = False  # without a folder of the run's own they could hit another's
+        if isinstance(kwargs.get("logger"), RunLogger):
+            kwargs["logger"].settings = {
+                key: value for key, value in settings.items() if key in runs.TRAINER_SETTINGS
+            } | {"recipe": self.recipe}
         if self.command == "predict":
             assert self.checkpoint
             self.writer = PredictionWriter(run or self.checkpoint.parent, self.checkpoint.stem)

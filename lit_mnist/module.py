@@ -128,8 +128,8 @@ class LitMNIST(LightningModule):
         loss = (1 - smoothing) * cross_entropy - smoothing * log_probabilities.mean() if smoothing else cross_entropy
         return {"loss": loss, "cross_entropy": cross_entropy.detach()}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return {"logits": self._evaluate("val", batch)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("test", batch)
@@ -147,10 +147,11 @@ class LitMNIST(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch) -> Tensor:
         images, targets = batch
-        logits = self(images)
+        logits: Tensor = self(images)
         self._update(stage, F.cross_entropy(logits, targets, reduction="none"), logits, targets)
+        return logits
 
     def _update(self, stage: str, losses: Tensor, scores: Tensor, targets: Tensor) -> None:
         self.metric(f"{stage}/loss").update(losses)

@@ -143,7 +143,7 @@ def run_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool
         key: value
         for key, value in settings.items()
         if type(value) in (int, float, str, bool, type(None))
-        and (key.startswith("checkpoint.") or key.removeprefix("trainer.") in TRAINER_SETTINGS)
+        and (key.startswith(("checkpoint.", "board.")) or key.removeprefix("trainer.") in TRAINER_SETTINGS)
     }
 
 
