@@ -25,7 +25,7 @@ from lit_mnist.runs import RunError
 SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
 SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.dropout", "0.1", "--model.lr", "0.05", "--model.ema_decay", "0.9"]
 SETTINGS += ["--data.batch_size", "50", "--data.val_size", "50", "--checkpoint.every_n_steps", "1"]
-SETTINGS += ["--trainer.enable_model_summary", "false"]
+SETTINGS += ["--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0"]
 TIMINGS = {"train/images_per_second"}
 Command = Callable[..., int]
 
@@ -57,12 +57,18 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    """Every scalar with its step, and every picture with its step and size."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = set(events.Tags()["scalars"]) - TIMINGS
     # Sorted, as files are read in the order of their names, which end in a counter: of two that one process makes
     # within one second, the tenth is read before the ninth.
-    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in tags}
+    scalars = {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in tags}
+    pictures = {
+        tag: sorted((e.step, float(len(e.encoded_image_string))) for e in events.Images(tag))
+        for tag in events.Tags()["images"]
+    }
+    return scalars | pictures
 
 
 def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
@@ -144,6 +150,7 @@ def test_between_the_epochs(
         ["--trainer.max_steps", "10"],
         ["--trainer.check_val_every_n_epoch", "2", "--model.ema_decay", "0", "--model.optimizer", "adamw"],
         ["--checkpoint.every_n_steps", "3"],
+        ["--board.every_n_epochs", "1", "--board.histograms", "true", "--model.shift", "2"],
         # epochs shorter than the set: behind one, its loader is still within its order
         ["--trainer.limit_train_batches", "5", "--checkpoint.every_n_steps", "0"],
     ],
