@@ -199,7 +199,7 @@ def address(run: EventAccumulator) -> Iterator[str]:
         server.communicate()
 
 
-def test_in_a_browser(address: str, tmp_path: Path) -> None:
+def test_in_a_browser(run: EventAccumulator, address: str, tmp_path: Path) -> None:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
@@ -227,12 +227,13 @@ def test_in_a_browser(address: str, tmp_path: Path) -> None:
             time.sleep(1)
         pytest.fail(f"{tab}: {', '.join(missing)} not in: {text[:2000]}")
 
+    accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
     try:
         shows("timeseries", "by_epoch/train", "/accuracy", "version_0", "Pinned")
         assert browser.execute_script("return document.querySelectorAll('card-view').length") >= 2
         shows("custom_scalars", "by step", "train/loss (", "val/loss (", "by epoch", "each digit")
         shows("images", "filters/first layer", "train/images", "step 13")
         assert browser.execute_script(LOADED_IMAGES) >= 2
-        shows("hparams", "version_0", "0.05", "val/accuracy", "test/accuracy")
+        shows("hparams", "Trial ID", "version_0", "batch_size", "50.000", "val/accuracy", accuracy)
     finally:
         browser.quit()
