@@ -1,14 +1,15 @@
 """What the time goes into: against the yardstick's own loop, a bare loop, the bare imports and the processor's peak.
 
-    python benchmarks/speed.py                       # all five, on a quiet machine
+    python benchmarks/speed.py                       # all six, on a quiet machine
     python benchmarks/speed.py target --rounds 20    # one of them
 
 target    seconds of training with configs/fast.yaml to its last epoch, and its test accuracy, against the
           yardstick's 20 epochs by a loop as its author would have written it: DataLoader, ToTensor and Normalize,
           plain PyTorch. Each round is one epoch of the yardstick, with its scoring of the test set, and one whole run
           of ours.
-overhead  training by `fit`, with its metrics, curve and checkpoints, over a bare loop with the same network, batches,
+overhead  training by `fit`, with its metrics, scalars and checkpoints, over a bare loop with the same network, batches,
           augmentation, optimizer, schedule and averaged weights.
+board     three epochs of the default with TensorBoard's pictures, curves and graph, over the same without them.
 startup   from the start of `python -m lit_mnist fit` until its first step, over importing the packages that it uses.
 peak      the training's multiplications and additions a second, as a share of the best large matrix product.
 predict   images a second: the network alone, and the command with its CSV.
@@ -156,6 +157,7 @@ def bare_loop(model: LitMNIST, batches: TensorBatches, steps: int) -> float:
 
 def overhead(root: str, rounds: int, steps: int = 200) -> dict[str, Any]:
     flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps), *QUIET]
+    flags += ["--board.every_n_epochs", "0"]  # has a measure of its own
     bare, lightning = [], []
     for number in range(rounds + 1):
         with folder_of_runs() as where:
@@ -172,6 +174,23 @@ def overhead(root: str, rounds: int, steps: int = 200) -> dict[str, Any]:
     row("bare loop, seconds", bare)
     row("ratio within a round", ratios, ".3f")
     return {"fit": lightning, "bare": bare, "median_ratio": statistics.median(ratios)}
+
+
+def board(root: str, rounds: int) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {"1": [], "0": []}
+    for _ in range(rounds):
+        for every_n_epochs, values in seconds.items():
+            with folder_of_runs() as where:
+                flags = ["--data.root", root, "--trainer.max_epochs", "3", *QUIET, *where]
+                started = perf_counter()
+                lit_mnist(["fit", *flags, "--board.every_n_epochs", every_n_epochs])
+                values.append(perf_counter() - started)  # all of it: some is written behind the last step
+    ratios = [a / b for a, b in zip(seconds["1"], seconds["0"], strict=True)]
+    table("the board's cost, 3 epochs of the default")
+    row("with it, seconds", seconds["1"])
+    row("without, seconds", seconds["0"])
+    row("ratio within a round", ratios, ".3f")
+    return {"with": seconds["1"], "without": seconds["0"], "median_ratio": statistics.median(ratios)}
 
 
 FIRST_STEP = """
@@ -264,6 +283,7 @@ def predict(root: str, rounds: int) -> dict[str, Any]:
 MEASURES = {
     "target": (target, 5),
     "overhead": (overhead, 7),
+    "board": (board, 3),
     "startup": (startup, 5),
     "peak": (peak, 7),
     "predict": (predict, 5),
