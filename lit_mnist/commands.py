@@ -248,10 +248,10 @@ class MNISTCLI(LightningCLI):
                 callbacks.append(self.last)
         elif settings["enable_checkpointing"] is None:
             kwargs["enable_checkpointing"] = False  # without a folder of the run's own they could hit another's
-        if isinstance(kwargs.get("logger"), RunLogger):
-            kwargs["logger"].settings = {
-                key: value for key, value in settings.items() if key in runs.TRAINER_SETTINGS
-            } | {"recipe": self.recipe}
+        if self.command == "fit" and isinstance(kwargs.get("logger"), RunLogger):
+            told = self.loaded.get("callbacks", {}).get("RunReport", {}) if run else {}
+            recipe = {"recipe": told.get("recipe", self.recipe)}
+            kwargs["logger"].settings = recipe | {k: v for k, v in settings.items() if k in runs.TRAINER_SETTINGS}
         if self.command == "predict":
             assert self.checkpoint
             self.writer = PredictionWriter(run or self.checkpoint.parent, self.checkpoint.stem)
