@@ -192,6 +192,8 @@ class MNISTCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise CommandError(" ".join(str(error).split())) from error
+        if self.datamodule.images and self.command != "predict":
+            raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")
         if self.trainer.world_size > 1:
             raise CommandError(
                 f"trainer.devices and trainer.num_nodes ask for {self.trainer.world_size} processes; batches are not"

@@ -59,6 +59,8 @@ def test_pictures_of_ones_own(command: Callable[..., int], tiny_root: Path, caps
     assert "data.images: none of the files shows a digit" in capsys.readouterr().err
     assert main(["predict", *flags, "--data.images", "no/where.png"]) == 2
     assert "data.images: no/where.png does not exist" in capsys.readouterr().err
+    assert main(["test", *flags, "--data.images", str(one)]) == 2
+    assert "data.images is for predict alone" in capsys.readouterr().err
     assert main(["predict", *flags, "--data.images"]) == 2
     assert "data.images must be at least one file or folder, got []" in capsys.readouterr().err
 

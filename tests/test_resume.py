@@ -26,6 +26,7 @@ SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trai
 SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.dropout", "0.1", "--model.lr", "0.05", "--model.ema_decay", "0.9"]
 SETTINGS += ["--data.batch_size", "50", "--data.val_size", "50", "--checkpoint.every_n_steps", "1"]
 SETTINGS += ["--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0"]
+CONFIGS = Path(__file__).parent.parent / "configs"
 TIMINGS = {"train/images_per_second"}
 Command = Callable[..., int]
 
@@ -159,17 +160,32 @@ def test_between_the_epochs(
 def test_other_ways_to_train(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extra: list[str], step: int
 ) -> None:
-    assert command(*SETTINGS, *extra) == 0
+    kill_and_compare(command, monkeypatch, tmp_path, [*SETTINGS, *extra], step)
+
+
+def kill_and_compare(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], step: int
+) -> None:
+    assert command(*flags) == 0
     uninterrupted = tmp_path / "uninterrupted"
     shutil.move("lightning_logs/version_0", uninterrupted)
     with monkeypatch.context() as patch:
         kill(patch, "training_step", step)
         with pytest.raises(Killed):
-            command(*SETTINGS, *extra)
+            command(*flags)
     assert command("--ckpt_path", "last") == 0
     run = Path("lightning_logs/version_0")
     assert_same(state(run), state(uninterrupted))
     assert curve(run) == curve(uninterrupted)
+
+
+@pytest.mark.parametrize("step", [3, 13])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path, step: int) -> None:
+    small = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
+    small += ["--data.batch_size", "40", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
+    small += ["--data.val_size", "50"] if path.stem == "smoke" else []
+    kill_and_compare(command, monkeypatch, tmp_path, ["--config", str(path), *small], step)
 
 
 def test_while_a_checkpoint_is_written(command: Command, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
