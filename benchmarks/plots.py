@@ -2,8 +2,9 @@
 
     python benchmarks/plots.py        # writes docs/error-parameters.png and docs/accuracy-seconds.png
 
-Every single run is a dot, the mean of a recipe's runs a ring. The yardstick stands at its author's figure, 99.44 %
-(0.56 % error) with 16k parameters, and at the seconds of results/seed.json, its recipe on this project's machine.
+Every single run is a dot, the mean of a recipe's runs a ring. A recipe's seconds are its epochs times those of an epoch
+in results/speed.jsonl, where nothing else ran on the machine; the yardstick's are its 20 epochs there. The yardstick
+stands at its author's accuracy, 99.44 % (0.56 % error).
 """
 
 from __future__ import annotations
@@ -34,33 +35,42 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def scatter(axes: Any, name: str, x: list[float], y: list[float], colour: str) -> None:
-    axes.scatter(x, y, s=12, alpha=0.5, color=colour)
-    mean = statistics.mean(x), statistics.mean(y)
-    axes.scatter(*mean, s=120, facecolors="none", edgecolors=colour, linewidths=2)
-    axes.annotate(f"{name}, n = {len(y)}", mean, textcoords="offset points", xytext=(9, 7), color=colour)
+def speed(measure: str) -> dict[str, Any]:
+    """The newest record of a measure of speed.py."""
+    records = [json.loads(line) for line in (RESULTS / "speed.jsonl").read_text().splitlines()]
+    return next(record for record in reversed(records) if record["measure"] == measure)
+
+
+def scatter(axes: Any, name: str, x: float, y: list[float], colour: str) -> None:
+    axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=colour)
+    label = f"{name}: {statistics.mean(y):.2f}, n = {len(y)}"
+    axes.scatter(x, statistics.mean(y), s=120, facecolors="none", edgecolors=colour, linewidths=2, label=label)
 
 
 def main() -> None:
     runs = recipes()
     yardstick = json.loads((RESULTS / "seed.json").read_text())["fit"]
+    epoch_seconds = speed("epochs")["seconds"]
+    yardstick_seconds = statistics.median(epoch["epoch_seconds"] for epoch in speed("target")["yardstick"])
     first, by_parameters = plt.subplots(figsize=(7, 4.5))
     second, by_seconds = plt.subplots(figsize=(7, 4.5))
     for number, (name, records) in enumerate(sorted(runs.items())):
         accuracy = [100 * record["test"]["test/accuracy"] for record in records]
         errors = [100 - value for value in accuracy]
-        scatter(by_parameters, name, [r["fit"]["parameters"] for r in records], errors, f"C{number}")
-        scatter(by_seconds, name, [r["fit"]["train_seconds"] for r in records], accuracy, f"C{number}")
+        fit = records[0]["fit"]
+        seconds = statistics.median(epoch_seconds[name]) * fit["epochs"]
+        scatter(by_parameters, name, fit["parameters"], errors, f"C{number}")
+        scatter(by_seconds, name, seconds, accuracy, f"C{number}")
     for axes, x, y in (
         (by_parameters, yardstick["parameters"], 100 - YARDSTICK),
-        (by_seconds, yardstick["train_seconds"], YARDSTICK),
+        (by_seconds, yardstick["epochs"] * yardstick_seconds, YARDSTICK),
     ):
-        axes.scatter(x, y, marker="x", s=80, color="black")
-        axes.annotate("the yardstick", (x, y), textcoords="offset points", xytext=(-10, 9), ha="right")
+        axes.scatter(x, y, marker="x", s=80, color="black", label=f"the yardstick: {y:.2f}, n = 1")
         axes.axhline(y, color="black", linewidth=0.5, linestyle=":")
         axes.grid(alpha=0.3)
-    by_parameters.set(xlabel="parameters", ylabel="test error, %", xlim=(0, 17_500), ylim=(0, None))
-    by_seconds.set(xlabel="seconds of training on a CPU", ylabel="test accuracy, %", xscale="log")
+        axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
+    by_parameters.set(xlabel="parameters", ylabel="test error, %", xlim=(0, 17_000), ylim=(0, None))
+    by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
     for figure, name in ((first, "error-parameters"), (second, "accuracy-seconds")):
         figure.tight_layout()
         figure.savefig(DOCS / f"{name}.png", dpi=130, metadata={"Software": None})

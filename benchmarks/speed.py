@@ -1,12 +1,13 @@
 """What the time goes into: against the yardstick's own loop, a bare loop, the bare imports and the processor's peak.
 
-    python benchmarks/speed.py                       # all six, on a quiet machine
+    python benchmarks/speed.py                       # all seven, on a quiet machine
     python benchmarks/speed.py target --rounds 20    # one of them
 
 target    seconds of training with configs/fast.yaml to its last epoch, and its test accuracy, against the
           yardstick's 20 epochs by a loop as its author would have written it: DataLoader, ToTensor and Normalize,
           plain PyTorch. Each round is one epoch of the yardstick, with its scoring of the test set, and one whole run
           of ours.
+epochs    seconds of an epoch of each recipe.
 overhead  training by `fit`, with its metrics, scalars and checkpoints, over a bare loop with the same network, batches,
           augmentation, optimizer, schedule and averaged weights.
 board     three epochs of the default with TensorBoard's pictures, curves and graph, over the same without them.
@@ -176,6 +177,23 @@ def overhead(root: str, rounds: int, steps: int = 200) -> dict[str, Any]:
     return {"fit": lightning, "bare": bare, "median_ratio": statistics.median(ratios)}
 
 
+def epochs(root: str, rounds: int) -> dict[str, Any]:
+    configs = sorted((REPOSITORY / "configs").glob("*.yaml"))
+    recipes = {path.stem: ["--config", str(path)] for path in configs if path.stem not in ("seed", "smoke")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("default", *recipes)}
+    for _ in range(rounds):
+        for name, values in seconds.items():
+            with folder_of_runs() as where:
+                flags = [*recipes.get(name, []), "--data.root", root, "--trainer.max_epochs", "1", *QUIET, *where]
+                lit_mnist(["fit", *flags])
+                results = Path(where[1], "lightning_logs", "version_0", "results.json").read_text()
+            values.append(json.loads(results)["fit"]["train_seconds"])
+    table("seconds of training an epoch")
+    for name, values in seconds.items():
+        row(name, values)
+    return {"seconds": seconds}
+
+
 def board(root: str, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"1": [], "0": []}
     for _ in range(rounds):
@@ -282,6 +300,7 @@ def predict(root: str, rounds: int) -> dict[str, Any]:
 
 MEASURES = {
     "target": (target, 5),
+    "epochs": (epochs, 3),
     "overhead": (overhead, 7),
     "board": (board, 3),
     "startup": (startup, 5),
