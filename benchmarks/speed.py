@@ -10,7 +10,7 @@ target    seconds of training with configs/fast.yaml to its last epoch, and its 
 epochs    seconds of an epoch of each recipe.
 overhead  training by `fit`, with its metrics, scalars and checkpoints, over a bare loop with the same network, batches,
           augmentation, optimizer, schedule and averaged weights.
-board     three epochs of the default with TensorBoard's pictures, curves and graph, over the same without them.
+board     what TensorBoard's pictures, curves of each digit, norms and graph take of a run of the default.
 startup   from the start of `python -m lit_mnist fit` until its first step, over importing the packages that it uses.
 peak      the training's multiplications and additions a second, as a share of the best large matrix product.
 predict   images a second: the network alone, and the command with its CSV.
@@ -50,6 +50,7 @@ from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD
 from lit_mnist.report import conditions
+from lit_mnist.tensorboard import Board
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
@@ -136,8 +137,11 @@ def folder_of_runs() -> Iterator[list[str]]:
         yield ["--trainer.default_root_dir", folder]
 
 
-def bare_loop(model: LitMNIST, batches: TensorBatches, steps: int) -> float:
-    """Train without Lightning: the same network, batches, augmentation, optimizer, schedule and averaged weights."""
+def bare_steps(model: LitMNIST, batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> Iterator[float]:
+    """Train without Lightning: the same network, batches, augmentation, optimizer, schedule and averaged weights.
+
+    Gives the seconds of each step, its batch included.
+    """
     hp: Any = model.hparams
     weights = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": weights[0], "weight_decay": hp.weight_decay}, {"params": weights[1], "weight_decay": 0.0}]
@@ -145,30 +149,53 @@ def bare_loop(model: LitMNIST, batches: TensorBatches, steps: int) -> float:
     scheduler = LambdaLR(optimizer, lambda step: min(1.0, 0.1 + step / steps))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema_decay), use_buffers=True)
     model.train()
-    started = perf_counter()
-    for step, (images, targets) in zip(range(steps), batches, strict=False):
-        loss = F.cross_entropy(model.network(model.augment(images, step)), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        averaged.update_parameters(model)
-    return perf_counter() - started
+    for step in range(steps):
+        with torch.enable_grad():
+            started = perf_counter()
+            images, targets = next(batches)
+            loss = F.cross_entropy(model.network(model.augment(images, step)), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            averaged.update_parameters(model)
+            seconds = perf_counter() - started
+        yield seconds
 
 
-def overhead(root: str, rounds: int, steps: int = 200) -> dict[str, Any]:
+def overhead(root: str, rounds: int, steps: int = 250) -> dict[str, Any]:
+    """Steps of both take turns: whenever the Trainer asks for a batch, the bare loop takes a step first."""
     flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps), *QUIET]
     flags += ["--board.every_n_epochs", "0"]  # has a measure of its own
+    original = TensorBatches.__iter__
     bare, lightning = [], []
     for number in range(rounds + 1):
-        with folder_of_runs() as where:
-            lit_mnist(["fit", *flags, *where])
-            results = Path(where[1], "lightning_logs", "version_0", "results.json").read_text()
-        batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
-        seconds = bare_loop(LitMNIST(), batches, steps)
+        theirs: list[float] = []
+        ours: list[float] = []
+        batches = original(TensorBatches(*mnist.load(root, train=True), 128, seed=1))
+        loop = bare_steps(LitMNIST(), batches, steps + 2)
+
+        def in_turns(self: TensorBatches, loop: Any = loop, ours: Any = ours, theirs: Any = theirs) -> Iterator[Any]:
+            iterator, given = original(self), 0.0
+            while True:
+                batch = next(iterator, None)
+                if batch is None:
+                    return
+                if given:
+                    ours.append(perf_counter() - given)
+                theirs.append(next(loop))
+                given = perf_counter()
+                yield batch
+
+        TensorBatches.__iter__ = in_turns  # type: ignore[method-assign]
+        try:
+            with folder_of_runs() as where:
+                lit_mnist(["fit", *flags, *where, "--data.val_size", "0"])
+        finally:
+            TensorBatches.__iter__ = original  # type: ignore[method-assign]
         if number:  # the first round warms up
-            bare.append(seconds)
-            lightning.append(json.loads(results)["fit"]["train_seconds"])
+            bare.append(sum(theirs[: len(ours)]))
+            lightning.append(sum(ours))
     ratios = [a / b for a, b in zip(lightning, bare, strict=True)]
     table(f"the Trainer's cost, {steps} steps of the default")
     row("fit, seconds", lightning)
@@ -195,20 +222,40 @@ def epochs(root: str, rounds: int) -> dict[str, Any]:
 
 
 def board(root: str, rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {"1": [], "0": []}
-    for _ in range(rounds):
-        for every_n_epochs, values in seconds.items():
+    """The time within the callback's hooks: two runs, with and without, differ more by chance."""
+    spent = [0.0]
+
+    def timed_hook(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = perf_counter()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                spent[0] += perf_counter() - started
+
+        return run
+
+    originals = {name: hook for name, hook in vars(Board).items() if name.startswith("on_")}
+    inside, whole = [], []
+    for name, hook in originals.items():
+        setattr(Board, name, timed_hook(hook))
+    try:
+        for _ in range(rounds):
+            spent[0] = 0.0
             with folder_of_runs() as where:
-                flags = ["--data.root", root, "--trainer.max_epochs", "3", *QUIET, *where]
                 started = perf_counter()
-                lit_mnist(["fit", *flags, "--board.every_n_epochs", every_n_epochs])
-                values.append(perf_counter() - started)  # all of it: some is written behind the last step
-    ratios = [a / b for a, b in zip(seconds["1"], seconds["0"], strict=True)]
-    table("the board's cost, 3 epochs of the default")
-    row("with it, seconds", seconds["1"])
-    row("without, seconds", seconds["0"])
-    row("ratio within a round", ratios, ".3f")
-    return {"with": seconds["1"], "without": seconds["0"], "median_ratio": statistics.median(ratios)}
+                lit_mnist(["fit", "--data.root", root, *QUIET, *where])
+                whole.append(perf_counter() - started)
+            inside.append(spent[0])
+    finally:
+        for name, hook in originals.items():
+            setattr(Board, name, hook)
+    shares = [100 * a / (b - a) for a, b in zip(inside, whole, strict=True)]
+    table("the board's cost in a run of the default")
+    row("the run, seconds", whole)
+    row("within the board's hooks, seconds", inside)
+    row("share of the rest, %", shares)
+    return {"run": whole, "board": inside, "median_share": statistics.median(shares)}
 
 
 FIRST_STEP = """
@@ -255,7 +302,7 @@ def peak(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
     product_flops = 2 * 2048**3
     training, products = [], []
     for number in track(range(rounds + 1), "measuring"):
-        seconds = bare_loop(LitMNIST(), batches, steps)
+        seconds = sum(bare_steps(LitMNIST(), iter(batches), steps))
         fastest = min(repeat(lambda: a @ b, 5))
         if number:
             training.append(step_flops * steps / seconds / 1e9)
@@ -277,7 +324,6 @@ def repeat(work: Callable[[], Any], times: int) -> list[float]:
     return seconds
 
 
-@torch.inference_mode()
 def predict(root: str, rounds: int) -> dict[str, Any]:
     images, _ = mnist.load(root, train=False)
     network = LitMNIST().network.eval()
@@ -286,7 +332,8 @@ def predict(root: str, rounds: int) -> dict[str, Any]:
         short = ["--trainer.limit_train_batches", "5", "--trainer.max_epochs", "1"]
         lit_mnist(["fit", "--data.root", root, *where, *QUIET, *short])
         for number in track(range(rounds + 1), "predicting"):
-            seconds = repeat(lambda: [network(batch).softmax(1) for batch in images.split(1000)], 1)[0]
+            with torch.inference_mode():
+                seconds = repeat(lambda: [network(batch).softmax(1) for batch in images.split(1000)], 1)[0]
             started = perf_counter()
             lit_mnist(["predict", "--ckpt_path", "last", *where, "--trainer.accelerator", "cpu"])
             if number:
@@ -301,7 +348,7 @@ def predict(root: str, rounds: int) -> dict[str, Any]:
 MEASURES = {
     "target": (target, 5),
     "epochs": (epochs, 3),
-    "overhead": (overhead, 7),
+    "overhead": (overhead, 5),
     "board": (board, 3),
     "startup": (startup, 5),
     "peak": (peak, 7),

@@ -7,10 +7,11 @@ from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -197,7 +198,8 @@ class LitMNIST(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         # outside fit it would warn that it has nothing to average
         decay = self.hparams["ema_decay"] if self.trainer.state.fn == "fit" else 0
-        return [EMAWeightAveraging(decay=decay)] if decay else []
+        # EMAWeightAveraging 2.6 does the same tensor by tensor, which takes a tenth of a step on a CPU
+        return [WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(decay))] if decay else []
 
     def configure_optimizers(self) -> Any:
         hp: Any = self.hparams
