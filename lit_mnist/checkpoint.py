@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -137,6 +138,10 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=not resumed,  # a resumed run that comes to the same name means the same file
         )
         self.resumed = resumed
+
+    @cached_property
+    def state_key(self) -> str:
+        return super().state_key  # ModelCheckpoint 2.6 writes it anew for each of the six hooks of a step
 
     def state_dict(self) -> dict[str, Any]:
         # names without folders: a run may be moved, and its checkpoints are the same wherever it lies

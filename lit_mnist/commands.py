@@ -8,7 +8,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.profilers import PassThroughProfiler
 
 from lit_mnist import runs
 from lit_mnist.checkpoint import (
@@ -262,6 +263,8 @@ class MNISTCLI(LightningCLI):
             callbacks.append(RichProgressBar(refresh_rate=10))
         else:
             kwargs["enable_progress_bar"] = False
+        if settings["profiler"] is None:
+            kwargs["profiler"] = Unprofiled()
         if self.command == "fit" and settings["enable_model_summary"] is not False:
             callbacks.append(RichModelSummary(max_depth=1))
         if self.command != "fit":
@@ -309,6 +312,15 @@ class MNISTCLI(LightningCLI):
             self.writer.write_test_set()
         elif not self.writer.write_pictures(datamodule.pictures):
             raise CommandError("data.images: none of the files shows a digit")
+
+
+class Unprofiled(PassThroughProfiler):
+    """PassThroughProfiler of Lightning 2.6 runs a generator for each of some sixty hooks of a step."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> nullcontext[None]:  # type: ignore[override]
+        return self.nothing
 
 
 def joined(args: list[str], flag: str) -> list[str]:
