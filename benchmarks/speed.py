@@ -1,6 +1,6 @@
 """What the time goes into: against the yardstick's own loop, a bare loop, the bare imports and the processor's peak.
 
-    python benchmarks/speed.py                       # all seven, on a quiet machine
+    python benchmarks/speed.py                       # all eight, on a quiet machine
     python benchmarks/speed.py target --rounds 20    # one of them
 
 target    seconds of training with configs/fast.yaml to its last epoch, and its test accuracy, against the
@@ -9,7 +9,8 @@ target    seconds of training with configs/fast.yaml to its last epoch, and its 
           of ours.
 epochs    seconds of an epoch of each recipe.
 overhead  training by `fit`, with its metrics, scalars and checkpoints, over a bare loop with the same network, batches,
-          augmentation, optimizer, schedule and averaged weights.
+          augmentation, optimizer, schedule and averaged weights (torch's AveragedModel), and without these.
+augment   the augmentation's share of a step of the bare loop.
 board     what TensorBoard's pictures, curves of each digit, norms and graph take of a run of the default.
 startup   from the start of `python -m lit_mnist fit` until its first step, over importing the packages that it uses.
 peak      the training's multiplications and additions a second, as a share of the best large matrix product.
@@ -147,7 +148,9 @@ def bare_steps(model: LitMNIST, batches: Iterator[tuple[Tensor, Tensor]], steps:
     groups = [{"params": weights[0], "weight_decay": hp.weight_decay}, {"params": weights[1], "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=hp.lr, momentum=hp.momentum, nesterov=hp.nesterov)
     scheduler = LambdaLR(optimizer, lambda step: min(1.0, 0.1 + step / steps))
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema_decay), use_buffers=True)
+    averaged = None
+    if hp.ema_decay:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema_decay), use_buffers=True)
     model.train()
     for step in range(steps):
         with torch.enable_grad():
@@ -158,7 +161,8 @@ def bare_steps(model: LitMNIST, batches: Iterator[tuple[Tensor, Tensor]], steps:
             loss.backward()
             optimizer.step()
             scheduler.step()
-            averaged.update_parameters(model)
+            if averaged:
+                averaged.update_parameters(model)
             seconds = perf_counter() - started
         yield seconds
 
@@ -166,42 +170,73 @@ def bare_steps(model: LitMNIST, batches: Iterator[tuple[Tensor, Tensor]], steps:
 def overhead(root: str, rounds: int, steps: int = 250) -> dict[str, Any]:
     """Steps of both take turns: whenever the Trainer asks for a batch, the bare loop takes a step first."""
     flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps), *QUIET]
-    flags += ["--board.every_n_epochs", "0"]  # has a measure of its own
+    flags += ["--data.val_size", "0", "--board.every_n_epochs", "0"]  # the board has a measure of its own
     original = TensorBatches.__iter__
-    bare, lightning = [], []
+    recipes = {"the default": LitMNIST().hparams["ema_decay"], "without averaged weights": 0.0}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"fit": [], "bare": []} for name in recipes}
     for number in range(rounds + 1):
-        theirs: list[float] = []
-        ours: list[float] = []
-        batches = original(TensorBatches(*mnist.load(root, train=True), 128, seed=1))
-        loop = bare_steps(LitMNIST(), batches, steps + 2)
+        for name, decay in recipes.items():
+            theirs: list[float] = []
+            ours: list[float] = []
+            batches = original(TensorBatches(*mnist.load(root, train=True), 128, seed=1))
+            loop = bare_steps(LitMNIST(ema_decay=decay), batches, steps + 2)
 
-        def in_turns(self: TensorBatches, loop: Any = loop, ours: Any = ours, theirs: Any = theirs) -> Iterator[Any]:
-            iterator, given = original(self), 0.0
-            while True:
-                batch = next(iterator, None)
-                if batch is None:
-                    return
-                if given:
-                    ours.append(perf_counter() - given)
-                theirs.append(next(loop))
-                given = perf_counter()
-                yield batch
+            def in_turns(
+                self: TensorBatches, loop: Any = loop, ours: Any = ours, theirs: Any = theirs
+            ) -> Iterator[Any]:
+                iterator, given = original(self), 0.0
+                while True:
+                    batch = next(iterator, None)
+                    if batch is None:
+                        return
+                    if given:
+                        ours.append(perf_counter() - given)
+                    theirs.append(next(loop))
+                    given = perf_counter()
+                    yield batch
 
-        TensorBatches.__iter__ = in_turns  # type: ignore[method-assign]
-        try:
-            with folder_of_runs() as where:
-                lit_mnist(["fit", *flags, *where, "--data.val_size", "0"])
-        finally:
-            TensorBatches.__iter__ = original  # type: ignore[method-assign]
-        if number:  # the first round warms up
-            bare.append(sum(theirs[: len(ours)]))
-            lightning.append(sum(ours))
-    ratios = [a / b for a, b in zip(lightning, bare, strict=True)]
-    table(f"the Trainer's cost, {steps} steps of the default")
-    row("fit, seconds", lightning)
-    row("bare loop, seconds", bare)
-    row("ratio within a round", ratios, ".3f")
-    return {"fit": lightning, "bare": bare, "median_ratio": statistics.median(ratios)}
+            TensorBatches.__iter__ = in_turns  # type: ignore[method-assign]
+            try:
+                with folder_of_runs() as where:
+                    lit_mnist(["fit", *flags, *where, "--model.ema_decay", str(decay)])
+            finally:
+                TensorBatches.__iter__ = original  # type: ignore[method-assign]
+            if number:  # the first round warms up
+                seconds[name]["bare"].append(sum(theirs[: len(ours)]))
+                seconds[name]["fit"].append(sum(ours))
+    table(f"the Trainer's cost, {steps} steps")
+    for name, values in seconds.items():
+        row(f"{name}: fit, seconds", values["fit"])
+        row(f"{name}: bare loop, seconds", values["bare"])
+        ratios = [a / b for a, b in zip(values["fit"], values["bare"], strict=True)]
+        row(f"{name}: ratio within a round", ratios, ".3f")
+    return {"seconds": seconds}
+
+
+def augment(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
+    shares, milliseconds = [], []
+    for number in range(rounds + 1):
+        model = LitMNIST(rotation=8.0, shift=1.5, scale=0.08)
+        spent: list[float] = []
+        original = model.augment
+
+        def timed_augment(
+            images: Tensor, batch_idx: int, original: Any = original, spent: list[float] = spent
+        ) -> Tensor:
+            started = perf_counter()
+            augmented: Tensor = original(images, batch_idx)
+            spent.append(perf_counter() - started)
+            return augmented
+
+        model.augment = timed_augment  # type: ignore[method-assign]
+        whole = sum(bare_steps(model, iter(TensorBatches(*mnist.load(root, train=True), 128, seed=1)), steps))
+        if number:
+            shares.append(100 * sum(spent) / whole)
+            milliseconds.append(1000 * sum(spent) / steps)
+    table("the augmentation, batches of 128")
+    row("milliseconds a step", milliseconds)
+    row("share of a step of the default, %", shares, ".1f")
+    return {"milliseconds": milliseconds, "share": shares}
 
 
 def epochs(root: str, rounds: int) -> dict[str, Any]:
@@ -349,6 +384,7 @@ MEASURES = {
     "target": (target, 5),
     "epochs": (epochs, 3),
     "overhead": (overhead, 5),
+    "augment": (augment, 5),
     "board": (board, 3),
     "startup": (startup, 5),
     "peak": (peak, 7),
