@@ -112,7 +112,10 @@ def list_runs(args: Sequence[str]) -> int:
     folder = options.root_dir / "lightning_logs"
     if not folder.is_dir():
         return complain(f"--root_dir {options.root_dir}: there is no folder lightning_logs in it", BAD_INPUT)
-    rows = summaries(folder)
+    try:
+        rows = summaries(folder)
+    except OSError as error:
+        return complain(f"--root_dir {options.root_dir}: {error.filename}: {error.strerror}", BAD_INPUT)
     if options.sort and options.sort != "run":
         # None first; numbers and words do not meet in one column
         rows.sort(key=lambda row: (row[options.sort] is not None, row[options.sort] or 0))
@@ -132,10 +135,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     forms = {"parameters": "{:,}", "val_accuracy": "{:.2%}", "test_accuracy": "{:.2%}", "seconds": "{:.1f}"}
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in RUN_COLUMNS:
         words = column in ("run", "recipe", "state")
-        table.add_column(column.replace("_", " "), justify="left" if words else "right", no_wrap=True)
+        heading = column.replace("_", "\n")  # so that a table is 80 columns wide
+        table.add_column(heading, justify="left" if words else "right", no_wrap=column != "recipe", overflow="fold")
     for row in rows:
         cells = ("-" if row[column] is None else forms.get(column, "{}").format(row[column]) for column in RUN_COLUMNS)
         table.add_row(*cells)

@@ -115,7 +115,7 @@ class MNISTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         self.args = args
-        args = joined(args, "--data.images")
+        args, images = taken(args, "--data.images")
         configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
         configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
         self.recipe = "+".join(Path(config).stem for config in configs) or "default"
@@ -151,6 +151,8 @@ class MNISTCLI(LightningCLI):
                     raise CommandError(f"--ckpt_path {self.checkpoint}: it holds weights alone, no state to go on from")
                 progress = self.loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]
                 self.changes = differences(before, self.config["fit"], not progress["is_last_batch"])
+        if images is not None:
+            self.config[self.command]["data.images"] = images
 
     def _settings_of_checkpoint(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, Any] = runs.plain_settings("model", checkpoint["hyper_parameters"])
@@ -323,13 +325,24 @@ class Unprofiled(PassThroughProfiler):
         return self.nothing
 
 
-def joined(args: list[str], flag: str) -> list[str]:
-    """Make one list of all values behind a flag: jsonargparse 4.53 takes `--flag '["a","b"]'`, a shell gives `a b`."""
-    if flag not in args:
-        return args
-    start = args.index(flag) + 1
-    end = next((index for index in range(start, len(args)) if args[index].startswith("--")), len(args))
-    return [*args[:start], json.dumps(args[start:end]), *args[end:]]
+def taken(args: list[str], flag: str) -> tuple[list[str], list[str] | None]:
+    """Split off all values behind a flag, however they are given: `--flag a b`, `--flag=a`, and again.
+
+    jsonargparse 4.53 takes a list as `--flag '["a","b"]'`, and of names in YAML's character set alone.
+    """
+    others: list[str] = []
+    values: list[str] = []
+    taking = found = False
+    for arg in args:
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            taking = name == flag
+            found = found or taking
+            if taking:
+                values += [value] if equals else []
+                continue
+        (values if taking else others).append(arg)
+    return others, values if found else None
 
 
 def root_folder(default_root_dir: str | None) -> Path:

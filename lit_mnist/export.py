@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,7 +102,10 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
     mnist.prepare(root)
     images, targets = mnist.load(root, train=False)
     settings = runs.plain_settings("model", checkpoint["hyper_parameters"])
-    lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})  # type: ignore[arg-type]
+    try:
+        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--ckpt_path {checkpoint_name}: its settings make no network ({error})") from error
     try:
         lit.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -124,13 +128,16 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
-            write(model, partial, metadata)
+            try:
+                write(model, partial, metadata)
+            except (OSError, RuntimeError) as error:  # torch's type for a file that cannot be written
+                raise CommandError(f"--output {output}: {str(error).splitlines()[0]}") from error
             answer = load(partial)
         difference = 0.0
         for size in BATCHES:
             part = images[: 10 * size] if size == 1 else images
             answers = torch.cat([answer(batch).detach() for batch in part.split(size)])
-            difference = max(difference, float((answers - expected[: len(part)]).abs().max()))
+            difference = max(difference, float((answers - expected[: len(part)]).abs().nan_to_num(math.inf).max()))
             if difference > TOLERANCE or not torch.equal(answers.argmax(1), expected[: len(part)].argmax(1)):
                 raise CommandError(
                     f"--output {output}: the exported network differs from the checkpoint by {difference:.1e} in a"
@@ -166,10 +173,14 @@ def main(args: Sequence[str]) -> None:
         raise CommandError(f"--output {output}: the name must end in {' or '.join(FORMATS)}")
     if output.suffix == ".onnx" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise CommandError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
-    if output.exists() and not options.overwrite:
+    if output.is_dir():
+        raise CommandError(f"--output {output}: that is a folder; name a file")
+    if os.path.lexists(output) and not options.overwrite:
         raise CommandError(f"--output {output}: that file exists; --overwrite replaces it")
     if not output.absolute().parent.is_dir():
         raise CommandError(f"--output {output}: there is no folder {output.parent}")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise CommandError(f"--output {output}: no file can be written to {output.absolute().parent}")
     path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
     print(f"Checkpoint: {path}", flush=True)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 # Mean and standard deviation of the 60,000 training images' pixels, on the scale 0..1.
 MEAN, STD = 0.1307, 0.3081
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 LAYER = re.compile(
     r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1-9]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2)?(?P<add>\+)?"
@@ -51,14 +54,17 @@ class DigitNet(nn.Module):
 
     Args:
         layers: the words, separated by spaces.
+        activation: `relu`, or `silu` (https://arxiv.org/abs/1702.03118), smoother and slower, in its place.
         dropout: probability that dropout after each convolution but the last zeroes an activation, 0 <= p < 1.
 
     Raises:
-        ValueError: a word or a probability is out of its range, or an image of 28x28 is pooled away.
+        ValueError: an argument is out of its range, or an image of 28x28 is pooled away.
     """
 
-    def __init__(self, layers: str, dropout: float = 0.0) -> None:
+    def __init__(self, layers: str, dropout: float = 0.0, activation: Literal["relu", "silu"] = "relu") -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"model.activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
         blocks: list[nn.Module] = []
@@ -83,7 +89,7 @@ class DigitNet(nn.Module):
                 if match["halve"]:
                     layer.append(nn.MaxPool2d(2))
                     size //= 2
-                layer += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                layer += [nn.BatchNorm2d(width), ACTIVATIONS[activation](inplace=True)]
                 if dropout > 0:
                     layer.append(nn.Dropout(dropout))
                 blocks += [Residual(*layer)] if match["add"] else layer

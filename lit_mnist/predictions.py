@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_mnist.data.images import Picture
+from lit_mnist.data.images import Picture, grey_levels, is_deep
 from lit_mnist.report import shown
 
 DIGITS = [f"p{digit}" for digit in range(10)]
@@ -48,6 +48,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def write_test_set(self) -> None:
         """`index,digit,p0,...,p9` for each image of the test set, in its order."""
+        if not self.batches:
+            raise ValueError("trainer.limit_predict_batches leaves no image to predict")
         probabilities = torch.cat(self.batches)
         path = self.folder / f"predictions-{self.name}.csv"
         rows = ([index, int(row.argmax()), *percent(row)] for index, row in enumerate(probabilities))
@@ -58,11 +60,18 @@ class PredictionWriter(BasePredictionWriter):
         """A table on the console, `file,digit,confidence,p0,...,p9,problem`, and a contact sheet.
 
         Returns:
-            How many pictures have an answer.
+            How many pictures have an answer; with none, no file is written.
+
+        Raises:
+            ValueError: the trainer left pictures out.
         """
         answers = iter(torch.cat(self.batches) if self.batches else ())
+        if sum(map(len, self.batches)) < sum(picture.digit is not None for picture in pictures):
+            raise ValueError("trainer.limit_predict_batches and trainer.fast_dev_run leave pictures out; use neither")
         rows = [(picture, None if picture.digit is None else next(answers)) for picture in pictures]
         print_table(rows)
+        if all(answer is None for _, answer in rows):
+            return 0
         csv_path, sheet_path = (self.folder / f"pictures-{self.name}.{suffix}" for suffix in ("csv", "png"))
         write_csv(csv_path, ["file", "digit", "confidence", *DIGITS, "problem"], map(csv_row, rows))
         with replaced(sheet_path) as partial:
@@ -94,11 +103,17 @@ def print_table(rows: Sequence[Row]) -> None:
     table.add_column("")
     for picture, answer in rows:
         if answer is None:
-            table.add_row(str(picture.path), "-", "-", picture.problem)
+            table.add_row(printable(picture.path), "-", "-", picture.problem)
         else:
-            table.add_row(str(picture.path), str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
+            table.add_row(printable(picture.path), str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
     # a pipe has no width, and rich would cut the lines
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+def printable(path: Path) -> str:
+    """A name as the console can show it: file names may hold any bytes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return str(path).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
@@ -131,9 +146,8 @@ def thumbnail(path: Path) -> Image.Image:
     """A picture that was read before, in its colours, what is transparent on grey."""
     with Image.open(path) as opened:
         picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith(("I", "F")):
-            low, high = picture.getextrema()
-            picture = picture.point(lambda level: (level - low) * (255 / max(high - low, 1))).convert("L")  # type: ignore[operator]
+        if is_deep(picture):
+            picture = Image.fromarray((grey_levels(path) * 255).to(torch.uint8).numpy())
         picture = picture.convert("RGBA")
     scale = min(CELL / side for side in picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
@@ -143,7 +157,7 @@ def thumbnail(path: Path) -> Image.Image:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
-    with replaced(path) as partial, partial.open("w", newline="") as file:
+    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -30,20 +31,20 @@ class TrainingError(RuntimeError):
     """The training failed on its own account; checkpoints written before stay as they are."""
 
 
+@cache  # the code that runs is that of the start
 def commit() -> str | None:
     """The git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the checkout around it may be another project's
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
 
 
 def processor() -> str:
@@ -133,6 +134,8 @@ class RunReport(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_clock()
+        if trainer.current_epoch:
+            self._write_results(trainer, pl_module, "running")
 
     def _start_clock(self) -> None:
         self._clock = self._window_clock = perf_counter()

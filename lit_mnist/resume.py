@@ -21,6 +21,7 @@ from lit_mnist.tensorboard import TEST_SUFFIX
 # Changing these would make another run of it, not a continuation.
 FIXED = {
     "model.layers": "the weights are of that network",
+    "model.activation": "the weights are of that network",
     "model.optimizer": "the optimizer's state is of that kind",
     "data.val_size": "held-out images would have been trained on",
     "data.split_seed": "held-out images would have been trained on",

@@ -89,15 +89,20 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
             {
                 "run": run.name,
                 "recipe": fit.get("recipe"),
-                "parameters": fit.get("parameters"),
-                "epochs": fit.get("epochs"),
-                "val_accuracy": (section(fit, "best") or section(fit, "metrics")).get("val/accuracy"),
-                "test_accuracy": section(results, "test").get("test/accuracy"),
-                "seconds": fit.get("train_seconds"),
+                "parameters": number(fit, "parameters"),
+                "epochs": number(fit, "epochs"),
+                "val_accuracy": number(section(fit, "best") or section(fit, "metrics"), "val/accuracy"),
+                "test_accuracy": number(section(results, "test"), "test/accuracy"),
+                "seconds": number(fit, "train_seconds"),
                 "state": state,
             }
         )
     return rows
+
+
+def number(results: Mapping[str, Any], name: str) -> int | float | None:
+    value = results.get(name)
+    return value if type(value) in (int, float) else None
 
 
 def section(results: Any, name: str) -> Mapping[str, Any]:

@@ -35,6 +35,17 @@ def test_leaner_designs() -> None:
     assert parameters(DigitNet("8 16x5d")) - parameters(DigitNet("8")) == 8 * 25 + 8 * 16 + 32 + (160 - 80)
 
 
+def test_activation() -> None:
+    assert names(DigitNet("4/2", activation="silu")) == ["Conv2d", "MaxPool2d", "BatchNorm2d", "SiLU"]
+    network = DigitNet("4/2", activation="silu")
+    network(torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)).sum().backward()
+    gradient = next(network.parameters()).grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) > 0
+    with pytest.raises(ValueError, match=r"model\.activation must be relu or silu, got tanh"):
+        DigitNet("4/2", activation="tanh")  # type: ignore[arg-type]
+
+
 def test_a_layer_that_adds_its_input() -> None:
     torch.manual_seed(0)
     network = DigitNet("4/2 4x5d+").eval()

@@ -1,13 +1,16 @@
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_cli import TINY, command, only
 
 from lit_mnist.cli import main
+from lit_mnist.data import images
 from lit_mnist.data.images import Picture
 from lit_mnist.predictions import CELL, MARGIN, contact_sheet
 
@@ -55,14 +58,39 @@ def test_pictures_of_ones_own(command: Callable[..., int], tiny_root: Path, caps
     assert not Path("nowhere").exists()
     assert not list(run.glob("*.tmp"))
 
+    before = {path.name: path.read_bytes() for path in run.glob("pictures-*")}
     assert main(["predict", *flags, "--data.images", str(broken)]) == 2
     assert "data.images: none of the files shows a digit" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.glob("pictures-*")} == before
+    assert main(["predict", *flags, "--data.images", str(one), "--trainer.limit_predict_batches", "0"]) == 2
+    assert "trainer.limit_predict_batches and trainer.fast_dev_run leave pictures out" in capsys.readouterr().err
+    assert main(["predict", *flags, "--data.images", ""]) == 2
+    assert "data.images must be files and folders, got an empty name" in capsys.readouterr().err
     assert main(["predict", *flags, "--data.images", "no/where.png"]) == 2
     assert "data.images: no/where.png does not exist" in capsys.readouterr().err
     assert main(["test", *flags, "--data.images", str(one)]) == 2
     assert "data.images is for predict alone" in capsys.readouterr().err
     assert main(["predict", *flags, "--data.images"]) == 2
     assert "data.images must be at least one file or folder, got []" in capsys.readouterr().err
+
+
+def test_odd_names_and_deep_pictures(
+    command: Callable[..., int], tiny_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of any bytes; every way to write a list; pictures of 16 bits; not the sheets of earlier predictions."""
+    assert command("fit", *TINY) == 0
+    flags = ["--ckpt_path", "last", "--trainer.accelerator", "cpu"]
+    odd = picture(Path(os.fsdecode(b"odd\xff[bold],\n.png")))
+    levels = np.full((90, 90), 60_000, np.uint16)
+    levels[10:70, 40:48] = 300
+    Image.fromarray(levels.astype(">u2")).save("deep.tif")
+    assert main(["predict", *flags, f"--data.images={odd}", "--data.images", "deep.tif"]) == 0
+    assert "odd\\udcff[bold]," in capsys.readouterr().out
+    with only("lightning_logs/version_0/pictures-last-*.csv").open(newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(odd), "deep.tif"]
+    assert rows[0]["p3"] == pytest.approx(rows[1]["p3"])
+    assert sorted(images.find(["."])) == sorted([Path("deep.tif"), odd])
 
 
 def test_contact_sheet(tmp_path: Path) -> None:

@@ -329,6 +329,7 @@ def test_what_the_user_sets_wins_and_is_told(command: Command, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
+        (["--model.activation", "silu"], "model.activation was relu in this run and cannot become silu"),
         (["--model.layers", "8/2"], "model.layers was 4x5/2 8/2 in this run and cannot become 8/2"),
         (["--data.val_size", "40"], "held-out images would have been trained on"),
         (["--data.split_seed", "7"], "held-out images would have been trained on"),

@@ -106,8 +106,12 @@ def test_runs_command(some_runs: Path, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.chdir(some_runs.parent)
     assert main(["runs"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["version_2", "tiny", "7,976", "3", "75.00%", "62.50%", "12.3", "finished"]
-    assert lines[4] == ["version_12", "-", "-", "-", "-", "-", "-", "unknown"]
+    assert lines[:2] == [
+        ["val", "test"],
+        ["run", "recipe", "parameters", "epochs", "accuracy", "accuracy", "seconds", "state"],
+    ]
+    assert lines[2] == ["version_2", "tiny", "7,976", "3", "75.00%", "62.50%", "12.3", "finished"]
+    assert lines[5] == ["version_12", "-", "-", "-", "-", "-", "-", "unknown"]
     monkeypatch.chdir("/")
     where = ["--root_dir", str(some_runs.parent)]
     assert main(["runs", *where, "--format", "csv", "--sort", "parameters"]) == 0

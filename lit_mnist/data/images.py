@@ -41,9 +41,13 @@ def find(paths: list[str]) -> list[Path]:
         DataError: a path that is not there, or a folder without pictures.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for name in paths:
+        if not name:
+            raise DataError("data.images must be files and folders, got an empty name")
+        path = Path(name)
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = [file for file in inside if "lightning_logs" not in file.relative_to(path).parts]  # our own sheets
             if not inside:
                 raise DataError(f"data.images: the folder {path} has no {', '.join(sorted(SUFFIXES))} in it")
             found += inside
@@ -82,7 +86,7 @@ def grey_levels(path: Path) -> Tensor:
                 if width * height > PIXEL_LIMIT:
                     raise UnusableError(f"{width}x{height} pixels, at most {PIXEL_LIMIT:,} are read")
                 picture = ImageOps.exif_transpose(opened)
-                deep = picture.mode.startswith(("I", "F"))  # 16 bits and more, which convert("LA") would clip
+                deep = is_deep(picture)
                 if deep:
                     levels = np.asarray(picture, dtype=np.float32)
                 else:
@@ -108,16 +112,27 @@ def grey_levels(path: Path) -> Tensor:
     return level
 
 
+def is_deep(picture: Image.Image) -> bool:
+    """Whether it has 16 bits or more a pixel, which Pillow's conversions would clip."""
+    return picture.mode.startswith(("I", "F"))
+
+
 def digit(levels: Tensor) -> Tensor:
     """Bring grey levels, float (H, W), into MNIST's form, uint8 (1, 28, 28).
 
     Raises:
         UnusableError: nothing stands out from the background.
     """
-    ink = ink_of(reduced(levels))
+    small = reduced(levels)
+    try:
+        ink = ink_of(small)
+    except UnusableError:
+        ink = ink_of(framed(small))  # perhaps cut so close that there is more ink than paper
     ink = ink * main_parts(ink > 0.3)
-    rows, columns = (ink > 0.1).any(1).nonzero().flatten(), (ink > 0.1).any(0).nonzero().flatten()
-    ink = ink[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+    rows, columns = ((ink > 0.1).any(side).nonzero().flatten()[[0, -1]].tolist() for side in (1, 0))
+    if small is not levels and 3 * max(rows[1] - rows[0], columns[1] - columns[0]) < max(small.shape):
+        return digit(around(levels, rows, columns, max(levels.shape) / max(small.shape)))
+    ink = ink[rows[0] : rows[1] + 1, columns[0] : columns[1] + 1]
     scale = BOX / max(ink.shape)
     size = [max(1, round(side * scale)) for side in ink.shape]
     if size != list(ink.shape):
@@ -133,6 +148,27 @@ def digit(levels: Tensor) -> Tensor:
     left = min(max(round(SIDE / 2 - column), 0), SIDE - width)
     canvas = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
     canvas[0, above : above + height, left : left + width] = (ink * 255).round().to(torch.uint8)
+    return canvas
+
+
+def around(levels: Tensor, rows: list[int], columns: list[int], scale: float) -> Tensor:
+    """A small digit in a large picture: the pixels about it, with as much paper on all sides as half the digit."""
+    margin = max(rows[1] - rows[0], columns[1] - columns[0]) / 2 + 2
+    (above, below), (left, right) = (
+        (max(0, int((first - margin) * scale)), int((last + 1 + margin) * scale)) for first, last in (rows, columns)
+    )
+    return levels[above:below, left:right]
+
+
+def framed(levels: Tensor) -> Tensor:
+    """Paper on all sides, of those pixels of the border that lie nearest to its median: with their noise."""
+    border = torch.cat([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    paper = border[(border - border.median()).abs().argsort()[: 3 * len(border) // 4]]
+    margin = 1 + max(levels.shape) // 6
+    height, width = levels.shape
+    canvas = paper[torch.arange((height + 2 * margin) * (width + 2 * margin)) % len(paper)]
+    canvas = canvas.view(height + 2 * margin, width + 2 * margin)
+    canvas[margin : margin + height, margin : margin + width] = levels
     return canvas
 
 

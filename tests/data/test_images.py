@@ -84,6 +84,22 @@ def test_what_does_not_matter() -> None:
     assert close(images.digit(specks), expected)
 
 
+def test_cut_close_and_far_away() -> None:
+    """More ink than paper in the frame; a digit so small that reducing the picture would leave nothing of it."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 60), torch.linspace(-1, 1, 40), indexing="ij")
+    distance = x * x + y * y
+    bold = ((distance < 1) & (distance > 0.4)).float()  # a bold nought
+    expected = images.digit(F.pad(bold, (60, 60, 60, 60)))
+    assert close(images.digit(bold), expected)
+    assert close(images.digit(0.9 - 0.5 * bold), expected)
+    far = torch.zeros(900, 1200)
+    far[700:760, 300:340] = seven()
+    assert close(images.digit(1 - far), images.digit(drawn()))
+    noise = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(images.UnusableError, match="nothing stands out"):
+        images.digit((0.8 + 0.03 * noise).clamp(0, 1))
+
+
 def test_real_digits_stay_as_they_are(real_root: Path) -> None:
     originals, _ = mnist.load(real_root, train=False)
     differences = [difference(images.digit(original[0] / 255), original) for original in originals[:200]]
