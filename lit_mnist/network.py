@@ -14,7 +14,7 @@ MEAN, STD = 0.1307, 0.3081
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 LAYER = re.compile(
-    r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1-9]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2)?(?P<add>\+)?"
+    r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2)?(?P<add>\+)?"
 )
 
 
@@ -40,10 +40,9 @@ class DigitNet(nn.Module):
 
     ========  ==========================================================================================
     `16`      3x3 convolution to 16 channels, batch norm, ReLU, dropout
-    `16x5`    the same with a 5x5 kernel (1 to 9, even ones unpadded only), padded to keep the size
+    `16x5`    the same with a 5x5 kernel (1, 3, 5 or 7), padded to keep the size
     `16x5v`   not padded: what follows is 4 pixels smaller, which MNIST's empty borders allow, and as much cheaper
-    `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters. `16x6dv` on a map of
-              6x6 is a global average pooling with weights of its own (https://arxiv.org/abs/1804.07573, section 3.1)
+    `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters
     `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
     `16+`     the layer's input is added to its output (https://arxiv.org/abs/1512.03385); their shapes must agree
     `pool`    2x2 max pooling after the dropout, as text books draw it
@@ -75,8 +74,6 @@ class DigitNet(nn.Module):
                 size //= 2
             elif match := LAYER.fullmatch(word):
                 width, kernel = int(match["width"]), int(match["kernel"] or 3)
-                if kernel % 2 == 0 and not match["valid"]:
-                    raise ValueError(f"model.layers pads odd kernels only, {word!r} needs a v in {layers!r}")
                 padding = 0 if match["valid"] else kernel // 2
                 size -= kernel - 1 - 2 * padding
                 if match["add"] and (width != channels or match["halve"] or match["valid"]):
@@ -100,7 +97,7 @@ class DigitNet(nn.Module):
                     f" {layers!r}"
                 )
         if channels == 1 or size < 1:
-            raise ValueError(f"model.layers needs a convolution and must leave a pixel of 28x28, got {layers!r}")
+            raise ValueError(f"model.layers needs a convolution and at most four poolings, got {layers!r}")
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, 10)
 

@@ -62,14 +62,7 @@ def test_poolings_halve() -> None:
 
 
 def test_convolutions_without_padding() -> None:
-    for layers, size in (
-        ("4x5v", 24),
-        ("4x5v/2", 12),
-        ("4x7v 4v", 20),
-        ("4x4v", 25),
-        ("4x5v 4x5dv", 20),
-        ("4/2 pool 4x7dv", 1),
-    ):
+    for layers, size in (("4x5v", 24), ("4x5v/2", 12), ("4x7v 4v", 20), ("4x5v 4x5dv", 20)):
         assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, size, size)
     assert parameters(DigitNet("4x5v 8x3dv")) == parameters(DigitNet("4x5 8x3d"))
 
