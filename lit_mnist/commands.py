@@ -302,10 +302,12 @@ class MNISTCLI(LightningCLI):
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         if not datamodule.hparams["val_size"]:
             raise CommandError("validate needs held-out images, and data.val_size is 0")
-        self.trainer.validate(model, datamodule=datamodule, weights_only=True, verbose=False, **kwargs)
+        if not self.trainer.validate(model, datamodule=datamodule, weights_only=True, verbose=False, **kwargs):
+            raise CommandError("trainer.limit_val_batches leaves no image to score")
 
     def test(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        self.trainer.test(model, datamodule=datamodule, weights_only=True, verbose=False, **kwargs)
+        if not self.trainer.test(model, datamodule=datamodule, weights_only=True, verbose=False, **kwargs):
+            raise CommandError("trainer.limit_test_batches leaves no image to score")
 
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=datamodule, weights_only=True, return_predictions=False, **kwargs)
