@@ -306,8 +306,12 @@ def test_a_second_interrupt_stops_at_once(command: Command, monkeypatch: pytest.
         pytest.fail("went on")
 
     monkeypatch.setattr(LitMNIST, "training_step", twice)
-    assert command(*SETTINGS) == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
+    try:
+        assert command(*SETTINGS) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_the_user_sets_wins_and_is_told(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
