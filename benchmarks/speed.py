@@ -172,14 +172,14 @@ def overhead(root: str, rounds: int, steps: int = 250) -> dict[str, Any]:
     flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps), *QUIET]
     flags += ["--data.val_size", "0", "--board.every_n_epochs", "0"]  # the board has a measure of its own
     original = TensorBatches.__iter__
+    bare_batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
     recipes = {"the default": LitMNIST().hparams["ema_decay"], "without averaged weights": 0.0}
     seconds: dict[str, dict[str, list[float]]] = {name: {"fit": [], "bare": []} for name in recipes}
     for number in range(rounds + 1):
         for name, decay in recipes.items():
             theirs: list[float] = []
             ours: list[float] = []
-            batches = original(TensorBatches(*mnist.load(root, train=True), 128, seed=1))
-            loop = bare_steps(LitMNIST(ema_decay=decay), batches, steps + 2)
+            loop = bare_steps(LitMNIST(ema_decay=decay), original(bare_batches), steps + 2)
 
             def in_turns(
                 self: TensorBatches, loop: Any = loop, ours: Any = ours, theirs: Any = theirs
@@ -213,23 +213,27 @@ def overhead(root: str, rounds: int, steps: int = 250) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
+def stopwatch(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """The same function, which also appends the seconds of each call."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        started = perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent.append(perf_counter() - started)
+
+    return run
+
+
 def augment(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
+    batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
     shares, milliseconds = [], []
     for number in range(rounds + 1):
         model = LitMNIST(rotation=8.0, shift=1.5, scale=0.08)
         spent: list[float] = []
-        original = model.augment
-
-        def timed_augment(
-            images: Tensor, batch_idx: int, original: Any = original, spent: list[float] = spent
-        ) -> Tensor:
-            started = perf_counter()
-            augmented: Tensor = original(images, batch_idx)
-            spent.append(perf_counter() - started)
-            return augmented
-
-        model.augment = timed_augment  # type: ignore[method-assign]
-        whole = sum(bare_steps(model, iter(TensorBatches(*mnist.load(root, train=True), 128, seed=1)), steps))
+        model.augment = stopwatch(model.augment, spent)  # type: ignore[method-assign]
+        whole = sum(bare_steps(model, iter(batches), steps))
         if number:
             shares.append(100 * sum(spent) / whole)
             milliseconds.append(1000 * sum(spent) / steps)
@@ -258,30 +262,19 @@ def epochs(root: str, rounds: int) -> dict[str, Any]:
 
 def board(root: str, rounds: int) -> dict[str, Any]:
     """The time within the callback's hooks: two runs, with and without, differ more by chance."""
-    spent = [0.0]
-
-    def timed_hook(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            started = perf_counter()
-            try:
-                return hook(*args, **kwargs)
-            finally:
-                spent[0] += perf_counter() - started
-
-        return run
-
+    spent: list[float] = []
     originals = {name: hook for name, hook in vars(Board).items() if name.startswith("on_")}
     inside, whole = [], []
     for name, hook in originals.items():
-        setattr(Board, name, timed_hook(hook))
+        setattr(Board, name, stopwatch(hook, spent))
     try:
         for _ in range(rounds):
-            spent[0] = 0.0
+            spent.clear()
             with folder_of_runs() as where:
                 started = perf_counter()
                 lit_mnist(["fit", "--data.root", root, *QUIET, *where])
                 whole.append(perf_counter() - started)
-            inside.append(spent[0])
+            inside.append(sum(spent))
     finally:
         for name, hook in originals.items():
             setattr(Board, name, hook)

@@ -135,9 +135,8 @@ class LitMNIST(LightningModule):
         ]
         if problems:
             raise ValueError("; ".join(problems))
-        self.network = DigitNet(layers, dropout, activation).to(
-            memory_format=torch.channels_last
-        )  # 1.5 times as fast on a CPU
+        # channels_last is 1.5 times as fast on a CPU
+        self.network = DigitNet(layers, dropout, activation).to(memory_format=torch.channels_last)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             # "disable": looking for NaN would wait for the device in every step. With it, torchmetrics 1.9 ignores
@@ -201,7 +200,9 @@ class LitMNIST(LightningModule):
 
     def _update_train(self) -> None:
         if self._steps:
-            self._update("train", *(torch.cat(parts).to(self.device) for parts in zip(*self._steps, strict=True)))
+            # those of a checkpoint lie on the CPU
+            parts = ([part.to(self.device) for part in parts] for parts in zip(*self._steps, strict=True))
+            self._update("train", *map(torch.cat, parts))
             self._steps = []
 
     def _update(self, stage: str, losses: Tensor, scores: Tensor, targets: Tensor) -> None:
@@ -227,7 +228,7 @@ class LitMNIST(LightningModule):
             for name in ("train/loss", "train/accuracy")
         }
         # as they are, for a sum taken in other portions has other last bits
-        checkpoint["metric_steps"] = [tuple(part.clone() for part in step) for step in self._steps]
+        checkpoint["metric_steps"] = list(self._steps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, state in checkpoint.get("metrics", {}).items():

@@ -70,7 +70,8 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError("trainer.limit_predict_batches and trainer.fast_dev_run leave pictures out; use neither")
         rows = [(picture, None if picture.digit is None else next(answers)) for picture in pictures]
         print_table(rows)
-        if all(answer is None for _, answer in rows):
+        answered = sum(answer is not None for _, answer in rows)
+        if not answered:
             return 0
         csv_path, sheet_path = (self.folder / f"pictures-{self.name}.{suffix}" for suffix in ("csv", "png"))
         write_csv(csv_path, ["file", "digit", "confidence", *DIGITS, "problem"], map(csv_row, rows))
@@ -78,7 +79,7 @@ class PredictionWriter(BasePredictionWriter):
             contact_sheet(rows[:SHEET_LIMIT]).save(partial, format="PNG")
         beyond = f", the first {SHEET_LIMIT} of them" if len(rows) > SHEET_LIMIT else ""
         print(f"Probabilities: {shown(csv_path)}\nContact sheet: {shown(sheet_path)}{beyond}")
-        return sum(answer is not None for _, answer in rows)
+        return answered
 
 
 Row = tuple[Picture, Tensor | None]

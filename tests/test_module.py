@@ -120,6 +120,8 @@ def test_label_smoothing_is_torchs_and_the_metric_is_without() -> None:
     logits = module(images)
     assert_close(outputs["loss"], torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.2))
     assert_close(outputs["cross_entropy"], torch.nn.functional.cross_entropy(logits, targets).detach())
+    module._update_train()
+    assert_close(module.metric("train/loss").compute(), torch.nn.functional.cross_entropy(logits, targets).detach())
 
 
 def test_augmentation_is_a_function_of_seed_and_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,8 @@ def digit(levels: Tensor) -> Tensor:
     try:
         ink = ink_of(small)
     except UnusableError:
-        ink = ink_of(framed(small))  # perhaps cut so close that there is more ink than paper
+        small = levels = framed(small)  # perhaps cut so close that there is more ink than paper
+        ink = ink_of(small)
     ink = ink * main_parts(ink > 0.3)
     rows, columns = ((ink > 0.1).any(side).nonzero().flatten()[[0, -1]].tolist() for side in (1, 0))
     if small is not levels and 3 * max(rows[1] - rows[0], columns[1] - columns[0]) < max(small.shape):
