@@ -41,6 +41,8 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     Returns:
         float (B, 1, 28, 28) on the scale of `images`.
     """
+    if not len(images):
+        return images.to(matrices.dtype)  # affine_grid refuses it
     if images.device.type == "cuda":
         matrices = matrices.pin_memory()  # or the copy would wait for the device
     grid = F.affine_grid(matrices.to(images.device, non_blocking=True), list(images.shape), align_corners=False)

@@ -168,6 +168,9 @@ class BestCheckpoint(ModelCheckpoint):
         return previous != current and Path(previous).parent == Path(current).parent
 
 
+AGREE_STEPS = 8  # so often, in steps, several processes agree on whether to save or to stop
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps the newest state of a run: what a kill costs at most.
 
@@ -195,7 +198,7 @@ class LastCheckpoint(Checkpoint):
         self.stop_signal: int | None = None  # set from outside: save behind this step, then stop
         self.on_start: Callable[[], None] | None = None  # called when the training starts
         self._saved_at = monotonic()
-        self._epoch = self._step = 0
+        self._epoch = self._step = self._agreed_step = 0
         self._accuracy: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.on_start:
             self.on_start()
-        self._step = trainer.global_step
+        self._step = self._agreed_step = trainer.global_step
         self.save(trainer)  # at no moment is there nothing to go on with
 
     def on_train_batch_end(
@@ -222,20 +225,35 @@ class LastCheckpoint(Checkpoint):
         assert fetcher is not None
         if not stepped or trainer.is_last_batch or trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
             return
-        due = monotonic() - self._saved_at >= self.every_seconds
-        due = due or bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
-        if due or self.stop_signal:
+        due = bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
+        # processes have clocks and signals of their own, and asking each other in every step would take time
+        agreed = trainer.world_size == 1 or trainer.global_step - self._agreed_step >= AGREE_STEPS
+        if agreed:
+            due = self._agree(trainer, due or monotonic() - self._saved_at >= self.every_seconds)
+        if due or (agreed and self.stop_signal):
             self.save(trainer)
-        self._stop_if_asked()
+        if agreed:
+            self._stop_if_asked()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._accuracy = float(trainer.callback_metrics["val/accuracy"])
             self.save(trainer)
+            self._agree(trainer)
             self._stop_if_asked()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+
+    def _agree(self, trainer: Trainer, due: bool = False) -> bool:
+        """Whether a checkpoint is due for any process; a signal that one has got is then known to all."""
+        if trainer.world_size == 1:
+            return due
+        self._agreed_step = trainer.global_step
+        told = torch.tensor([int(due), self.stop_signal or 0], device=trainer.strategy.root_device)
+        due, signum = trainer.strategy.reduce(told, reduce_op="max").tolist()
+        self.stop_signal = signum or None
+        return bool(due)
 
     def _stop_if_asked(self) -> None:
         if self.stop_signal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return list_runs(args[1:])
 
     try:
-        from lit_mnist.commands import CommandError, Interrupted, TrainingError, run
+        from lit_mnist.commands import CommandError, Interrupted, ProcessLost, TrainingError, run
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -78,13 +79,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         name = signal.Signals(stop.signum).name
         go_on = f"python -m lit_mnist fit --ckpt_path {stop.checkpoint}" if stop.checkpoint else "start again"
-        return complain(f"stopped by {name}; to go on: {go_on}", 128 + stop.signum)
+        return complain(f"stopped by {name}; to go on: {go_on}", 128 + stop.signum, everywhere=False)
     except KeyboardInterrupt:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingError as error:
-        return complain(str(error), FAILED_TRAINING)
+        return complain(str(error), FAILED_TRAINING, everywhere=isinstance(error, ProcessLost))
     except CommandError as error:
-        return complain(str(error), BAD_INPUT)
+        # a machine's first process tells what only this machine may lack
+        return complain(str(error), BAD_INPUT, everywhere=number("LOCAL_RANK", "SLURM_LOCALID") == 0)
     except SystemExit as stop:  # --help and --print_config end the parser that way
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
     return 0
@@ -147,6 +149,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
 
 
-def complain(message: str, status: int) -> int:
-    print(f"lit_mnist: {'error: ' if status < 128 else ''}{message}", file=sys.stderr)
+def complain(message: str, status: int, everywhere: bool = True) -> int:
+    """Say it on stderr: on the first of several processes alone, or on each with its number."""
+    process = number("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    if process == 0 or everywhere:
+        kind = "error: " if status < 128 else ""
+        who = f"process {process}: " if process else ""
+        print(f"lit_mnist: {kind}{who}{message}", file=sys.stderr)
     return status
+
+
+def number(*variables: str) -> int:
+    """The first of these environment variables that is a number; else 0."""
+    return next((int(value) for name in variables if (value := os.environ.get(name, "")).isdecimal()), 0)

@@ -20,8 +20,10 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import StrategyRegistry
 
 from lit_mnist import runs
+from lit_mnist.batchnorm import SynchronizedBatchNorm
 from lit_mnist.checkpoint import (
     BestCheckpoint,
     CheckpointWriteError,
@@ -35,11 +37,12 @@ from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.predictions import PredictionWriter
-from lit_mnist.report import RunReport, TrainingError, conditions, interactive
+from lit_mnist.processes import ExactDDP, Processes, launched, lost
+from lit_mnist.report import ProcessLost, RunReport, TrainingError, conditions, interactive
 from lit_mnist.resume import ExactResume, differences, only_process, stop_on_signals
 from lit_mnist.tensorboard import TEST_SUFFIX, Board, RunLogger
 
-__all__ = ["CommandError", "Interrupted", "TrainingError", "run"]
+__all__ = ["CommandError", "Interrupted", "ProcessLost", "TrainingError", "run"]
 
 DEFAULT_EPOCHS = 6
 DEFAULT_SEED = 1
@@ -82,11 +85,18 @@ class MNISTCLI(LightningCLI):
         self.loaded: dict[str, Any] = {}
         self.changes: list[str] = []
         self.last: LastCheckpoint | None = None
+        processes, machines = launched()
         super().__init__(
             LitMNIST,
             MNISTDataModule,
             seed_everything_default=DEFAULT_SEED,
-            trainer_defaults={"max_epochs": DEFAULT_EPOCHS, "devices": 1, "num_sanity_val_steps": 0},
+            trainer_defaults={
+                "max_epochs": DEFAULT_EPOCHS,
+                "num_sanity_val_steps": 0,
+                "devices": processes,
+                "num_nodes": machines,
+                "sync_batchnorm": True,  # else another number of processes is another training
+            },
             parser_class=Parser,
             auto_configure_optimizers=False,
             # it would put `_instantiator`, code to call, into every checkpoint
@@ -107,6 +117,7 @@ class MNISTCLI(LightningCLI):
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_class_arguments(Processes, "processes")
         if self.command == "fit":
             parser.add_class_arguments(LastCheckpoint, "checkpoint")
         if self.command in ("fit", "test"):
@@ -178,17 +189,17 @@ class MNISTCLI(LightningCLI):
             if subcommand != "fit" or isinstance(error, CheckpointWriteError) or not self.report.trained:
                 raise
             raise TrainingError(f"training stopped: {error}; checkpoints written before are as they were") from error
-        except RuntimeError as error:  # torch's type for weights of another shape or name
-            if "loading state_dict" not in str(error):
+        except RuntimeError as error:
+            if reason := lost(error):
+                last = self.last.path if self.last else None
+                go_on = f"; to go on: python -m lit_mnist fit --ckpt_path {last}" if last else ""
+                raise ProcessLost(f"another process of this run was lost ({reason}){go_on}") from error
+            if "loading state_dict" not in str(error):  # torch's words for weights of another shape or name
                 raise
             raise CommandError(
                 f"--ckpt_path {self.checkpoint}: its weights do not fit the network of model.layers:"
                 f" {self.config[subcommand]['model.layers']}"
             ) from error
-
-    def before_instantiate_classes(self) -> None:
-        if self.checkpoint:
-            print("\n".join([f"Checkpoint: {self.checkpoint}", *self.changes]), flush=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -197,11 +208,9 @@ class MNISTCLI(LightningCLI):
             raise CommandError(" ".join(str(error).split())) from error
         if self.datamodule.images and self.command != "predict":
             raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")
-        if self.trainer.world_size > 1:
-            raise CommandError(
-                f"trainer.devices and trainer.num_nodes ask for {self.trainer.world_size} processes; batches are not"
-                " shared between processes yet, so 1 is allowed"
-            )
+        self._check_processes()
+        if self.checkpoint and self.trainer.is_global_zero:
+            print("\n".join([f"Checkpoint: {self.checkpoint}", *self.changes]), flush=True)
         if (
             self.command == "fit"
             and self.model.needs_total_steps
@@ -212,8 +221,37 @@ class MNISTCLI(LightningCLI):
                 " model.warmup; without an end only constant and 0 make sense"
             )
 
+    def _check_processes(self) -> None:
+        asked, (processes, machines) = self.trainer.world_size, launched()
+        before = self.loaded.get("processes", 1)
+        if self.command == "fit" and self.checkpoint and before != asked:
+            self.changes.append(f"processes: {before} -> {asked} (the same batches, but the last bits may differ)")
+        if processes * machines not in (1, asked):
+            raise CommandError(
+                f"trainer.devices and trainer.num_nodes ask for {asked} processes in all, but {processes} on each of"
+                f" {machines} machines were started; leave both out, and the number is taken over"
+            )
+        if asked == 1:
+            return
+        if not isinstance(self.trainer.strategy, ExactDDP):
+            raise CommandError(
+                "trainer.strategy must be auto or ddp for more than one process, got"
+                f" {self.config_init[self.command]['trainer']['strategy']}"
+            )
+        batch_size = self.datamodule.hparams["batch_size"]
+        if batch_size < asked:
+            raise CommandError(f"data.batch_size must be at least the number of processes, {asked}, got {batch_size}")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.command]["trainer"]
+        StrategyRegistry.register(
+            "ddp",  # which Lightning chooses for more than one process
+            ExactDDP,
+            override=True,
+            waiting=self.config_init[self.command]["processes"].timeout,
+            synchronized=settings["sync_batchnorm"],
+            start_method="popen",
+        )
         run = runs.run_folder(self.checkpoint) if self.checkpoint else None
         if settings["logger"] in (None, True):
             if settings["fast_dev_run"] or self.command in ("validate", "predict"):
@@ -279,6 +317,8 @@ class MNISTCLI(LightningCLI):
         # what was read is used: until the trainer would read it, a run in progress may have removed the file
         loader = DurableCheckpointIO({str(self.checkpoint): self.loaded} if self.checkpoint else {})
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), loader]
+        if settings["sync_batchnorm"]:
+            kwargs["plugins"].append(SynchronizedBatchNorm())
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
@@ -312,6 +352,9 @@ class MNISTCLI(LightningCLI):
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=datamodule, weights_only=True, return_predictions=False, **kwargs)
         assert isinstance(datamodule, MNISTDataModule)
+        self.writer.join()
+        if not self.trainer.is_global_zero:
+            return
         if not datamodule.images:
             self.writer.write_test_set()
         elif not self.writer.write_pictures(datamodule.pictures):
@@ -394,6 +437,8 @@ def quiet() -> Iterator[None]:
             ".*Total length of `.*` across ranks is zero.*",  # data.val_size is 0, or no picture shows a digit
             ".*infer the batch indices.*",  # predictions come in the order of the test set
             ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
+            ".*broadcast_buffers. is deprecated.*",  # in torch 2.15; the new name is unknown to 2.10
+            ".*on epoch level in distributed setting.*",  # the metrics are of all processes when they are logged
         ):
             warnings.filterwarnings("ignore", message)
         try:

@@ -17,8 +17,9 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.augment import affine, affine_matrices
-from lit_mnist.data.batches import seeded_generator
+from lit_mnist.data.batches import TensorBatches, seeded_generator
 from lit_mnist.network import DigitNet
+from lit_mnist.processes import every
 
 Batch = tuple[Tensor, Tensor]
 
@@ -48,7 +49,7 @@ class MovingAverage(WeightAveraging):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
-        self._average_model.to(pl_module.device)
+        self._average_model.to(pl_module.device, next(pl_module.parameters()).dtype)
         for tensors, module in ((self._averages, self._average_model.module), (self._currents, pl_module)):
             tensors[:] = [t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()]
 
@@ -158,19 +159,43 @@ class LitMNIST(LightningModule):
         if hp.rotation == hp.shift == hp.scale == 0:
             return images
         generator = seeded_generator(hp.seed, self.current_epoch, batch_idx)
-        return affine(images, affine_matrices(len(images), hp.rotation, hp.shift, hp.scale, generator))
+        start, stop, size = self.part_of_batch(batch_idx, len(images))
+        # on each process those of the whole batch, so that an image's is the same on any number of them
+        return affine(images, affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator)[start:stop])
+
+    def part_of_batch(self, batch_idx: int, images: int) -> tuple[int, int, int]:
+        """Where this process's images start and end in a training step's batch, and the size of the batch."""
+        trainer = self._trainer
+        if trainer is None or trainer.world_size == 1:
+            return 0, images, images
+        loader = trainer.train_dataloader
+        if isinstance(loader, TensorBatches):
+            return loader.part(batch_idx)
+        # with a DistributedSampler all have the same number
+        return images * trainer.global_rank, images * (trainer.global_rank + 1), images * trainer.world_size
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
         log_probabilities = F.log_softmax(self(self.augment(images, batch_idx)), dim=1)
         losses = F.nll_loss(log_probabilities, targets, reduction="none")
-        cross_entropy = losses.mean()
+        cross_entropy = self._mean(losses, batch_idx)
         self._steps.append((losses.detach(), log_probabilities.detach(), targets))
         if (batch_idx + 1) % METRIC_STEPS == 0:
             self._update_train()
         smoothing = float(self.hparams["label_smoothing"])
-        loss = (1 - smoothing) * cross_entropy - smoothing * log_probabilities.mean() if smoothing else cross_entropy
+        loss = cross_entropy
+        if smoothing:
+            loss = (1 - smoothing) * cross_entropy - smoothing * self._mean(log_probabilities, batch_idx)
         return {"loss": loss, "cross_entropy": cross_entropy.detach()}
+
+    def _mean(self, values: Tensor, batch_idx: int) -> Tensor:
+        """The mean over a training step's batch; of several processes' results the mean is that."""
+        trainer = self._trainer
+        if trainer is None or trainer.world_size == 1:
+            return values.mean()
+        # the parts may differ in size, and one may be empty
+        _, _, size = self.part_of_batch(batch_idx, len(values))
+        return values.sum() * (trainer.world_size * len(values) / (size * max(1, values.numel())))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return {"logits": self._evaluate("val", batch)}
@@ -206,8 +231,9 @@ class LitMNIST(LightningModule):
             self._steps = []
 
     def _update(self, stage: str, losses: Tensor, scores: Tensor, targets: Tensor) -> None:
-        self.metric(f"{stage}/loss").update(losses)
-        self.metric(f"{stage}/accuracy").update(scores, targets)
+        if len(targets):  # one of many processes may have none, and torchmetrics 1.9 fails on them
+            self.metric(f"{stage}/loss").update(losses)
+            self.metric(f"{stage}/accuracy").update(scores, targets)
 
     def _log_epoch(self, stage: str) -> None:
         # Not by `self.log` with the metric in each step: Lightning 2.6 then knows the metric only after a step, and a
@@ -223,19 +249,30 @@ class LitMNIST(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # the half-filled metrics of an epoch are no part of Lightning's checkpoints
         checkpoint["lit_mnist_format"] = CHECKPOINT_FORMAT
-        checkpoint["metrics"] = {
-            name: {key: torch.as_tensor(value).clone() for key, value in self.metric(name).metric_state.items()}
+        metrics = {
+            name: {key: torch.as_tensor(value).cpu().clone() for key, value in self.metric(name).metric_state.items()}
             for name in ("train/loss", "train/accuracy")
         }
         # as they are, for a sum taken in other portions has other last bits
-        checkpoint["metric_steps"] = list(self._steps)
+        own = {"metrics": metrics, "metric_steps": [tuple(part.cpu() for part in step) for step in self._steps]}
+        first, *others = every(own)
+        checkpoint.update(first)
+        if others:
+            checkpoint["metrics_of_others"] = others
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, state in checkpoint.get("metrics", {}).items():
-            for key, value in state.items():
-                setattr(self.metric(name), key, value.clone())
-            self.metric(name)._update_count = 1  # else torchmetrics warns that it was never updated
-        self._steps = list(checkpoint.get("metric_steps", []))
+        parts = [checkpoint, *checkpoint.get("metrics_of_others", [])]
+        rank, processes = (self._trainer.global_rank, self._trainer.world_size) if self._trainer else (0, 1)
+        if len(parts) == processes:
+            parts = [parts[rank]]
+        elif rank > 0:
+            parts = []  # on another number of processes the first has all that was counted
+        for name in ("train/loss", "train/accuracy"):
+            metric, states = self.metric(name), [part["metrics"][name] for part in parts if "metrics" in part]
+            for key in states[0] if states else ():
+                setattr(metric, key, sum(state[key] for state in states))
+            metric._update_count = 1  # else torchmetrics warns that it was never updated
+        self._steps = [step for part in parts for step in part.get("metric_steps", [])]
 
     def on_train_start(self) -> None:
         # Lightning restores optimizer and schedule as they were saved, settings included; what is asked for now wins

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_mnist.data.images import Picture, grey_levels, is_deep
+from lit_mnist.processes import joined
 from lit_mnist.report import shown
 
 DIGITS = [f"p{digit}" for digit in range(10)]
@@ -45,6 +46,10 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
     ) -> None:
         self.batches.append(prediction.cpu())
+
+    def join(self) -> None:
+        """Bring the predictions of all processes together. All must call it; the first then writes."""
+        self.batches = joined(self.batches)
 
     def write_test_set(self) -> None:
         """`index,digit,p0,...,p9` for each image of the test set, in its order."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_mnist import __version__
 from lit_mnist.checkpoint import BestCheckpoint, Interrupted, LastCheckpoint
 from lit_mnist.module import LitMNIST
+from lit_mnist.processes import log_folder, lost
 from lit_mnist.tensorboard import PER_EPOCH
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard")
@@ -29,6 +30,10 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensor
 
 class TrainingError(RuntimeError):
     """The training failed on its own account; checkpoints written before stay as they are."""
+
+
+class ProcessLost(TrainingError):  # noqa: N818, it is said of another one
+    """Another process of this run ended or cannot be reached."""
 
 
 @cache  # the code that runs is that of the start
@@ -147,18 +152,20 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.images_seen += len(batch[0])
-        self._window_images += len(batch[0])
+        assert isinstance(pl_module, LitMNIST)
+        _, _, images = pl_module.part_of_batch(batch_idx, len(batch[0]))
+        self.images_seen += images
+        self._window_images += images
         self._loss = outputs["cross_entropy"]
         step = trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0:
-            self._check_finite(trainer)
+            loss = self._check_finite(trainer)
             now = perf_counter()
             # Logged here and not by `self.log`, which writes after all callbacks: a checkpoint that is saved behind
             # this step must find its events written.
             metrics = {
-                "train/loss_step": float(self._loss),
+                "train/loss_step": loss,
                 "train/learning_rate": self._lr,
                 "train/images_per_second": self._window_images / (now - self._window_clock),
             }
@@ -209,6 +216,7 @@ class RunReport(Callback):
                 "test/accuracy": correct / images,
                 "images": images,
                 "checkpoint": self.checkpoint.name if self.checkpoint else None,
+                "processes": trainer.world_size,
                 **conditions(pl_module.device),
             }
             update_results(self.folder, test=test)
@@ -223,12 +231,14 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.trained and trainer.state.fn == "fit":
-            state = "interrupted" if isinstance(exception, (Interrupted, KeyboardInterrupt)) else "failed"
+            stopped = isinstance(exception, (Interrupted, KeyboardInterrupt)) or lost(exception)
+            state = "interrupted" if stopped else "failed"
             with suppress(OSError):  # a full disk is told by the exception at hand
                 self._write_results(trainer, pl_module, state)
 
     def _write_results(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
-        if not (trainer.is_global_zero and trainer.logger and trainer.log_dir):
+        folder = log_folder(trainer)
+        if not (trainer.is_global_zero and folder):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in PER_EPOCH}
         train_seconds = self.state_dict()["train_seconds"]
@@ -249,15 +259,17 @@ class RunReport(Callback):
             "images_per_second": round(self.images_seen / train_seconds, 1) if train_seconds else None,
             "model": dict(pl_module.hparams),
             "data": dict(trainer.datamodule.hparams) if trainer.datamodule else {},  # type: ignore[attr-defined]
+            "processes": trainer.world_size,
             **conditions(pl_module.device),
         }
-        update_results(Path(trainer.log_dir), fit=fit)
+        update_results(Path(folder), fit=fit)
 
     def print_summary(self, trainer: Trainer) -> None:
         """Say where the run lies and what to do with it, once the progress bar, which wraps long lines, is gone."""
         last = next((callback.path for callback in callbacks(trainer) if isinstance(callback, LastCheckpoint)), None)
         last = last or self.checkpoint
-        if not (trainer.is_global_zero and trainer.logger and trainer.log_dir and last):
+        folder = log_folder(trainer)
+        if not (trainer.is_global_zero and folder and last):
             return
         if not self.trained:
             done = f"{trainer.current_epoch} epochs, {trainer.global_step} steps"
@@ -268,16 +280,21 @@ class RunReport(Callback):
         longer = f"--trainer.max_steps {2 * trainer.max_steps}" if by_steps else ""
         longer = longer or f"--trainer.max_epochs {2 * max(1, trainer.current_epoch)}"
         rows = {
-            "The run": shown(trainer.log_dir),
-            "Look at it": f"tensorboard --logdir {shown(Path(trainer.log_dir).parent)}",
+            "The run": shown(folder),
+            "Look at it": f"tensorboard --logdir {shown(Path(folder).parent)}",
             "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}",
             "Go on": f"{program} fit --ckpt_path {shown(last)} {longer}",
         }
         print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
 
-    def _check_finite(self, trainer: Trainer) -> None:
-        if self._loss is not None and not math.isfinite(self._loss):
-            raise TrainingError(diverged(trainer, "train/loss_step", float(self._loss)))
+    def _check_finite(self, trainer: Trainer) -> float:
+        """The latest step's loss over all processes, which thus find out together that it is not finite."""
+        if self._loss is None:
+            return math.nan
+        loss = float(trainer.strategy.reduce(self._loss.clone(), reduce_op="mean"))
+        if not math.isfinite(loss):
+            raise TrainingError(diverged(trainer, "train/loss_step", loss))
+        return loss
 
 
 def callbacks(trainer: Trainer) -> list[Callback]:
@@ -302,7 +319,8 @@ def diverged(trainer: Trainer, name: str, value: float) -> str:
 def scores(pl_module: LitMNIST, stage: str) -> tuple[float, int, int]:
     """Mean loss, correct answers and images of the evaluation that just ended."""
     loss, accuracy = pl_module.metric(f"{stage}/loss"), pl_module.metric(f"{stage}/accuracy")
-    images = round(float(loss.weight))  # type: ignore[arg-type]
+    with loss.sync_context():
+        images = round(float(loss.weight))  # type: ignore[arg-type]
     return float(loss.compute()), round(float(accuracy.compute()) * images), images
 
 

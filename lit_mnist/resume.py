@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.checkpoint import Interrupted, LastCheckpoint
+from lit_mnist.data.batches import seeded_generator
+from lit_mnist.processes import every, log_folder
 from lit_mnist.runs import LOCK, RunError
 from lit_mnist.tensorboard import TEST_SUFFIX
 
@@ -50,28 +52,40 @@ class ExactResume(Callback):
         self._old_events: list[Path] = []
         self._random: Mapping[str, Any] | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
+        trainer.precision_plugin.convert_module(pl_module)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["settings"] = self.settings
-        checkpoint["random"] = {"cpu": torch.get_rng_state()}
+        random = {"cpu": torch.get_rng_state()}
         if pl_module.device.type == "cuda":
-            checkpoint["random"]["cuda"] = torch.cuda.get_rng_state(pl_module.device)
-        if trainer.logger and trainer.log_dir:
+            random["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        checkpoint["random"], *others = every(random)
+        checkpoint["processes"] = trainer.world_size
+        if others:
+            checkpoint["random_of_others"] = others
+        if trainer.is_global_zero and (folder := log_folder(trainer)):
             for logger in trainer.loggers:
                 logger.save()  # onto the disk first: the checkpoint tells how long the files are
-            checkpoint["events"] = {path.name: path.stat().st_size for path in event_files(Path(trainer.log_dir))}
+            checkpoint["events"] = {path.name: path.stat().st_size for path in event_files(Path(folder))}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._random = checkpoint.get("random")
+        states = [checkpoint.get("random"), *checkpoint.get("random_of_others", [])]
+        self._random = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.resumed and trainer.is_global_zero and trainer.log_dir:
+        if self.resumed and trainer.is_global_zero and (folder := log_folder(trainer)):
             own = Path(trainer.logger.experiment.file_writer.event_writer._file_name).name  # type: ignore[union-attr]
-            self._old_events = [path for path in event_files(Path(trainer.log_dir)) if path.name != own]
+            self._old_events = [path for path in event_files(Path(folder)) if path.name != own]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._old_events:  # only now that all else is restored; LastCheckpoint saves next
             rewind(self._old_events, self.resumed)
         # the last hook before the first step: whatever was drawn on the way here does not count
+        if trainer.global_rank > 0 and not self._random:  # dropout of its own on each process
+            generator = seeded_generator(int(pl_module.hparams["seed"]), trainer.global_rank)
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         if self._random:
             torch.set_rng_state(self._random["cpu"])
             if "cuda" in self._random and pl_module.device.type == "cuda":

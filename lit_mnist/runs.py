@@ -18,7 +18,7 @@ TRAINER_SETTINGS = frozenset(
         *("max_epochs", "min_epochs", "max_steps", "min_steps", "overfit_batches", "accumulate_grad_batches"),
         *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_n_steps"),
         *("val_check_interval", "check_val_every_n_epoch", "gradient_clip_val", "gradient_clip_algorithm"),
-        *("precision", "deterministic"),
+        *("precision", "deterministic", "sync_batchnorm"),
     )
 )
 

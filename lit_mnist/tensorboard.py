@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning_fabric.utilities.rank_zero import _get_rank
+from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lit_mnist.module import LitMNIST
+from lit_mnist.processes import joined
 from lit_mnist.runs import RunError, claim_version
 
 PER_EPOCH = tuple(f"{stage}/{metric}" for stage in ("train", "val") for metric in ("loss", "accuracy"))
@@ -46,6 +47,11 @@ HPARAM_METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "tra
 TEST_SUFFIX = ".test"  # of the event files that `test` writes beside those of the training
 
 
+def is_first() -> bool:
+    """Whether this is the first process; right once there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 class RunLogger(TensorBoardLogger):
     """TensorBoard's events of one run, written to a folder that no other process has.
 
@@ -59,7 +65,7 @@ class RunLogger(TensorBoardLogger):
     def version(self) -> int | str:
         # TensorBoardLogger 2.6 looks for the highest number and takes the next, so programs that start together
         # share a folder; here the folder is made, which only one of them can.
-        if self._version is None and _get_rank() in (None, 0):  # the others are told by Lightning
+        if self._version is None and is_first():  # the others are told by Lightning
             try:
                 self._version = claim_version(Path(self.root_dir))
             except OSError as error:
@@ -83,7 +89,7 @@ class RunLogger(TensorBoardLogger):
         step: int | None = None,
     ) -> None:
         super().log_hyperparams(params, metrics, step)
-        if _get_rank() in (None, 0) and self.settings:
+        if is_first() and self.settings:
             # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
             every = {**self.settings, **self.hparams}
             plain = {key: value for key, value in every.items() if type(value) in (int, float, str, bool)}
@@ -112,22 +118,26 @@ class Board(Callback):
         self.histograms = histograms
         self.texts: dict[str, str] = {}  # of a new run, by title, in Markdown
         self._norm: Tensor | None = None
-        self._answers: list[tuple[Tensor, Tensor, Tensor]] = []  # images, logits, targets of each batch
-        self._features: list[Tensor] = []
+        self._answers: list[tuple[Tensor, Tensor, Tensor]] = []  # images, logits or features, targets of each batch
+        self._features: list[Tensor] = []  # of the latest test batch
+
+    def _is_on(self, trainer: Trainer) -> bool:
+        return bool(self.every_n_epochs and any(isinstance(logger, RunLogger) for logger in trainer.loggers))
 
     def _writer(self, trainer: Trainer) -> SummaryWriter | None:
         """Where to write, or None where nothing is to be written."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
-        if not (loggers and self.every_n_epochs and trainer.is_global_zero):
+        if not (self._is_on(trainer) and trainer.is_global_zero):
             return None
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
         return cast(SummaryWriter, loggers[0].experiment)
 
-    def _due(self, trainer: Trainer) -> SummaryWriter | None:
-        """The same, in the epochs whose turn it is."""
+    def _turn(self, trainer: Trainer) -> bool:
+        """Whether it is this epoch's turn."""
         last = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
-        if trainer.sanity_checking or not (last or trainer.current_epoch % max(1, self.every_n_epochs) == 0):
-            return None
-        return self._writer(trainer)
+        return not trainer.sanity_checking and (last or trainer.current_epoch % max(1, self.every_n_epochs) == 0)
+
+    def _due(self, trainer: Trainer) -> SummaryWriter | None:
+        return self._writer(trainer) if self._turn(trainer) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (writer := self._writer(trainer)) and self.texts:
@@ -146,7 +156,7 @@ class Board(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._norm = None
-        if self._is_logged(trainer.global_step + 1, trainer) and self._writer(trainer):
+        if self._writer(trainer) and self._is_logged(trainer.global_step + 1, trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -193,14 +203,15 @@ class Board(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and self._due(trainer):
+        if trainer.state.fn == "fit" and self._is_on(trainer) and self._turn(trainer):
             self._answers.append((batch[0], outputs["logits"], batch[1]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        answers, self._answers = self._answers, []
-        if not (answers and (writer := self._due(trainer))):
+        if not self._answers:  # on all processes, or on none
             return
-        images, logits, targets = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
+        images, logits, targets = self._all_answers()
+        if not (writer := self._due(trainer)):
+            return
         probabilities, step = logits.softmax(1), trainer.global_step - 1
         counts = torch.bincount(targets * 10 + logits.argmax(1), minlength=100).view(10, 10)
         writer.add_image("val/confusion", confusion(counts), step, dataformats="HWC")
@@ -210,9 +221,14 @@ class Board(Callback):
             writer.add_scalar(f"val_class_accuracy/{digit}", share, step)
             writer.add_pr_curve(f"val_class/{digit}", targets == digit, probabilities[:, digit], step)
 
+    def _all_answers(self) -> list[Tensor]:
+        """Those of all processes, in the order of the images."""
+        answers, self._answers = [tuple(part.cpu() for part in batch) for batch in self._answers], []
+        return [torch.cat(parts) for parts in zip(*joined(answers), strict=True)]
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._features, self._answers = [], []
-        if self._writer(trainer):
+        if self._is_on(trainer):
             assert isinstance(pl_module, LitMNIST)
             self._hook = pl_module.network.head.register_forward_pre_hook(
                 lambda module, inputs: self._features.append(inputs[0])
@@ -227,19 +243,21 @@ class Board(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._writer(trainer):
-            self._answers.append((batch[0], batch[1], batch[1]))
+        if self._is_on(trainer):
+            self._answers.append((batch[0], self._features.pop(), batch[1]))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (writer := self._writer(trainer)):
+        if not self._is_on(trainer):
             return
         self._hook.remove()
-        images, targets, _ = (torch.cat(parts).cpu() for parts in zip(*self._answers, strict=True))
+        images, features, targets = self._all_answers()
+        if not (writer := self._writer(trainer)):
+            return
         step = trainer.loggers[0].tested_step if isinstance(trainer.loggers[0], RunLogger) else 0
         if (Path(writer.log_dir) / f"{step:05d}" / "test").exists():  # from an earlier test of this checkpoint
             return
         labels = [str(int(target)) for target in targets]
-        writer.add_embedding(torch.cat(self._features).cpu(), labels, images / 255, step, "test")
+        writer.add_embedding(features, labels, images / 255, step, "test")
 
 
 def grid(images: Tensor, columns: int, zoom: int = 1) -> Tensor:

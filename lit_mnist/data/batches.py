@@ -45,18 +45,35 @@ class TensorBatches:
 
     The last batch of an epoch is smaller where `batch_size` does not divide the set: no sample is left out.
 
+    On several processes each takes a part of every batch, the first ones its first images. The parts differ by one
+    image at most; of a batch smaller than the number of processes some are empty.
+
     Args:
         images: uint8 (N, 1, 28, 28); batches are made on the device where it lies.
         targets: int64 (N,), on the same device.
+        batch_size: images a batch, of all processes together.
         seed: shuffles with a fresh order each epoch; None keeps the order of the tensors.
+        rank: which of the processes this is.
+        processes: how many there are.
     """
 
-    def __init__(self, images: Tensor, targets: Tensor, batch_size: int, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        seed: int | None = None,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         assert len(images) == len(targets)
         assert images.device == targets.device
+        assert 0 <= rank < processes
         self.images = images
         self.targets = targets
         self.batch_size = batch_size
+        self.rank = rank
+        self.processes = processes
         self.sampler = EpochOrder(len(images), seed)
         self.batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
         self._batches_done = 0
@@ -65,6 +82,11 @@ class TensorBatches:
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
+    def part(self, batch: int) -> tuple[int, int, int]:
+        """Where this process's part of an epoch's n-th batch starts and ends in it, and the size of the batch."""
+        size = min(self.batch_size, len(self.images) - batch * self.batch_size)
+        return size * self.rank // self.processes, size * (self.rank + 1) // self.processes, size
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
         if self._resume_in != self.sampler.epoch:
@@ -72,9 +94,10 @@ class TensorBatches:
         self._resume_in = None
         shuffled = self.sampler.seed is not None
         indices = self.sampler.indices().to(self.images.device) if shuffled else None
-        for start in range(self._batches_done * self.batch_size, len(self.images), self.batch_size):
+        for number in range(self._batches_done, len(self)):
             self._batches_done += 1
-            batch = slice(start, start + self.batch_size)
+            start, stop, _ = self.part(number)
+            batch = slice(number * self.batch_size + start, number * self.batch_size + stop)
             if indices is not None:
                 yield self.images.index_select(0, indices[batch]), self.targets.index_select(0, indices[batch])
             else:

@@ -49,7 +49,7 @@ class MNISTDataModule(LightningDataModule):
 
     Args:
         root: folder of the data; the files lie in `root/MNIST/raw`, as torchvision has them.
-        batch_size: images a training step.
+        batch_size: images a training step, of all processes together.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
         split_seed: decides which ones. It is no part of a run's seed: runs with other seeds hold out the same.
         seed: decides the order of the training batches: epoch e is a function of (seed, e). The command line sets it
@@ -109,7 +109,8 @@ class MNISTDataModule(LightningDataModule):
                 self.sets[name] = images[indices], targets[indices]
         if stage == "predict" and self.images:
             if not self.pictures:
-                paths = track(pictures.find(self.images), "reading pictures", disable=not sys.stdout.isatty())
+                shown = sys.stdout.isatty() and not (self.trainer and self.trainer.global_rank)
+                paths = track(pictures.find(self.images), "reading pictures", disable=not shown)
                 self.pictures = [pictures.load(path) for path in paths]
             digits = [picture.digit for picture in self.pictures if picture.digit is not None]
             images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
@@ -118,7 +119,15 @@ class MNISTDataModule(LightningDataModule):
             self.sets["test"] = mnist.load(self.hparams["root"], train=False)
 
     def train_dataloader(self) -> TensorBatches:
-        return self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
+        batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
+        last = len(batches.images) % batches.batch_size or batches.batch_size
+        if last < batches.processes and not (self.trainer and self.trainer.strategy._layer_sync):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"trainer.sync_batchnorm must be true where a batch is smaller than the number of processes:"
+                f" data.batch_size {batches.batch_size} leaves {last} images for the last batch of an epoch, and"
+                f" {batches.processes} processes"
+            )
+        return batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
         # an empty list is Lightning's word for no validation
@@ -136,7 +145,8 @@ class MNISTDataModule(LightningDataModule):
         if device.type == "cuda" and images.nbytes > DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
             device = images.device  # too large: Lightning moves it there batch by batch
         self.sets[name] = images.to(device), targets.to(device)
-        return TensorBatches(*self.sets[name], batch_size, seed)
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
