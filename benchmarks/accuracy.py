@@ -28,6 +28,7 @@ from lit_mnist.cli import main as lit_mnist
 from lit_mnist.runs import TRAINER_SETTINGS
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+DECIDING = TRAINER_SETTINGS - {"sync_batchnorm"}  # which is nothing to one process
 
 
 def settings_of(flags: list[str]) -> str:
@@ -44,7 +45,7 @@ def settings_of(flags: list[str]) -> str:
     deciding = {
         "model": config["model"],
         "data": {name: config["data"][name] for name in ("batch_size", "val_size", "split_seed")},
-        "trainer": {name: config["trainer"][name] for name in sorted(TRAINER_SETTINGS & config["trainer"].keys())},
+        "trainer": {name: config["trainer"][name] for name in sorted(DECIDING & config["trainer"].keys())},
     }
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
 

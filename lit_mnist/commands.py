@@ -190,7 +190,9 @@ class MNISTCLI(LightningCLI):
                 raise
             raise TrainingError(f"training stopped: {error}; checkpoints written before are as they were") from error
         except RuntimeError as error:
-            if reason := lost(error):
+            if (reason := lost(error)) and not torch.distributed.is_initialized():
+                raise TrainingError(f"the processes could not be joined: {reason}") from error
+            if reason:
                 last = self.last.path if self.last else None
                 go_on = f"; to go on: python -m lit_mnist fit --ckpt_path {last}" if last else ""
                 raise ProcessLost(f"another process of this run was lost ({reason}){go_on}") from error

@@ -73,6 +73,10 @@ def run(
     return outcomes
 
 
+def _forbidden(*_: Any) -> None:
+    raise AssertionError("only the first process prepares the data")
+
+
 def _one(rank: int, flags: list[str], folder: str, files: Any, variables: dict[str, str], death: Death | None) -> None:
     os.environ.update(variables)
     os.chdir(folder)
@@ -86,6 +90,8 @@ def _one(rank: int, flags: list[str], folder: str, files: Any, variables: dict[s
     torch.set_num_threads(1)
     mnist.FILES = files
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
+    if rank:
+        mnist.prepare = _forbidden  # type: ignore[assignment]  # the first alone fetches data
     if death:
         original = LitMNIST.training_step
         left = [death.step]

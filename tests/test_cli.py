@@ -176,7 +176,6 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--ckpt_path", "typo.yaml"], "--ckpt_path typo.yaml: that file is no intact checkpoint"),
         (["--trainer.default_root_dir", "typo.yaml"], "trainer.default_root_dir: no run can be written to typo.yaml/"),
         (["--config", "latin.yaml"], "latin.yaml"),
-        (["--trainer.devices", "2"], "trainer.devices and trainer.num_nodes ask for 2 processes"),
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs must be a positive number"),
     ],
 )

@@ -181,7 +181,9 @@ def kill_and_compare(
 
 
 @pytest.mark.parametrize("step", [3, 13])
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "ddp.yaml"}), ids=lambda path: path.stem
+)
 def test_every_recipe(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path, step: int) -> None:
     small = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
     small += ["--data.batch_size", "40", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]

@@ -57,7 +57,7 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     batches.sampler.set_epoch(1)
     images, _ = next(iter(batches))
     model = LitMNIST(shift=2)
-    model.trainer = type("Trainer", (), {"current_epoch": 1})()
+    model.trainer = type("Trainer", (), {"current_epoch": 1, "world_size": 1})()
     expected = tensorboard.grid(model.augment(images, 0)[:32], columns=8, zoom=2)
     assert np.array_equal(picture(run, "train/images")[..., 0], expected.numpy())
 

@@ -103,10 +103,13 @@ class MNISTDataModule(LightningDataModule):
             val_size = self.hparams["val_size"]
             if val_size >= len(targets):
                 raise mnist.DataError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
-            parts = stratified_split(targets, val_size, self.hparams["split_seed"])
-            # validate must score the very images that fit held out, so both stages split alike
-            for name, indices in zip(("train", "val"), parts, strict=True):
-                self.sets[name] = images[indices], targets[indices]
+            if val_size:
+                parts = stratified_split(targets, val_size, self.hparams["split_seed"])
+                # validate must score the very images that fit held out, so both stages split alike
+                for name, indices in zip(("train", "val"), parts, strict=True):
+                    self.sets[name] = images[indices], targets[indices]
+            else:
+                self.sets["train"] = images, targets  # a copy would double the memory
         if stage == "predict" and self.images:
             if not self.pictures:
                 shown = sys.stdout.isatty() and not (self.trainer and self.trainer.global_rank)
