@@ -202,7 +202,9 @@ def start_both(folder: Path, flags: list[str]) -> list[subprocess.Popen[str]]:
     for name, address in zip(NAMES, ADDRESSES, strict=True):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--rdzv-id", "digits"]
-        torchrun += ["--local-addr", address, "-m", "lit_mnist", *flags]
+        # torchrun recognises the host by its name, which both have in common
+        torchrun += ["--rdzv-conf", f"is_host={int(address == ADDRESSES[0])}", "--local-addr", address]
+        torchrun += ["-m", "lit_mnist", *flags]
         processes.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *torchrun],
@@ -221,6 +223,15 @@ def finish_both(processes: list[subprocess.Popen[str]]) -> None:
     for process, output in zip(processes, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(f"torchrun ended with status {process.returncode}:\n{output}")
+
+
+def trains(torchrun: subprocess.Popen[str]) -> bool:
+    """Whether the process that torchrun has started is there."""
+    try:
+        child = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()[0]
+        return Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"  # a zombie, where torchrun does not look
+    except (FileNotFoundError, IndexError):
+        return False
 
 
 def training_step(folder: Path) -> int:
@@ -250,8 +261,12 @@ def machines(root: str, options: argparse.Namespace) -> Any:
                 sleep(0.05)
             ip("-n", NAMES[number % 2], "link", "set", "wire", "down")
             cut = monotonic()
-            words = [process.communicate(timeout=300)[0] for process in pair]
+            while any(map(trains, pair)) and monotonic() - cut < 300:
+                sleep(0.05)
             ended = monotonic() - cut
+            for process in pair:  # torchrun itself waits minutes for the machine that it cannot reach
+                process.kill()
+            words = [process.communicate()[0] for process in pair]
             step = training_step(folder)
             messages = [line for text in words for line in text.splitlines() if line.startswith("lit_mnist: error")]
             ip("-n", NAMES[number % 2], "link", "set", "wire", "up")
@@ -260,7 +275,6 @@ def machines(root: str, options: argparse.Namespace) -> Any:
                 {
                     "cut_at": NAMES[number % 2],
                     "step": step,
-                    "status": [process.returncode for process in pair],
                     "seconds_until_both_ended": round(ended, 1),
                     "messages": messages,
                     "same_weights": same_weights(expected, last_checkpoint(folder)),

@@ -202,14 +202,14 @@ class RunReport(Callback):
             line = f"Epoch {trainer.current_epoch}: validation loss {loss:.4f}, accuracy {share(correct, images)}"
         else:
             line = f"Validation set: average loss {loss:.4f}, accuracy {share(correct, images)}"
-        trainer.print(line)
+        say(trainer, line)
         if trainer.state.fn == "fit" and not math.isfinite(loss):
             raise TrainingError(diverged(trainer, "val/loss", loss))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitMNIST)
         loss, correct, images = scores(pl_module, "test")
-        trainer.print(f"Test set: average loss {loss:.4f}, accuracy {share(correct, images)}")
+        say(trainer, f"Test set: average loss {loss:.4f}, accuracy {share(correct, images)}")
         if self.folder and trainer.is_global_zero:
             test = {
                 "test/loss": loss,
@@ -295,6 +295,12 @@ class RunReport(Callback):
         if not math.isfinite(loss):
             raise TrainingError(diverged(trainer, "train/loss_step", loss))
         return loss
+
+
+def say(trainer: Trainer, line: str) -> None:
+    """Print a line once; `Trainer.print` of Lightning 2.6 does so on each machine."""
+    if trainer.is_global_zero:
+        trainer.print(line)
 
 
 def callbacks(trainer: Trainer) -> list[Callback]:
