@@ -206,7 +206,7 @@ class MNISTCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:  # RuntimeError: of SLURM's
             raise CommandError(" ".join(str(error).split())) from error
         if self.datamodule.images and self.command != "predict":
             raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")

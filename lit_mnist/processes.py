@@ -55,6 +55,14 @@ class ExactDDP(DDPStrategy):
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
         super()._configure_launcher()
 
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        if self.num_nodes > 1 and self.global_rank == 0:
+            where = f"{environment.main_address}:{environment.main_port}"
+            print(f"Waiting at {where} for the processes of {self.num_nodes} machines", file=sys.stderr, flush=True)
+        super().setup_distributed()
+
     def configure_ddp(self) -> None:
         super().configure_ddp()
         # DDP of torch 2.15 lays the gradients in another order behind its first step, and three or more processes then
@@ -96,9 +104,9 @@ def launched() -> tuple[int, int]:
         if torch.distributed.is_torchelastic_launched():
             processes = int(environment["LOCAL_WORLD_SIZE"])
             return processes, int(environment["WORLD_SIZE"]) // processes
-        if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-            machines = int(environment.get("SLURM_NNODES", "1"))
-            return int(environment["SLURM_NTASKS"]) // machines, machines
+        if "SLURM_STEP_NUM_TASKS" in environment:  # by srun; within an allocation alone nothing is started
+            machines = int(environment["SLURM_STEP_NUM_NODES"])
+            return int(environment["SLURM_STEP_NUM_TASKS"]) // machines, machines
     except (KeyError, ValueError):
         pass  # Lightning complains
     return 1, 1

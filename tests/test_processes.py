@@ -27,6 +27,7 @@ SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_d
 SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
 EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--model.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
+STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # as srun sets it
 REPOSITORY = Path(__file__).parent.parent
 Run = Callable[..., list[Outcome]]
 
@@ -197,7 +198,7 @@ def test_waiting_for_a_silent_one_ends(run: Run) -> None:
 
 def test_slurm(run: Run) -> None:
     common = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "1234"}
-    common |= {"SLURM_NODEID": "0", "SLURM_JOB_NAME": "digits"}
+    common |= {"SLURM_NODEID": "0", "SLURM_JOB_NAME": "digits"} | STEP
     each = [{**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
     first, second = run(2, "fit", *SETTINGS, environment=each)
     assert (first.status, second.status) == (0, 0), first.err + second.err
@@ -226,7 +227,8 @@ def test_bad_input(run: Run, flags: list[str], message: str) -> None:
 
 def test_started_otherwise_than_asked(run: Run) -> None:
     each = [
-        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_PROCID": rank} for rank in "01"
+        {**STEP, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_PROCID": rank}
+        for rank in "01"
     ]
     each = [{**one, "SLURM_LOCALID": one["SLURM_PROCID"], "SLURM_NODEID": "0"} for one in each]
     first, second = run(2, "fit", *SETTINGS, "--trainer.devices", "1", environment=each)

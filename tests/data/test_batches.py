@@ -79,3 +79,20 @@ def test_seeds_are_mixed() -> None:
     keys = [(1, 2), (2, 1), (1, 2, 0), (1, 3), (0,), (1,)]
     draws = {tuple(torch.randint(0, 2**31, (2,), generator=seeded_generator(*key)).tolist()) for key in keys}
     assert len(draws) == len(keys)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+def test_parts_of_the_processes_are_the_batch(processes: int) -> None:
+    images = torch.arange(25, dtype=torch.uint8).view(25, 1, 1, 1)
+    whole = TensorBatches(images, images.flatten().long(), 11, seed=3)
+    each = [TensorBatches(images, images.flatten().long(), 11, 3, rank, processes) for rank in range(processes)]
+    for batches in (whole, *each):
+        batches.sampler.set_epoch(2)
+    for number, (batch, *parts) in enumerate(zip(whole, *each, strict=True)):
+        assert torch.equal(torch.cat([part[0] for part in parts]), batch[0])
+        assert torch.equal(torch.cat([part[1] for part in parts]), batch[1])
+        sizes = [len(part[0]) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        ends = [batches.part(number) for batches in each]
+        assert [stop - start for start, stop, _ in ends] == sizes
+        assert {size for _, _, size in ends} == {(11, 11, 3)[number]}
