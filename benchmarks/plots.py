@@ -1,6 +1,6 @@
-"""Draw what results/accuracy.jsonl holds: test error against parameters, and accuracy against seconds of training.
+"""Draw what results/ hold: test error against parameters, accuracy against seconds, losses on several processes.
 
-    python benchmarks/plots.py        # writes docs/error-parameters.png and docs/accuracy-seconds.png
+    python benchmarks/plots.py        # writes docs/error-parameters.png, accuracy-seconds.png and processes-loss.png
 
 Every single run is a dot, the mean of a recipe's runs a ring. A recipe's seconds are its epochs times those of an epoch
 in results/speed.jsonl, where nothing else ran on the machine; the yardstick's are its 20 epochs there. The yardstick
@@ -48,7 +48,36 @@ def scatter(axes: Any, name: str, x: float, y: list[float], colour: str) -> None
     axes.scatter(x, statistics.mean(y), s=120, facecolors="none", edgecolors=colour, linewidths=2, label=label)
 
 
+def losses() -> None:
+    """The losses of each step of one run on several processes, and how far they are from those of one."""
+    records = [json.loads(line) for line in (RESULTS / "processes.jsonl").read_text().splitlines()]
+    values = next(record["values"] for record in reversed(records) if record["measure"] == "agreement")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for number, (name, run) in enumerate(values.items()):
+        precision, _, way = name.partition(", ")
+        steps = range(1, len(run["losses"]) + 1)
+        if precision == "64-true" and "apart" not in way and "thread" not in way:
+            left.plot(steps, run["losses"], linewidth=4 - 1.5 * number, label=f"{way}, 64 bits")
+        reference = values[f"{precision}, 1 process"]["losses"]
+        apart = [abs(a - b) / b for a, b in zip(run["losses"], reference, strict=True)]
+        if precision == "32-true" and any(apart):
+            right.plot(steps, apart, linewidth=1, label=f"{way}, 32 bits")
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    right.set(xlabel="step", ylabel="relative difference from one process", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save(figure, "processes-loss")
+
+
+def save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(DOCS / f"{name}.png", dpi=130, metadata={"Software": None})
+    print(DOCS / f"{name}.png")
+
+
 def main() -> None:
+    losses()
     runs = recipes()
     yardstick = json.loads((RESULTS / "seed.json").read_text())["fit"]
     epoch_seconds = speed("epochs")["seconds"]
@@ -73,9 +102,7 @@ def main() -> None:
     by_parameters.set(xlabel="parameters", ylabel="test error, %", xlim=(0, 17_000), ylim=(0, None))
     by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
     for figure, name in ((first, "error-parameters"), (second, "accuracy-seconds")):
-        figure.tight_layout()
-        figure.savefig(DOCS / f"{name}.png", dpi=130, metadata={"Software": None})
-        print(DOCS / f"{name}.png")
+        save(figure, name)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise float (B, C, H, W); a process may have no image at all."""
-        if not (self.training and torch.distributed.is_initialized()):
+        group = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if not (self.training and group):
             return super().forward(input)
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
@@ -74,7 +75,7 @@ class _Normalise(torch.autograd.Function):
         mean = (counts * means).sum(0) / total
         var = (counts * (variances + (means - mean).square())).sum(0) / total
         running_mean.lerp_(mean.to(running_mean), momentum)
-        running_var.lerp_((var * (total / (total - 1))).to(running_var), momentum)
+        running_var.lerp_((var * (total / (total - 1).clamp(min=1))).to(running_var), momentum)
         mean, invstd = mean.to(weight), (var + eps).rsqrt().to(weight)
         ctx.save_for_backward(input, weight, mean, invstd)
         ctx.total = float(total)
@@ -99,6 +100,6 @@ class _Normalise(torch.autograd.Function):
         along_input, along_one = (sums / ctx.total).to(weight)
         slope = -scale * invstd * along_input
         offset = -scale * along_one - slope * mean
-        scale, slope, offset = (part.view(1, -1, 1, 1).to(input.dtype) for part in (scale, slope, offset))
-        input_gradient = (gradient * scale).addcmul_(input, slope).add_(offset)
-        return input_gradient, weight_gradient, bias_gradient, None, None, None, None
+        scale, slope, offset = (part.view(1, -1, 1, 1) for part in (scale, slope, offset))
+        input_gradient = (gradient * scale).addcmul_(input.to(weight.dtype), slope).add_(offset)
+        return input_gradient.to(input.dtype), weight_gradient, bias_gradient, None, None, None, None

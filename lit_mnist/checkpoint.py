@@ -197,6 +197,7 @@ class LastCheckpoint(Checkpoint):
         self.path: Path | None = None
         self.stop_signal: int | None = None  # set from outside: save behind this step, then stop
         self.on_start: Callable[[], None] | None = None  # called when the training starts
+        self._agreed_signal = 0  # which all processes know of, and act on
         self._saved_at = monotonic()
         self._epoch = self._step = self._agreed_step = 0
         self._accuracy: float | None = None
@@ -210,6 +211,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.on_start:
             self.on_start()
+            # Lightning 2.6 tells all processes of SIGTERM in front of every step, and waits for the device to do so;
+            # the handlers that are now in place do without
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self._step = self._agreed_step = trainer.global_step
         self.save(trainer)  # at no moment is there nothing to go on with
 
@@ -230,10 +234,9 @@ class LastCheckpoint(Checkpoint):
         agreed = trainer.world_size == 1 or trainer.global_step - self._agreed_step >= AGREE_STEPS
         if agreed:
             due = self._agree(trainer, due or monotonic() - self._saved_at >= self.every_seconds)
-        if due or (agreed and self.stop_signal):
+        if due or self._agreed_signal:
             self.save(trainer)
-        if agreed:
-            self._stop_if_asked()
+        self._stop_if_asked()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -246,18 +249,21 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def _agree(self, trainer: Trainer, due: bool = False) -> bool:
-        """Whether a checkpoint is due for any process; a signal that one has got is then known to all."""
-        if trainer.world_size == 1:
-            return due
-        self._agreed_step = trainer.global_step
-        told = torch.tensor([int(due), self.stop_signal or 0], device=trainer.strategy.root_device)
-        due, signum = trainer.strategy.reduce(told, reduce_op="max").tolist()
-        self.stop_signal = signum or None
+        """Whether a checkpoint is due for any process; a signal that one has got is then known to all.
+
+        A signal may come at any moment, so what all go by is set here alone.
+        """
+        signum = self.stop_signal or 0
+        if trainer.world_size > 1:
+            self._agreed_step = trainer.global_step
+            told = torch.tensor([int(due), signum], device=trainer.strategy.root_device)
+            due, signum = trainer.strategy.reduce(told, reduce_op="max").tolist()
+        self._agreed_signal = signum
         return bool(due)
 
     def _stop_if_asked(self) -> None:
-        if self.stop_signal:
-            raise Interrupted(self.stop_signal, self.path)
+        if self._agreed_signal:
+            raise Interrupted(self._agreed_signal, self.path)
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of this moment, then remove the one before.

@@ -191,7 +191,7 @@ class MNISTCLI(LightningCLI):
             raise TrainingError(f"training stopped: {error}; checkpoints written before are as they were") from error
         except RuntimeError as error:
             if (reason := lost(error)) and not torch.distributed.is_initialized():
-                raise TrainingError(f"the processes could not be joined: {reason}") from error
+                raise ProcessLost(f"the processes could not be joined: {reason}") from error
             if reason:
                 last = self.last.path if self.last else None
                 go_on = f"; to go on: python -m lit_mnist fit --ckpt_path {last}" if last else ""
@@ -239,6 +239,12 @@ class MNISTCLI(LightningCLI):
             raise CommandError(
                 "trainer.strategy must be auto or ddp for more than one process, got"
                 f" {self.config_init[self.command]['trainer']['strategy']}"
+            )
+        environment = self.trainer.strategy.cluster_environment
+        if processes * machines > 1 and not (environment and environment.creates_processes_externally):
+            raise CommandError(
+                "from SLURM's jobs of the name bash or interactive Lightning takes no processes; give another name:"
+                " srun --job-name digits"
             )
         batch_size = self.datamodule.hparams["batch_size"]
         if batch_size < asked:

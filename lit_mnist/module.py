@@ -169,9 +169,9 @@ class LitMNIST(LightningModule):
         if trainer is None or trainer.world_size == 1:
             return 0, images, images
         loader = trainer.train_dataloader
-        if isinstance(loader, TensorBatches):
+        if isinstance(loader, TensorBatches) and loader.processes == trainer.world_size:
             return loader.part(batch_idx)
-        # with a DistributedSampler all have the same number
+        # a loader of another kind, such as Lightning gives a DistributedSampler, has as many for each
         return images * trainer.global_rank, images * (trainer.global_rank + 1), images * trainer.world_size
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -273,6 +273,11 @@ class LitMNIST(LightningModule):
                 setattr(metric, key, sum(state[key] for state in states))
             metric._update_count = 1  # else torchmetrics warns that it was never updated
         self._steps = [step for part in parts for step in part.get("metric_steps", [])]
+
+    def on_fit_start(self) -> None:
+        if self.trainer.global_rank > 0:  # dropout of its own on each process
+            generator = seeded_generator(int(self.hparams["seed"]), self.trainer.global_rank)
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
 
     def on_train_start(self) -> None:
         # Lightning restores optimizer and schedule as they were saved, settings included; what is asked for now wins

@@ -122,8 +122,16 @@ def every(own: T) -> list[T]:
 
 
 def joined(own: list[T]) -> list[T]:
-    """What each process has of each batch, as one list in the order of the images. All must call it."""
-    return [part for batch in zip(*every(own), strict=True) for part in batch]
+    """What each process has of each batch: on the first one list in the order of the images, on the others nothing.
+
+    All must call it.
+    """
+    if not torch.distributed.is_initialized():
+        return own
+    first = torch.distributed.get_rank() == 0
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.gather_object(own, parts if first else None)
+    return [part for batch in zip(*parts, strict=True) for part in batch] if first else []
 
 
 def log_folder(trainer: Trainer) -> str | None:
@@ -142,6 +150,8 @@ def lost(error: BaseException) -> str:
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
     ):
+        if causes := re.findall(r"Last error:\s*(.+)", str(error)):  # NCCL's
+            return causes[-1].strip()[:150]
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return re.sub(r"^\[\S+\] ", "", line).partition(". ")[0][:150]  # without a place in gloo's source, and advice
     return ""

@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.checkpoint import Interrupted, LastCheckpoint
-from lit_mnist.data.batches import seeded_generator
 from lit_mnist.processes import every, log_folder
 from lit_mnist.runs import LOCK, RunError
 from lit_mnist.tensorboard import TEST_SUFFIX
@@ -80,12 +79,16 @@ class ExactResume(Callback):
             self._old_events = [path for path in event_files(Path(folder)) if path.name != own]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # each process reads the checkpoint for itself, and machines may see different files
+        steps = every((trainer.current_epoch, trainer.global_step))
+        if len(set(steps)) > 1:
+            raise RunError(
+                "--ckpt_path: the processes have read different checkpoints, of these epochs and steps:"
+                f" {', '.join(map(str, steps))}; give all machines the same file"
+            )
         if self._old_events:  # only now that all else is restored; LastCheckpoint saves next
             rewind(self._old_events, self.resumed)
         # the last hook before the first step: whatever was drawn on the way here does not count
-        if trainer.global_rank > 0 and not self._random:  # dropout of its own on each process
-            generator = seeded_generator(int(pl_module.hparams["seed"]), trainer.global_rank)
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         if self._random:
             torch.set_rng_state(self._random["cpu"])
             if "cuda" in self._random and pl_module.device.type == "cuda":

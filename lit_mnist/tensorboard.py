@@ -209,9 +209,10 @@ class Board(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._answers:  # on all processes, or on none
             return
-        images, logits, targets = self._all_answers()
+        answers = self._all_answers()
         if not (writer := self._due(trainer)):
             return
+        images, logits, targets = answers
         probabilities, step = logits.softmax(1), trainer.global_step - 1
         counts = torch.bincount(targets * 10 + logits.argmax(1), minlength=100).view(10, 10)
         writer.add_image("val/confusion", confusion(counts), step, dataformats="HWC")
@@ -222,8 +223,9 @@ class Board(Callback):
             writer.add_pr_curve(f"val_class/{digit}", targets == digit, probabilities[:, digit], step)
 
     def _all_answers(self) -> list[Tensor]:
-        """Those of all processes, in the order of the images."""
-        answers, self._answers = [tuple(part.cpu() for part in batch) for batch in self._answers], []
+        """Those of all processes, in the order of the images; on the first of them alone."""
+        # copies: a part of a tensor is sent with all of it
+        answers, self._answers = [tuple(part.cpu().clone() for part in batch) for batch in self._answers], []
         return [torch.cat(parts) for parts in zip(*joined(answers), strict=True)]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,9 +252,10 @@ class Board(Callback):
         if not self._is_on(trainer):
             return
         self._hook.remove()
-        images, features, targets = self._all_answers()
+        answers = self._all_answers()
         if not (writer := self._writer(trainer)):
             return
+        images, features, targets = answers
         step = trainer.loggers[0].tested_step if isinstance(trainer.loggers[0], RunLogger) else 0
         if (Path(writer.log_dir) / f"{step:05d}" / "test").exists():  # from an earlier test of this checkpoint
             return

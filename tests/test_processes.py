@@ -21,7 +21,7 @@ from test_resume import assert_same, curve, state
 from lit_mnist.cli import main
 from lit_mnist.data import datamodule, mnist
 
-# 350 images to train on: 4 batches of 87 and one of 2, of which the third and fourth process have none
+# 350 images to train on: 4 batches of 87 and one of 2, of which one of three processes, or two of four, have none
 SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
 SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_decay", "0.9", "--data.batch_size", "87"]
 SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
@@ -214,7 +214,10 @@ def test_slurm(run: Run) -> None:
         (["--data.batch_size", "1"], "data.batch_size must be at least the number of processes, 2, got 1"),
         (["--trainer.strategy", "ddp_spawn"], "trainer.strategy must be auto or ddp"),
         (["--processes.timeout", "0"], "processes.timeout must be a number of seconds"),
-        (["--data.batch_size", "349", "--trainer.sync_batchnorm", "false"], "trainer.sync_batchnorm must be true"),
+        (
+            ["--data.batch_size", "349", "--trainer.sync_batchnorm", "false"],
+            "trainer.sync_batchnorm must be true and trainer.precision not mixed",
+        ),
     ],
 )
 def test_bad_input(run: Run, flags: list[str], message: str) -> None:

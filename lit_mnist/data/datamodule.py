@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -124,10 +125,12 @@ class MNISTDataModule(LightningDataModule):
     def train_dataloader(self) -> TensorBatches:
         batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
         last = len(batches.images) % batches.batch_size or batches.batch_size
-        if last < batches.processes and not (self.trainer and self.trainer.strategy._layer_sync):  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        # batch norm of each process alone cannot do without images, nor can torch's synchronised one in mixed precision
+        if last < batches.processes and (not trainer.strategy._layer_sync or "mixed" in trainer.precision):
             raise ValueError(
-                f"trainer.sync_batchnorm must be true where a batch is smaller than the number of processes:"
-                f" data.batch_size {batches.batch_size} leaves {last} images for the last batch of an epoch, and"
+                "trainer.sync_batchnorm must be true and trainer.precision not mixed where a batch is smaller than the"
+                f" number of processes: data.batch_size {batches.batch_size} leaves {last} images for the last batch of an epoch, and"
                 f" {batches.processes} processes"
             )
         return batches
