@@ -130,8 +130,8 @@ class MNISTDataModule(LightningDataModule):
         if last < batches.processes and (not trainer.strategy._layer_sync or "mixed" in trainer.precision):
             raise ValueError(
                 "trainer.sync_batchnorm must be true and trainer.precision not mixed where a batch is smaller than the"
-                f" number of processes: data.batch_size {batches.batch_size} leaves {last} images for the last batch of an epoch, and"
-                f" {batches.processes} processes"
+                f" number of processes: data.batch_size {batches.batch_size} leaves {last} images for an epoch's last"
+                f" batch, and {batches.processes} processes"
             )
         return batches
 
