@@ -37,7 +37,7 @@ from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.predictions import PredictionWriter
-from lit_mnist.processes import ExactDDP, Processes, launched, lost
+from lit_mnist.processes import ExactDDP, Processes, environment_kept, launched, lost
 from lit_mnist.report import ProcessLost, RunReport, TrainingError, conditions, interactive
 from lit_mnist.resume import ExactResume, differences, only_process, stop_on_signals
 from lit_mnist.tensorboard import TEST_SUFFIX, Board, RunLogger
@@ -411,7 +411,7 @@ def run(args: list[str]) -> None:
         SystemExit: from `--help` and `--print_config`.
     """
     assert args[0] in COMMANDS
-    with quiet():
+    with quiet(), environment_kept():
         try:
             if args[0] == "export":
                 from lit_mnist.export import main

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from time import sleep
 from typing import Any, TypeVar
@@ -54,13 +56,18 @@ class ExactDDP(DDPStrategy):
     def _configure_launcher(self) -> None:
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
         super()._configure_launcher()
+        assert self.cluster_environment is not None
+        self._started_outside = self.cluster_environment.creates_processes_externally  # it says so behind a launch, too
 
     def setup_distributed(self) -> None:
         environment = self.cluster_environment
         assert environment is not None
-        if self.num_nodes > 1 and self.global_rank == 0:
+        # where the user starts the others
+        elsewhere = self.num_nodes > 1 or (self._started_outside and self.num_processes > 1 and launched() == (1, 1))
+        if elsewhere and self.global_rank == 0:
             where = f"{environment.main_address}:{environment.main_port}"
-            print(f"Waiting at {where} for the processes of {self.num_nodes} machines", file=sys.stderr, flush=True)
+            others = f"the processes of {self.num_nodes} machines" if self.num_nodes > 1 else "the other processes"
+            print(f"Waiting at {where} for {others}", file=sys.stderr, flush=True)
         super().setup_distributed()
 
     def configure_ddp(self) -> None:
@@ -110,6 +117,21 @@ def launched() -> tuple[int, int]:
     except (KeyError, ValueError):
         pass  # Lightning complains
     return 1, 1
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Take back what Lightning 2.6 leaves in the environment when it launches: the next run of this process would take
+    itself for one that was launched, and wait for others that nobody starts.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def every(own: T) -> list[T]:

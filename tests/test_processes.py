@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,7 +73,7 @@ def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], proce
     assert [outcome.status for outcome in outcomes] == [0] * processes
     assert "Epoch 1: validation loss" in outcomes[0].out
     assert [outcome.out + outcome.err for outcome in outcomes[1:]] == [""] * (processes - 1)
-    assert outcomes[0].err == ""
+    assert re.fullmatch(r"Waiting at 127\.0\.0\.1:\d+ for the other processes\n", outcomes[0].err)
     ours, theirs = (Path(f"lightning_logs/version_{version}") for version in (1, 0))
     expected = losses(theirs)
     assert len(expected["train/loss_step"]) == 10
@@ -238,6 +239,14 @@ def test_started_otherwise_than_asked(run: Run) -> None:
     assert (first.status, second.status) == (2, 2)
     assert "ask for 1 processes in all, but 2 on each of 1 machines were started" in first.err
     assert not Path("lightning_logs").exists()
+
+
+def test_a_launch_leaves_nothing_in_the_environment(alone: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    assert alone("fit", *SETTINGS, "--trainer.strategy", "ddp") == 0
+    assert {name: os.environ.get(name) for name in names} == before
 
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
