@@ -20,6 +20,8 @@ class SynchronizedBatchNorm(TorchSyncBatchNorm):
         assert isinstance(model, LightningModule)
         if model.device.type != "cpu":
             return super().apply(model)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+            return model  # nothing to synchronise, and the bits of a run without DDP
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncBatchNorm2d  # the same parameters, hooks and names
@@ -37,8 +39,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise float (B, C, H, W); a process may have no image at all."""
-        group = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if not (self.training and group):
+        if not (self.training and torch.distributed.is_initialized()):
             return super().forward(input)
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
