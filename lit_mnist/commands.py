@@ -240,8 +240,7 @@ class MNISTCLI(LightningCLI):
                 "trainer.strategy must be auto or ddp for more than one process, got"
                 f" {self.config_init[self.command]['trainer']['strategy']}"
             )
-        environment = self.trainer.strategy.cluster_environment
-        if processes * machines > 1 and not (environment and environment.creates_processes_externally):
+        if processes * machines > 1 and not self.trainer.strategy.started_outside:
             raise CommandError(
                 "from SLURM's jobs of the name bash or interactive Lightning takes no processes; give another name:"
                 " srun --job-name digits"

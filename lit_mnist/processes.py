@@ -57,13 +57,13 @@ class ExactDDP(DDPStrategy):
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
         super()._configure_launcher()
         assert self.cluster_environment is not None
-        self._started_outside = self.cluster_environment.creates_processes_externally  # it says so behind a launch, too
+        self.started_outside = self.cluster_environment.creates_processes_externally  # it says so behind a launch, too
 
     def setup_distributed(self) -> None:
         environment = self.cluster_environment
         assert environment is not None
         # where the user starts the others
-        elsewhere = self.num_nodes > 1 or (self._started_outside and self.num_processes > 1 and launched() == (1, 1))
+        elsewhere = self.num_nodes > 1 or (self.started_outside and self.num_processes > 1 and launched() == (1, 1))
         if elsewhere and self.global_rank == 0:
             where = f"{environment.main_address}:{environment.main_port}"
             others = f"the processes of {self.num_nodes} machines" if self.num_nodes > 1 else "the other processes"
