@@ -72,7 +72,7 @@ def one(size: int, root: str, steps: int, mapped: bool) -> dict[str, Any]:
         targets = torch.empty(size, dtype=torch.int64)
         fill(images, targets, root)
         make_seconds = perf_counter() - started
-        mnist.load = lambda root, train: (images, targets)
+        mnist.load = lambda root, train, name="mnist": (images, targets)
         flags = ["fit", "--data.root", root, "--data.val_size", "0", "--trainer.max_epochs", "1"]
         flags += ["--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu"]
         flags += ["--trainer.limit_train_batches", str(steps)] if steps else []

@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from lit_mnist.data import mnist
+from lit_mnist.data import mnist, sources
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -62,11 +62,11 @@ def real_root() -> Path:
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop a test that asks a source of data. `real_root` has done so before: session fixtures are made first.
 
-    A test with sources of its own replaces `_mirrors` and `_pip_download` once more.
+    A test with sources of its own replaces `mirrors` and `_pip_download` once more.
     """
 
     def stop(*_: object) -> NoReturn:
         pytest.fail("a test must not reach the network")
 
-    monkeypatch.setattr(mnist, "_mirrors", stop)
-    monkeypatch.setattr(mnist, "_pip_download", stop)
+    monkeypatch.setattr(sources, "mirrors", stop)
+    monkeypatch.setattr(sources, "_pip_download", stop)

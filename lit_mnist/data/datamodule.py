@@ -46,16 +46,20 @@ def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[T
 
 
 class MNISTDataModule(LightningDataModule):
-    """MNIST, downloaded once, verified, split, and kept in memory as uint8 tensors.
+    """MNIST or a set of its form, downloaded once, verified, split, and kept in memory as uint8 tensors.
 
     Args:
         root: folder of the data; the files lie in `root/MNIST/raw`, as torchvision has them.
+        name: `mnist`, `fashion_mnist`, `kmnist`, `qmnist` (tested on all its 60,000 test images), `emnist_digits`,
+            `emnist_letters`, `emnist_balanced` (these three upright), each in torchvision's folder for it; or `idx`:
+            four files of your own right in `root`, plain or as `.gz`, named as MNIST's are (`train-images-idx3-ubyte`,
+            `train-labels-idx1-ubyte`, `t10k-...`), images of 28x28 bytes, labels from 0. They are only read.
         batch_size: images a training step, of all processes together.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
         split_seed: decides which ones. It is no part of a run's seed: runs with other seeds hold out the same.
         seed: decides the order of the training batches: epoch e is a function of (seed, e). The command line sets it
             to `seed_everything`.
-        download: whether missing or spoilt files may be fetched.
+        download: whether missing or corrupt files may be fetched.
         images: pictures of digits, and folders of them, for `predict` in place of MNIST's test set.
 
     Raises:
@@ -66,6 +70,7 @@ class MNISTDataModule(LightningDataModule):
     def __init__(
         self,
         root: str = "data",
+        name: str = "mnist",
         batch_size: int = 128,
         val_size: int = 5000,
         split_seed: int = 0,
@@ -74,13 +79,16 @@ class MNISTDataModule(LightningDataModule):
         images: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images"])
+        self.save_hyperparameters(ignore=["images", "root", "download"])  # where data lies is the machine's matter
         self.images = images
+        self.root = root
+        self.download = download
         self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
         problems = [
-            f"data.{name} must be {allowed}, got {value}"
-            for name, value, allowed, ok in (
+            f"data.{argument} must be {allowed}, got {value}"
+            for argument, value, allowed, ok in (
                 ("root", root, "a folder", bool(root)),
+                ("name", name, f"one of {', '.join(mnist.SETS)}", name in mnist.SETS),
                 ("batch_size", batch_size, "in 1..60000", 1 <= batch_size <= 60_000),
                 ("val_size", val_size, "in 0..59999", 0 <= val_size <= 59_999),
                 ("split_seed", split_seed, "an integer from 0", split_seed >= 0),
@@ -93,14 +101,23 @@ class MNISTDataModule(LightningDataModule):
             raise ValueError("; ".join(problems))
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def classes(self) -> int:
+        """How many classes the data has, which the network must have too; of `idx` the training labels are read.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        return mnist.classes(self.root, self.hparams["name"])
+
     def prepare_data(self) -> None:
         if self.images and self.trainer and self.trainer.state.fn == "predict":
             return
-        mnist.prepare(self.hparams["root"], self.hparams["download"])
+        mnist.prepare(self.root, self.download, self.hparams["name"])
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate") and "train" not in self.sets:
-            images, targets = mnist.load(self.hparams["root"], train=True)
+            images, targets = self._load(train=True)
             val_size = self.hparams["val_size"]
             if val_size >= len(targets):
                 raise mnist.DataError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
@@ -120,7 +137,14 @@ class MNISTDataModule(LightningDataModule):
             images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
             self.sets["pictures"] = images, torch.full((len(digits),), -1)  # nobody knows their targets
         elif stage in ("test", "predict") and "test" not in self.sets:
-            self.sets["test"] = mnist.load(self.hparams["root"], train=False)
+            self.sets["test"] = self._load(train=False)
+
+    def _load(self, train: bool) -> tuple[Tensor, Tensor]:
+        name = self.hparams["name"]
+        known = self.trainer.lightning_module.hparams.get("classes") if self.trainer else None
+        if known is not None and known < self.classes:
+            raise mnist.DataError(f"data.name {name} has {self.classes} classes, and the model was made for {known}")
+        return mnist.load(self.root, train, name)
 
     def train_dataloader(self) -> TensorBatches:
         batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])

