@@ -120,7 +120,7 @@ def trial(recipe: str, number: int, flags: list[str], expected: Any, seconds: fl
         for _ in range(moment.randint(1, 4)):
             killed = kill_somewhere(start(folder, next_flags), folder, seconds, moment)
             if list(folder.glob("lightning_logs/version_0/checkpoints/last-*.ckpt")):
-                next_flags = ["--ckpt_path", "last"]
+                next_flags = ["--ckpt_path", "last", *flags[-2:]]  # the data's folder
                 kills += killed
             else:
                 # killed before there was anything to go on with: a newcomer would start again

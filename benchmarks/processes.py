@@ -124,6 +124,7 @@ def scores(root: str, options: argparse.Namespace) -> Any:
         lit_mnist(folder, "fit", "--data.root", root, "--trainer.max_epochs", "1", *QUIET)
         for processes in (1, 2, 3, 4):
             many = ["--ckpt_path", "best", "--trainer.devices", str(processes), "--trainer.accelerator", "cpu"]
+            many += ["--data.root", root]
             lit_mnist(folder, "test", *many, threads=1)
             validated = lit_mnist(folder, "validate", *many, threads=1).splitlines()[-1]
             lit_mnist(folder, "predict", *many, threads=1)
@@ -270,7 +271,8 @@ def machines(root: str, options: argparse.Namespace) -> Any:
             step = training_step(folder)
             messages = [line for text in words for line in text.splitlines() if line.startswith("lit_mnist: error")]
             ip("-n", NAMES[number % 2], "link", "set", "wire", "up")
-            finish_both(start_both(folder, ["fit", "--ckpt_path", "last", "--processes.timeout", str(timeout)]))
+            again = ["fit", "--ckpt_path", "last", "--data.root", root, "--processes.timeout", str(timeout)]
+            finish_both(start_both(folder, again))
             record.append(
                 {
                     "cut_at": NAMES[number % 2],

@@ -363,7 +363,7 @@ def predict(root: str, rounds: int) -> dict[str, Any]:
             with torch.inference_mode():
                 seconds = repeat(lambda: [network(batch).softmax(1) for batch in images.split(1000)], 1)[0]
             started = perf_counter()
-            lit_mnist(["predict", "--ckpt_path", "last", *where, "--trainer.accelerator", "cpu"])
+            lit_mnist(["predict", "--ckpt_path", "last", "--data.root", root, *where, "--trainer.accelerator", "cpu"])
             if number:
                 alone.append(len(images) / seconds)
                 command.append(len(images) / (perf_counter() - started))

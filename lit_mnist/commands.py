@@ -117,11 +117,16 @@ class MNISTCLI(LightningCLI):
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("data", "model.classes", compute_fn=self._classes, apply_on="instantiate")
         parser.add_class_arguments(Processes, "processes")
         if self.command == "fit":
             parser.add_class_arguments(LastCheckpoint, "checkpoint")
         if self.command in ("fit", "test"):
             parser.add_class_arguments(Board, "board")
+
+    def _classes(self, data: MNISTDataModule) -> int:
+        # a trained network has those of the data that it was trained on, which predict may do without
+        return int(self.loaded["hyper_parameters"].get("classes", 10)) if self.loaded else data.classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
@@ -151,11 +156,11 @@ class MNISTCLI(LightningCLI):
             self.config = parser.parse_args(args)
             self.config[self.command]["ckpt_path"] = str(self.checkpoint)
             if self.command == "validate":
-                for key in ("data.val_size", "data.split_seed"):
+                for key in ("data.name", "data.val_size", "data.split_seed"):
                     if before[key] != self.config["validate"][key]:
                         raise CommandError(
-                            f"{key} was {before[key]} in this run; with {self.config['validate'][key]} its training"
-                            " images would be scored"
+                            f"{key} was {before[key]} in this run; with {self.config['validate'][key]} images that"
+                            " were not held out would be scored"
                         )
             if self.command == "fit":
                 if not {"loops", "optimizer_states", "callbacks"} <= self.loaded.keys():
@@ -167,7 +172,7 @@ class MNISTCLI(LightningCLI):
 
     def _settings_of_checkpoint(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, Any] = runs.plain_settings("model", checkpoint["hyper_parameters"])
-        settings |= runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
+        settings |= {"data.name": "mnist"} | runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
         settings["seed_everything"] = settings.pop("model.seed", DEFAULT_SEED)
         settings.pop("data.seed", None)
         if self.command == "fit" and isinstance(checkpoint.get("settings"), dict):
@@ -207,7 +212,10 @@ class MNISTCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:  # RuntimeError: of SLURM's
-            raise CommandError(" ".join(str(error).split())) from error
+            reason = (
+                error.__cause__ if isinstance(error.__cause__, DataError) else error
+            )  # jsonargparse's words around it
+            raise CommandError(" ".join(str(reason).split())) from error
         if self.datamodule.images and self.command != "predict":
             raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")
         self._check_processes()

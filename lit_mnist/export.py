@@ -29,7 +29,7 @@ BATCHES = (1, 500)  # sizes in which the written file is checked; the test set e
 
 
 class Probabilities(nn.Module):
-    """uint8 (B, 1, 28, 28) to the probabilities of the ten digits, float (B, 10)."""
+    """uint8 (B, 1, 28, 28) to the probabilities of the classes, float (B, C)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -99,8 +99,11 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
         CommandError: the file does not give what the checkpoint gives, or the weights do not fit their network.
         DataError: the test set cannot be had.
     """
-    mnist.prepare(root)
-    images, targets = mnist.load(root, train=False)
+    name = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
+    if name not in mnist.SETS:
+        raise CommandError(f"--ckpt_path {checkpoint_name}: its data.name {name} is none that this version knows")
+    mnist.prepare(root, name=name)
+    images, targets = mnist.load(root, train=False, name=name)
     settings = runs.plain_settings("model", checkpoint["hyper_parameters"])
     try:
         lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})  # type: ignore[arg-type]
@@ -115,7 +118,9 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
         expected = torch.cat([model(batch) for batch in images.split(500)])
     correct = int((expected.argmax(1) == targets).sum())
     metadata = {
-        "description": "images uint8 (batch, 1, 28, 28), white digits on black, to probabilities of the digits 0 to 9",
+        "description": f"images uint8 (batch, 1, 28, 28), white on black, to {expected.shape[1]} probabilities each",
+        "data": name,
+        "network": str(lit.hparams["network"]),
         "layers": str(lit.hparams["layers"]),
         "parameters": str(sum(p.numel() for p in model.parameters())),
         "test_accuracy": str(correct / len(targets)),

@@ -1,4 +1,4 @@
-"""LitMNIST: the loss, the metrics, the optimizer and its schedule around a DigitNet."""
+"""LitMNIST: the loss, the metrics, the optimizer and its schedule around a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
-from lit_mnist.network import DigitNet
+from lit_mnist.network import NETWORKS
 from lit_mnist.processes import every
 
 Batch = tuple[Tensor, Tensor]
@@ -70,8 +70,8 @@ class LitMNIST(LightningModule):
     boolean, so a checkpoint tells all of them and loads with `weights_only=True`.
 
     Args:
-        layers: the convolutions, see `DigitNet`.
-        dropout: probability of dropout after each convolution but the last.
+        layers: the network's layers, see the classes in `network`: the convolutions of `digitnet`, the widths of `mlp`.
+        dropout: probability of dropout after each layer but the last.
         activation: `relu` or `silu`.
         optimizer: `sgd` (with `momentum`, Nesterov's form by `nesterov`) or `adamw` (betas 0.9 and 0.99).
         lr: the highest learning rate of the schedule.
@@ -89,6 +89,8 @@ class LitMNIST(LightningModule):
         scale: and scaled by a factor within 1 - scale .. 1 + scale.
         seed: of the augmentation. Step s of epoch e draws from (seed, e, s) alone. The command line sets it to
             `seed_everything`.
+        network: `digitnet`, or another name from `network.NETWORKS`.
+        classes: how many classes the data has. The command line takes it from the data.
 
     Raises:
         ValueError: one line for all the arguments that are out of range.
@@ -112,6 +114,8 @@ class LitMNIST(LightningModule):
         shift: float = 1.0,
         scale: float = 0.0,
         seed: int = 1,
+        network: str = "digitnet",
+        classes: int = 10,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -131,25 +135,27 @@ class LitMNIST(LightningModule):
                 ("shift", shift, "in 0..28 pixels", 0 <= shift <= 28),
                 ("scale", scale, "in [0, 1)", 0 <= scale < 1),
                 ("seed", seed, "an integer from 0", seed >= 0),
+                ("network", network, " or ".join(NETWORKS), network in NETWORKS),
+                ("classes", classes, "an integer from 2", classes >= 2),
             )
             if not ok
         ]
         if problems:
             raise ValueError("; ".join(problems))
         # channels_last is 1.5 times as fast on a CPU
-        self.network = DigitNet(layers, dropout, activation).to(memory_format=torch.channels_last)
+        self.network = NETWORKS[network](layers, dropout, activation, classes).to(memory_format=torch.channels_last)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             # "disable": looking for NaN would wait for the device in every step. With it, torchmetrics 1.9 ignores
             # the weights of a mean, so this one is given the loss of each image.
             self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")
             # validate_args would look at every target, with the same wait
-            self.metrics[f"{stage}/accuracy"] = MulticlassAccuracy(10, average="micro", validate_args=False)
+            self.metrics[f"{stage}/accuracy"] = MulticlassAccuracy(classes, average="micro", validate_args=False)
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []  # not yet in the training metrics
         self.example_input_array = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)  # for Lightning's model table
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map raw images, uint8 (B, 1, 28, 28), to logits, float (B, 10)."""
+        """Map raw images, uint8 (B, 1, 28, 28), to logits, float (B, C) for C classes."""
         logits: Tensor = self.network(images)
         return logits
 
@@ -204,7 +210,7 @@ class LitMNIST(LightningModule):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the probabilities of the ten digits, float (B, 10)."""
+        """Return the probabilities of the classes, float (B, C)."""
         return self(batch[0]).softmax(dim=1)
 
     def on_train_epoch_end(self) -> None:
@@ -300,7 +306,7 @@ class LitMNIST(LightningModule):
         hp: Any = self.hparams
         groups = [
             {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": hp.weight_decay},
-            {"params": [p for p in self.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer: torch.optim.Optimizer
         if hp.optimizer == "sgd":

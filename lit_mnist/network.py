@@ -1,14 +1,19 @@
-"""DigitNet: raw pixels in, logits out."""
+"""The networks that `model.network` names: raw pixels in, logits out.
+
+Another one is a class that takes (layers, dropout, activation, classes), and a line in NETWORKS.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-# Mean and standard deviation of the 60,000 training images' pixels, on the scale 0..1.
+# Mean and standard deviation of the pixels of MNIST's 60,000 training images, on the scale 0..1. Other data sets are
+# given the same, and the norm after the first layer makes up for theirs.
 MEAN, STD = 0.1307, 0.3081
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -21,6 +26,19 @@ LAYER = re.compile(
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Bring raw pixels, uint8 or float on the scale 0..255, to mean 0 and standard deviation 1 over MNIST."""
     return (images.to(dtype) - 255 * MEAN).mul_(1 / (255 * STD))
+
+
+def nonlinearity(activation: str, dropout: float) -> list[nn.Module]:
+    """What follows a layer's norm: the activation, and dropout unless it is 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"model.activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
+    return [ACTIVATIONS[activation](inplace=True), *([nn.Dropout(dropout)] if dropout else [])]
 
 
 class Residual(nn.Sequential):
@@ -48,24 +66,23 @@ class DigitNet(nn.Module):
     `pool`    2x2 max pooling after the dropout, as text books draw it
     ========  ==========================================================================================
 
-    After them come global average pooling and the last convolution, 1x1 to the ten logits, without batch norm or
-    dropout. Both are linear, so the pooling goes first: the same map for a 49th of the work.
+    After them come global average pooling and the last convolution, 1x1 to the logits, without batch norm or dropout.
+    Both are linear, so the pooling goes first: the same map for a 49th of the work.
 
     Args:
         layers: the words, separated by spaces.
         activation: `relu`, or `silu` (https://arxiv.org/abs/1702.03118), smoother and slower, in its place.
         dropout: probability that dropout after each convolution but the last zeroes an activation, 0 <= p < 1.
+        classes: how many logits there are.
 
     Raises:
         ValueError: an argument is out of its range, or an image of 28x28 is pooled away.
     """
 
-    def __init__(self, layers: str, dropout: float = 0.0, activation: Literal["relu", "silu"] = "relu") -> None:
+    def __init__(
+        self, layers: str, dropout: float = 0.0, activation: Literal["relu", "silu"] = "relu", classes: int = 10
+    ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"model.activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
         blocks: list[nn.Module] = []
         channels, size = 1, 28
         for word in layers.split():
@@ -86,9 +103,7 @@ class DigitNet(nn.Module):
                 if match["halve"]:
                     layer.append(nn.MaxPool2d(2))
                     size //= 2
-                layer += [nn.BatchNorm2d(width), ACTIVATIONS[activation](inplace=True)]
-                if dropout > 0:
-                    layer.append(nn.Dropout(dropout))
+                layer += [nn.BatchNorm2d(width), *nonlinearity(activation, dropout)]
                 blocks += [Residual(*layer)] if match["add"] else layer
                 channels = width
             else:
@@ -99,10 +114,50 @@ class DigitNet(nn.Module):
         if channels == 1 or size < 1:
             raise ValueError(f"model.layers needs a convolution and at most four poolings, got {layers!r}")
         self.features = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, 10)
+        self.head = nn.Linear(channels, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, 10)."""
+        """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, C)."""
         features: Tensor = self.features(normalise(images, self.head.weight.dtype))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron on raw pixels: the example of another network.
+
+    Args:
+        layers: the widths of its hidden layers, separated by spaces: `128 64`. Each is followed by layer norm, the
+            activation and dropout.
+        dropout: probability that dropout after each hidden layer zeroes an activation, 0 <= p < 1.
+        activation: `relu` or `silu`.
+        classes: how many logits there are.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self, layers: str, dropout: float = 0.0, activation: Literal["relu", "silu"] = "relu", classes: int = 10
+    ) -> None:
+        super().__init__()
+        if not re.fullmatch(r"[1-9]\d{0,3}(\s+[1-9]\d{0,3})*", layers.strip()):
+            raise ValueError(f"model.layers must be widths from 1 to 9999 such as 128 64 for mlp, got {layers!r}")
+        blocks: list[nn.Module] = []
+        inputs = 28 * 28
+        for width in map(int, layers.split()):
+            blocks += [nn.Linear(inputs, width, bias=False), nn.LayerNorm(width), *nonlinearity(activation, dropout)]
+            inputs = width
+        self.hidden = nn.Sequential(*blocks)
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, C)."""
+        logits: Tensor = self.head(self.hidden(normalise(images, self.head.weight.dtype).flatten(1)))
+        return logits
+
+
+NETWORKS: dict[str, Callable[[str, float, Literal["relu", "silu"], int], nn.Module]] = {
+    "digitnet": DigitNet,
+    "mlp": MLP,
+}

@@ -22,7 +22,6 @@ from lit_mnist.data.images import Picture, grey_levels, is_deep
 from lit_mnist.processes import joined
 from lit_mnist.report import shown
 
-DIGITS = [f"p{digit}" for digit in range(10)]
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
 INK, PAPER, FAINT, ALARM = "#202020", "#ffffff", "#767676", "#b3261e"
@@ -52,17 +51,17 @@ class PredictionWriter(BasePredictionWriter):
         self.batches = joined(self.batches)
 
     def write_test_set(self) -> None:
-        """`index,digit,p0,...,p9` for each image of the test set, in its order."""
+        """`index,digit,p0,p1,...` for each image of the test set, in its order."""
         if not self.batches:
             raise ValueError("trainer.limit_predict_batches leaves no image to predict")
         probabilities = torch.cat(self.batches)
         path = self.folder / f"predictions-{self.name}.csv"
         rows = ([index, int(row.argmax()), *percent(row)] for index, row in enumerate(probabilities))
-        write_csv(path, ["index", "digit", *DIGITS], rows)
+        write_csv(path, ["index", "digit", *columns(probabilities)], rows)
         print(f"Predictions of {len(probabilities)} images: {shown(path)}")
 
     def write_pictures(self, pictures: Sequence[Picture]) -> int:
-        """A table on the console, `file,digit,confidence,p0,...,p9,problem`, and a contact sheet.
+        """A table on the console, `file,digit,confidence,p0,p1,...,problem`, and a contact sheet.
 
         Returns:
             How many pictures have an answer; with none, no file is written.
@@ -79,7 +78,8 @@ class PredictionWriter(BasePredictionWriter):
         if not answered:
             return 0
         csv_path, sheet_path = (self.folder / f"pictures-{self.name}.{suffix}" for suffix in ("csv", "png"))
-        write_csv(csv_path, ["file", "digit", "confidence", *DIGITS, "problem"], map(csv_row, rows))
+        names = columns(self.batches[0])
+        write_csv(csv_path, ["file", "digit", "confidence", *names, "problem"], (csv_row(row, names) for row in rows))
         with replaced(sheet_path) as partial:
             contact_sheet(rows[:SHEET_LIMIT]).save(partial, format="PNG")
         beyond = f", the first {SHEET_LIMIT} of them" if len(rows) > SHEET_LIMIT else ""
@@ -90,14 +90,18 @@ class PredictionWriter(BasePredictionWriter):
 Row = tuple[Picture, Tensor | None]
 
 
+def columns(probabilities: Tensor) -> list[str]:
+    return [f"p{label}" for label in range(probabilities.shape[1])]
+
+
 def percent(probabilities: Tensor) -> list[str]:
     return [f"{p:.6f}" for p in probabilities.tolist()]
 
 
-def csv_row(row: Row) -> list[Any]:
+def csv_row(row: Row, names: Sequence[str]) -> list[Any]:
     picture, answer = row
     if answer is None:
-        return [picture.path, "", "", *[""] * len(DIGITS), picture.problem]
+        return [picture.path, "", "", *[""] * len(names), picture.problem]
     return [picture.path, int(answer.argmax()), f"{float(answer.max()):.6f}", *percent(answer), ""]
 
 

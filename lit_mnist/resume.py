@@ -21,9 +21,11 @@ from lit_mnist.tensorboard import TEST_SUFFIX
 
 # Changing these would make another run of it, not a continuation.
 FIXED = {
+    "model.network": "the weights are of that network",
     "model.layers": "the weights are of that network",
     "model.activation": "the weights are of that network",
     "model.optimizer": "the optimizer's state is of that kind",
+    "data.name": "the run was trained on that data",
     "data.val_size": "held-out images would have been trained on",
     "data.split_seed": "held-out images would have been trained on",
     "seed_everything": "the order of the batches is a function of it",

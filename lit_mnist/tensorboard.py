@@ -6,6 +6,7 @@ import math
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.model_summary.model_summary import ModelSummary
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -119,7 +121,8 @@ class Board(Callback):
         self.texts: dict[str, str] = {}  # of a new run, by title, in Markdown
         self._norm: Tensor | None = None
         self._answers: list[tuple[Tensor, Tensor, Tensor]] = []  # images, logits or features, targets of each batch
-        self._features: list[Tensor] = []  # of the latest test batch
+        self._features: Tensor | None = None  # of the latest test batch
+        self._hook: RemovableHandle | None = None
 
     def _is_on(self, trainer: Trainer) -> bool:
         return bool(self.every_n_epochs and any(isinstance(logger, RunLogger) for logger in trainer.loggers))
@@ -183,14 +186,16 @@ class Board(Callback):
             return
         assert isinstance(pl_module, LitMNIST)
         step = trainer.global_step - 1
-        kernels = next(p for p in pl_module.network.parameters() if p.ndim == 4).detach()
-        writer.add_image("filters/first layer", filters(kernels), step, dataformats="HW")
+        kernels = next((p for p in pl_module.network.parameters() if p.ndim == 4), None)
+        if kernels is not None:
+            writer.add_image("filters/first layer", filters(kernels.detach()), step, dataformats="HW")
         if self.histograms:
             for name, parameter in pl_module.network.named_parameters():
                 writer.add_histogram(f"weights/{name}", parameter.detach(), step)
         if trainer.current_epoch == 0:
             network = deepcopy(pl_module.network).cpu().eval()  # a copy: tracing it must not touch the one in training
-            with warnings.catch_warnings():
+            # a network that cannot be traced goes without its graph; attention takes another way with gradients
+            with warnings.catch_warnings(), suppress(Exception), torch.no_grad():
                 warnings.simplefilter("ignore")  # torch 2.15 calls its own tracer deprecated
                 writer.add_graph(network, torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
 
@@ -214,10 +219,11 @@ class Board(Callback):
             return
         images, logits, targets = answers
         probabilities, step = logits.softmax(1), trainer.global_step - 1
-        counts = torch.bincount(targets * 10 + logits.argmax(1), minlength=100).view(10, 10)
+        classes = logits.shape[1]
+        counts = torch.bincount(targets * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
         writer.add_image("val/confusion", confusion(counts), step, dataformats="HWC")
         writer.add_image("val/most wrong", wrong_digits(images, probabilities, targets), step, dataformats="HWC")
-        for digit in range(10):
+        for digit in range(classes):
             share = float(counts[digit, digit] / counts[digit].sum().clamp(min=1))
             writer.add_scalar(f"val_class_accuracy/{digit}", share, step)
             writer.add_pr_curve(f"val_class/{digit}", targets == digit, probabilities[:, digit], step)
@@ -229,12 +235,15 @@ class Board(Callback):
         return [torch.cat(parts) for parts in zip(*joined(answers), strict=True)]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._features, self._answers = [], []
+        self._answers, self._features, self._hook = [], None, None
         if self._is_on(trainer):
             assert isinstance(pl_module, LitMNIST)
-            self._hook = pl_module.network.head.register_forward_pre_hook(
-                lambda module, inputs: self._features.append(inputs[0])
-            )
+            linear = [module for module in pl_module.network.modules() if isinstance(module, torch.nn.Linear)]
+            if linear:
+                self._hook = linear[-1].register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        self._features = inputs[0].flatten(1)
 
     def on_test_batch_end(
         self,
@@ -245,13 +254,15 @@ class Board(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._is_on(trainer):
-            self._answers.append((batch[0], self._features.pop(), batch[1]))
+        if self._features is not None and len(self._features) == len(batch[0]):
+            self._answers.append((batch[0], self._features, batch[1]))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_on(trainer):
+        if self._hook is None:
             return
         self._hook.remove()
+        if not self._answers:
+            return
         answers = self._all_answers()
         if not (writer := self._writer(trainer)):
             return
@@ -282,17 +293,18 @@ def filters(kernels: Tensor) -> Tensor:
 
 
 def confusion(counts: Tensor, cell: int = 44) -> np.ndarray[Any, Any]:
-    """Counts (10, 10), truth downwards and answers to the right, as a picture with numbers."""
+    """Counts (C, C), truth downwards and answers to the right, as a picture with numbers."""
     font, bold = ImageFont.load_default(14), ImageFont.load_default(18)
-    picture = Image.new("RGB", (11 * cell + 30, 11 * cell + 30), "white")
+    side = (len(counts) + 1) * cell + 30
+    picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)
-    middle = 30 + cell + 5 * cell
+    middle = 30 + cell + len(counts) * cell // 2
     draw.text((middle, 14), "read as", fill="black", font=font, anchor="mm")
     truth = Image.new("RGB", (60, 24), "white")
     ImageDraw.Draw(truth).text((30, 12), "truth", fill="black", font=font, anchor="mm")
     picture.paste(truth.rotate(90, expand=True), (2, middle - 30))
     most_wrong = int((counts - counts.diag().diag()).max())
-    for digit in range(10):
+    for digit in range(len(counts)):
         place = 30 + cell * (digit + 1) + cell // 2
         draw.text((place, 30 + cell // 2), str(digit), fill="black", font=bold, anchor="mm")
         draw.text((30 + cell // 2, place), str(digit), fill="black", font=bold, anchor="mm")

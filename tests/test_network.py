@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lit_mnist.network import MEAN, STD, DigitNet
+from lit_mnist.network import MEAN, MLP, NETWORKS, STD, DigitNet
 
 SEED_DESIGN = "16 16 16 pool 16 16 16 pool 24"
 
@@ -100,3 +100,32 @@ def test_bad_layers(layers: str) -> None:
 def test_bad_dropout(dropout: float) -> None:
     with pytest.raises(ValueError, match=r"model\.dropout must be in \[0, 1\)"):
         DigitNet("8", dropout)
+
+
+def test_mlp() -> None:
+    torch.manual_seed(0)
+    network = MLP("32 16", dropout=0.5, activation="silu", classes=26)
+    assert parameters(network) == 784 * 32 + 2 * 32 + 32 * 16 + 2 * 16 + 16 * 26 + 26
+    block = ["Linear", "LayerNorm", "SiLU", "Dropout"]
+    assert [type(layer).__name__ for layer in network.hidden] == [*block, *block]
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    network.eval()
+    expected = network.head(network.hidden(((images / 255 - MEAN) / STD).view(3, 784)))
+    assert expected.shape == (3, 26)
+    assert_close(network(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["", "16x5", "0", "-3", "16,8", "16 pool", "99999"])
+def test_bad_widths(layers: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.layers must be widths from 1 to 9999"):
+        MLP(layers)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_networks_are_made_alike(name: str) -> None:
+    network = NETWORKS[name]("8 4", 0.1, "silu", 3)
+    assert network(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"model\.dropout must be in \[0, 1\), got 1"):
+        NETWORKS[name]("8 4", 1.0, "relu", 3)
+    with pytest.raises(ValueError, match=r"model\.activation must be relu or silu, got tanh"):
+        NETWORKS[name]("8 4", 0.0, "tanh", 3)  # type: ignore[arg-type]

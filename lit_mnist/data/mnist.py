@@ -56,6 +56,7 @@ SETS = {
 }
 
 GZIP_OVERHEAD = 1 << 16  # gzip makes no file longer by more than this
+ARCHIVE_LIMITS = {".gz": 1 << 26, ".zip": 1 << 30}  # bytes; EMNIST's has 562 million
 UNPACKED_LIMIT = 1 << 30  # bytes of a file in an archive; EMNIST's largest, of 240,000 images, has 188,160,016
 LOCK = ".lit-mnist-lock"
 
@@ -248,7 +249,7 @@ def _known(name: str) -> Mapping[str, IDXFile | Archive]:
         raise DataError(
             f"data.name {name}: torchvision, which has its checksums, cannot be imported: {error}"
         ) from None
-    return {file: Archive(1 << 30 if file.endswith(".zip") else 1 << 26, md5) for file, md5 in archives.items()}
+    return {file: Archive(ARCHIVE_LIMITS[Path(file).suffix], md5) for file, md5 in archives.items()}
 
 
 def _faults(raw: Path, known: Mapping[str, IDXFile | Archive]) -> dict[str, str]:
@@ -311,14 +312,16 @@ def _tensors(folder: Path, name: str, train: bool) -> list[Tensor]:
 
 def _own(folder: Path, file: str) -> Tensor:
     """Read one of a user's own files, plain or packed."""
-    path = folder / file if os.path.lexists(folder / file) else _archive(folder, file)
+    path, packed = folder / file, _archive(folder, file)
+    if not os.path.lexists(path) and packed.exists():
+        path = packed
     try:
         if path.name == file:
             return _parse(_read(path), file)
-        with _opened(path) as packed:
-            return _parse(_unpack(packed, UNPACKED_LIMIT), file)
+        with _opened(path) as opened:
+            return _parse(_unpack(opened, UNPACKED_LIMIT), file)
     except FaultError as fault:
-        beside = "" if os.path.lexists(path) else f", and so is {file}"
+        beside = "" if os.path.lexists(path) else f", and so is {packed.name}"
         raise DataError(f"data.root, where data.name idx looks for your own files: {path} {fault}{beside}") from None
 
 
