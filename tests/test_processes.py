@@ -45,10 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(folder: Path, tiny_root: Path) -> Run:
     def run(processes: int, command: str, *flags: str, **kwargs: Any) -> list[Outcome]:
-        arguments = [command, *flags]
-        if "--ckpt_path" not in flags:
-            arguments += ["--data.root", str(tiny_root)]
-        return several.run(processes, arguments, folder, mnist.FILES, **kwargs)
+        return several.run(processes, [command, "--data.root", str(tiny_root), *flags], folder, mnist.FILES, **kwargs)
 
     return run
 
@@ -187,14 +184,14 @@ def test_a_signal_to_one_stops_all(run: Run, tmp_path: Path) -> None:
     assert_same(state(Path("lightning_logs/version_0")), state(uninterrupted))
 
 
-def test_waiting_for_a_silent_one_ends(run: Run) -> None:
+def test_waiting_for_a_silent_one_ends(run: Run, alone: Callable[..., int]) -> None:
     started = monotonic()
     first, second = run(2, "fit", *SETTINGS, "--processes.timeout", "4", death=Death(1, 5, signal.SIGSTOP), patience=30)
     assert monotonic() - started < 60
     assert first.status == 3
     assert "another process of this run was lost" in first.err
     assert second.status == -signal.SIGKILL  # by this test, at last
-    assert main(["fit", "--ckpt_path", "last"]) == 0
+    assert alone("fit", "--ckpt_path", "last") == 0
 
 
 def test_slurm(run: Run) -> None:

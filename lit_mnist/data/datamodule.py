@@ -79,10 +79,9 @@ class MNISTDataModule(LightningDataModule):
         images: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "root", "download"])  # where data lies is the machine's matter
+        self.save_hyperparameters(ignore=["images", "root", "download"])  # where data lies is no part of a run
+        self.root, self.download = root, download
         self.images = images
-        self.root = root
-        self.download = download
         self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
         problems = [
             f"data.{argument} must be {allowed}, got {value}"
