@@ -212,9 +212,8 @@ class MNISTCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:  # RuntimeError: of SLURM's
-            reason = (
-                error.__cause__ if isinstance(error.__cause__, DataError) else error
-            )  # jsonargparse's words around it
+            # a DataError from a link comes wrapped in jsonargparse's words
+            reason = error.__cause__ if isinstance(error.__cause__, DataError) else error
             raise CommandError(" ".join(str(reason).split())) from error
         if self.datamodule.images and self.command != "predict":
             raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")

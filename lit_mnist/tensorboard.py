@@ -256,6 +256,7 @@ class Board(Callback):
     ) -> None:
         if self._features is not None and len(self._features) == len(batch[0]):
             self._answers.append((batch[0], self._features, batch[1]))
+        self._features = None
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._hook is None:
