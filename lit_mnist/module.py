@@ -20,6 +20,7 @@ from lit_mnist.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 from lit_mnist.network import DigitNet
 from lit_mnist.processes import every
+from lit_mnist.state import StateError, check
 
 Batch = tuple[Tensor, Tensor]
 
@@ -46,6 +47,12 @@ class MovingAverage(WeightAveraging):
         self._update = get_ema_multi_avg_fn(decay)
         self._averages: list[Tensor] = []
         self._currents: list[Tensor] = []
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model:  # without them, WeightAveraging 2.6 would begin a new average
+            check(dict(pl_module.state_dict()), checkpoint.get("current_model_state"), "current_model_state")
+            check({"n_averaged": torch.tensor(0)}, checkpoint.get("averaging_state"), "averaging_state")
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
@@ -261,18 +268,29 @@ class LitMNIST(LightningModule):
             checkpoint["metrics_of_others"] = others
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
         parts = [checkpoint, *checkpoint.get("metrics_of_others", [])]
+        step = (torch.zeros(0), torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
+        for part in parts:
+            for name in ("train/loss", "train/accuracy"):
+                check(dict(self.metric(name).metric_state), part["metrics"][name], f"metrics/{name}")
+            for given in part["metric_steps"]:
+                for own, tensor in zip(step, given, strict=True):
+                    check(own, tensor[:0], "metric_steps")
+                if len({len(tensor) for tensor in given}) > 1:
+                    raise StateError("metric_steps has tensors of different lengths")
         rank, processes = (self._trainer.global_rank, self._trainer.world_size) if self._trainer else (0, 1)
         if len(parts) == processes:
             parts = [parts[rank]]
         elif rank > 0:
             parts = []  # on another number of processes the first has all that was counted
         for name in ("train/loss", "train/accuracy"):
-            metric, states = self.metric(name), [part["metrics"][name] for part in parts if "metrics" in part]
+            metric, states = self.metric(name), [part["metrics"][name] for part in parts]
             for key in states[0] if states else ():
                 setattr(metric, key, sum(state[key] for state in states))
             metric._update_count = 1  # else torchmetrics warns that it was never updated
-        self._steps = [step for part in parts for step in part.get("metric_steps", [])]
+        self._steps = [step for part in parts for step in part["metric_steps"]]
 
     def on_fit_start(self) -> None:
         if self.trainer.global_rank > 0:  # dropout of its own on each process

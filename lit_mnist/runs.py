@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ class RunError(ValueError):
     """A run or a checkpoint that cannot be found, read or written; the message says which and why."""
 
 
+def shortened(text: str, longest: int = 200) -> str:
+    """A value in a message: whole where it is short, else its beginning and its end."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
+
+
 def versions(runs: Path) -> list[Path]:
     """The folders of all runs, the newest (highest number) first."""
     numbered = [
@@ -37,10 +44,21 @@ def versions(runs: Path) -> list[Path]:
     return [folder for _, folder in sorted(numbered, reverse=True)]
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when all went well and is gone when not."""
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def claim_version(runs: Path) -> int:
     """Make a new folder `version_N` that no other process has, and return N."""
-    newest = next(iter(versions(runs)), None)
-    number = int(newest.name.removeprefix("version_")) + 1 if newest else 0
+    latest = next(iter(versions(runs)), None)
+    number = int(latest.name.removeprefix("version_")) + 1 if latest else 0
     while True:
         try:
             (runs / f"version_{number}").mkdir(parents=True)
@@ -49,6 +67,15 @@ def claim_version(runs: Path) -> int:
             if not (runs / f"version_{number}").is_dir():
                 raise
             number += 1  # another program that started at the same time was quicker
+
+
+def discard(run: Path, existed: Path) -> None:
+    """Take back a claimed folder in which nothing was written, and the folders above it up to one that was there."""
+    with suppress(OSError):  # a folder that is not empty stays
+        (run / LOCK).unlink(missing_ok=True)
+        while run != existed:
+            run.rmdir()
+            run = run.parent
 
 
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
@@ -77,18 +104,15 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for run in reversed(versions(runs)):
-        try:
-            results = json.loads((run / "results.json").read_text())
-        except (OSError, ValueError):
-            results = {}
+        results = read_results(run)
         fit = section(results, "fit")
-        state = fit.get("state", "unknown")
+        state = text(fit, "state") or "unknown"
         if state == "running" and not being_trained(run):
             state = "interrupted"
         rows.append(
             {
                 "run": run.name,
-                "recipe": fit.get("recipe"),
+                "recipe": text(fit, "recipe"),
                 "parameters": number(fit, "parameters"),
                 "epochs": number(fit, "epochs"),
                 "val_accuracy": number(section(fit, "best") or section(fit, "metrics"), "val/accuracy"),
@@ -100,9 +124,25 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_results(run: Path) -> dict[str, Any]:
+    """What a run's results.json holds; nothing where it is not there or damaged."""
+    path = run / "results.json"
+    try:
+        # a named pipe would let the reader wait for ever
+        results = json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        results = None
+    return results if isinstance(results, dict) else {}
+
+
+def text(results: Mapping[str, Any], name: str) -> str | None:
+    value = results.get(name)
+    return value if isinstance(value, str) and value else None
+
+
 def number(results: Mapping[str, Any], name: str) -> int | float | None:
     value = results.get(name)
-    return value if type(value) in (int, float) else None
+    return value if isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e18 else None
 
 
 def section(results: Any, name: str) -> Mapping[str, Any]:
@@ -122,18 +162,30 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
     """
     if wanted in ("best", "last"):
         for run in versions(runs):
-            found = list((run / "checkpoints").glob(f"{wanted}-*.ckpt"))
-            if found:
-                return max(found, key=lambda path: path.stat().st_mtime_ns)
+            if found := newest(run, f"{wanted}-*.ckpt"):
+                return found
         hint = "" if wanted == "last" else " (a run that holds out no validation images has only a last one)"
         raise RunError(f"--ckpt_path {wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
     if "://" in wanted:
-        raise RunError(f"--ckpt_path {wanted}: only local files are loaded; download it first, then pass its path")
+        raise RunError(
+            f"--ckpt_path {shortened(wanted)}: only local files are loaded; download it first, then pass its path"
+        )
     path = Path(wanted)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise RunError(f"--ckpt_path {wanted}: that file {what}; allowed are best, last and the path of a checkpoint")
-    return path
+    try:
+        if path.is_file():
+            return path
+        what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+    except (OSError, ValueError) as error:
+        what = f"cannot be read ({getattr(error, 'strerror', error)})"
+    raise RunError(
+        f"--ckpt_path {shortened(wanted)}: that file {what}; allowed are best, last and the path of a checkpoint"
+    )
+
+
+def newest(run: Path, pattern: str = "last-*.ckpt") -> Path | None:
+    """The newest of a run's checkpoints of this name."""
+    found = [path for path in (run / "checkpoints").glob(pattern) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -59,6 +59,8 @@ class RunLogger(TensorBoardLogger):
     """
 
     settings: Mapping[str, Any] = {}  # of the trainer, for the tab of the hyperparameters
+    opened = False  # until then, nothing is written
+    claimed: tuple[Path, Path] | None = None  # the folder made for a new run, and the last one that was there before
     tested_step = 0  # the step of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at step 0
 
     @property
@@ -67,14 +69,32 @@ class RunLogger(TensorBoardLogger):
         # share a folder; here the folder is made, which only one of them can.
         if self._version is None and is_first():  # the others are told by Lightning
             try:
-                self._version = claim_version(Path(self.root_dir))
+                runs = Path(self.root_dir).absolute()
+                existed = next(folder for folder in (runs, *runs.parents) if folder.exists())
+                self._version = claim_version(runs)
+                self.claimed = runs / f"version_{self._version}", existed
             except OSError as error:
                 raise RunError(
                     f"trainer.default_root_dir: no run can be written to {self.root_dir} ({error.strerror})"
                 ) from error
         return 0 if self._version is None else self._version
 
+    def open(self) -> None:
+        """Begin to write: once a run is restored, or has a result."""
+        if self.opened or not is_first():
+            return
+        self.opened = True
+        super().log_hyperparams(self.hparams)
+        # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
+        every = {**self.settings, **self.hparams}
+        plain = {key: value for key, value in every.items() if type(value) in (int, float, str, bool)}
+        if self.settings:
+            experiment, start, _ = hparams(plain, dict.fromkeys(HPARAM_METRICS, 0.0))
+            for summary in (experiment, start):
+                self.experiment._get_file_writer().add_summary(summary)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.open()
         if any(name.startswith("test/") for name in metrics):
             step = self.tested_step
         super().log_metrics(metrics, step)
@@ -88,14 +108,14 @@ class RunLogger(TensorBoardLogger):
         metrics: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        super().log_hyperparams(params, metrics, step)
-        if is_first() and self.settings:
-            # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
-            every = {**self.settings, **self.hparams}
-            plain = {key: value for key, value in every.items() if type(value) in (int, float, str, bool)}
-            experiment, start, _ = hparams(plain, dict.fromkeys(HPARAM_METRICS, 0.0))
-            for summary in (experiment, start):
-                self.experiment._get_file_writer().add_summary(summary)
+        if self.opened:
+            super().log_hyperparams(params, metrics, step)
+        else:
+            self.hparams.update(params if isinstance(params, dict) else vars(params))
+
+    def save(self) -> None:
+        if self.opened:
+            super().save()
 
 
 class Board(Callback):
@@ -139,7 +159,7 @@ class Board(Callback):
     def _due(self, trainer: Trainer) -> SummaryWriter | None:
         return self._writer(trainer) if self._turn(trainer) else None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (writer := self._writer(trainer)) and self.texts:
             writer.add_custom_scalars(LAYOUT)
             table = str(ModelSummary(pl_module, max_depth=-1))

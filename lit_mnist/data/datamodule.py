@@ -74,7 +74,8 @@ class MNISTDataModule(LightningDataModule):
         images: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images"])
+        self.save_hyperparameters(ignore=["images", "root", "download"])  # where data lies is no part of a run
+        self.root, self.download = root, download
         self.images = images
         self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
         problems = [
@@ -96,11 +97,11 @@ class MNISTDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         if self.images and self.trainer and self.trainer.state.fn == "predict":
             return
-        mnist.prepare(self.hparams["root"], self.hparams["download"])
+        mnist.prepare(self.root, self.download)
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate") and "train" not in self.sets:
-            images, targets = mnist.load(self.hparams["root"], train=True)
+            images, targets = mnist.load(self.root, train=True)
             val_size = self.hparams["val_size"]
             if val_size >= len(targets):
                 raise mnist.DataError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
@@ -120,7 +121,7 @@ class MNISTDataModule(LightningDataModule):
             images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
             self.sets["pictures"] = images, torch.full((len(digits),), -1)  # nobody knows their targets
         elif stage in ("test", "predict") and "test" not in self.sets:
-            self.sets["test"] = mnist.load(self.hparams["root"], train=False)
+            self.sets["test"] = mnist.load(self.root, train=False)
 
     def train_dataloader(self) -> TensorBatches:
         batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
