@@ -66,7 +66,8 @@ def main(args: Sequence[str] | None = None) -> int:
         fault = streams[0].fault
         if fault and fault.errno != errno.EPIPE:  # whoever closes a pipe early has seen enough
             # a training is worth what it wrote to its run; of other commands the output is the result
-            status = complain(f"standard output: {fault.strerror}", status or (0 if args[:1] == ["fit"] else BAD_INPUT))
+            trained = args[:1] == ["fit"] and not any(arg.startswith(("-h", "--help", "--print")) for arg in args)
+            status = complain(f"standard output: {fault.strerror}", status or (0 if trained else BAD_INPUT))
         return status
 
 

@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import shlex
+import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -390,7 +392,7 @@ class MNISTCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
 
     def _discard_unused(self, logger: RunLogger) -> None:
-        if logger.claimed and not self.report.trained:
+        if logger.claimed and not (self.last and self.last.path):
             runs.discard(*logger.claimed)
 
     def after_fit(self) -> None:
@@ -470,8 +472,13 @@ def taken(args: list[str], flag: str) -> tuple[list[str], list[str] | None]:
 
 
 def stopped(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"training stopped: {where}{error.strerror or error}; checkpoints written before are as they were"
+    return f"training stopped: {failed_file(error)}; checkpoints written before are as they were"
+
+
+def failed_file(error: OSError) -> str:
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    unnamed = "the files for TensorBoard" if any("tensorboard." in name for name in modules) else "a file"
+    return f"{shortened(str(error.filename or unnamed))}: {error.strerror or error}"
 
 
 def root_folder(default_root_dir: str | None) -> Path:
@@ -502,7 +509,7 @@ def run(args: list[str]) -> None:
         except CheckpointWriteError as error:
             raise TrainingError(stopped(error)) from error
         except OSError as error:
-            raise CommandError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+            raise CommandError(failed_file(error)) from error
 
 
 @contextmanager
@@ -512,6 +519,7 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
+    hook, threading.excepthook = threading.excepthook, writer_failed
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",  # batches come from memory
@@ -530,3 +538,10 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            threading.excepthook = hook
+
+
+def writer_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard 2.21 writes in a thread, which prints its failure; whoever writes next gets the same exception."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)

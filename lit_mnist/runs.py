@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,12 +71,11 @@ def claim_version(runs: Path) -> int:
 
 
 def discard(run: Path, existed: Path) -> None:
-    """Take back a claimed folder in which nothing was written, and the folders above it up to one that was there."""
-    with suppress(OSError):  # a folder that is not empty stays
-        (run / LOCK).unlink(missing_ok=True)
-        while run != existed:
+    """Take back the folder of a run that could not start, and the empty ones above it up to one that was there."""
+    shutil.rmtree(run, ignore_errors=True)
+    with suppress(OSError):  # another process may have made a run beside it
+        while (run := run.parent) != existed:
             run.rmdir()
-            run = run.parent
 
 
 LOCK = ".lock"  # in a run's folder: held by the process that trains it

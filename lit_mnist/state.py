@@ -43,7 +43,7 @@ def check_entries(checkpoint: Mapping[str, Any], entries: Mapping[str, type]) ->
         if not isinstance(value, kind) or (kind is int and type(value) is not int):  # True is an int
             found = f"is {described(value)}" if name in checkpoint else "is missing"
             raise StateError(f"{name} {found}, expected {kind.__name__}")
-        if kind is int and not 0 <= value < COUNT_LIMIT:
+        if isinstance(value, int) and not 0 <= value < COUNT_LIMIT:
             raise StateError(f"{name} is {shortened(str(value), 40)}, expected a count")
 
 
