@@ -163,13 +163,11 @@ class BestCheckpoint(ModelCheckpoint):
         best = (self.origin / Path(state_dict["best_model_path"]).name) if self.origin else None
         # without its file a best one is none; the first process decides, for machines may have folders of their own
         if self.dirpath and every(best is not None and best.is_file())[0]:
-            scores = [
-                *state_dict["best_k_models"].values(),
-                state_dict["best_model_score"],
-                state_dict["current_score"],
-            ]
-            if not all(isinstance(score, torch.Tensor) and score.numel() == 1 for score in scores):
-                raise StateError(f"callbacks/{self.state_key} has a best checkpoint without a score")
+            name, models = state_dict["best_model_path"], state_dict["best_k_models"]
+            scores = [*models.values(), state_dict["best_model_score"], state_dict["current_score"]]
+            sound = all(isinstance(score, torch.Tensor) and score.numel() == 1 for score in scores)
+            if not sound or list(models) != [name] or state_dict["kth_best_model_path"] != name:
+                raise StateError(f"callbacks/{self.state_key} does not hold together")
             super().load_state_dict(self._in_folder(state_dict, Path(self.dirpath)) | {"dirpath": self.dirpath})
             self.current_score = state_dict["current_score"]  # which ModelCheckpoint 2.6 saves and does not load
 

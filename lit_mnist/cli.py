@@ -47,6 +47,7 @@ examples:
 """
 
 BAD_INPUT, FAILED_TRAINING = 2, 3
+OUTPUT_FLAGS = ("-h", "--help", "--version", "--print")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -65,9 +66,9 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         fault = streams[0].fault
         if fault and fault.errno != errno.EPIPE:  # whoever closes a pipe early has seen enough
-            # a training is worth what it wrote to its run; of other commands the output is the result
-            trained = args[:1] == ["fit"] and not any(arg.startswith(("-h", "--help", "--print")) for arg in args)
-            status = complain(f"standard output: {fault.strerror}", status or (0 if trained else BAD_INPUT))
+            # those that have written files have not failed; of others the output is the result
+            prints = args[:1] in ([], ["runs"], ["validate"]) or any(arg.startswith(OUTPUT_FLAGS) for arg in args)
+            status = complain(f"standard output: {fault.strerror}", status or (BAD_INPUT if prints else 0))
         return status
 
 

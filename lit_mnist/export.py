@@ -22,6 +22,7 @@ from lit_mnist.commands import CommandError
 from lit_mnist.data import mnist
 from lit_mnist.module import LitMNIST
 from lit_mnist.report import commit, share, shown
+from lit_mnist.runs import shortened
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
 TOLERANCE = 1e-5  # of a probability
@@ -105,7 +106,9 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
     try:
         lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise CommandError(f"--ckpt_path {checkpoint_name}: its settings make no network ({error})") from error
+        raise CommandError(
+            f"--ckpt_path {checkpoint_name}: its settings make no network ({shortened(str(error))})"
+        ) from error
     try:
         lit.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

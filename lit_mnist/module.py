@@ -127,10 +127,10 @@ class LitMNIST(LightningModule):
             for name, value, allowed, ok in (
                 ("optimizer", optimizer, "sgd or adamw", optimizer in ("sgd", "adamw")),
                 ("schedule", schedule, "constant, linear or cosine", schedule in ("constant", "linear", "cosine")),
-                ("lr", lr, "a positive number", 0 < lr < math.inf),
+                ("lr", lr, "in (0, 1e30]", 0 < lr <= 1e30),
                 ("momentum", momentum, "in [0, 1)", 0 <= momentum < 1),
                 ("nesterov", nesterov, "false without momentum", not nesterov or momentum > 0 or optimizer != "sgd"),
-                ("weight_decay", weight_decay, "a number from 0", 0 <= weight_decay < math.inf),
+                ("weight_decay", weight_decay, "in [0, 1e6]", 0 <= weight_decay <= 1e6),
                 ("warmup", warmup, "in [0, 1]", 0 <= warmup <= 1),
                 ("label_smoothing", label_smoothing, "in [0, 1)", 0 <= label_smoothing < 1),
                 ("ema_decay", ema_decay, "in [0, 1)", 0 <= ema_decay < 1),

@@ -31,7 +31,8 @@ class RunError(ValueError):
 
 
 def shortened(text: str, longest: int = 200) -> str:
-    """A value in a message: whole where it is short, else its beginning and its end."""
+    """A value in a message: on one line, and where it is long its beginning and its end alone."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
 
 

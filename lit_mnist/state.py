@@ -96,7 +96,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any], pa
             raise StateError(f"{at} has other entries than the first")
         for name, value in state.items():
             if name == "step":  # a number, or a tensor of one
-                number_of_steps = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+                number_of_steps = float(value.detach()) if isinstance(value, Tensor) and value.numel() == 1 else value
                 if not (plain(number_of_steps) and 0 <= float(number_of_steps) < COUNT_LIMIT):
                     raise StateError(f"{at}/{name} is {described(value)}, expected a count")
             if isinstance(value, Tensor) and value.ndim:

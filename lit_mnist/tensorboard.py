@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +78,13 @@ class RunLogger(TensorBoardLogger):
                     f"trainer.default_root_dir: no run can be written to {self.root_dir} ({error.strerror})"
                 ) from error
         return 0 if self._version is None else self._version
+
+    @property
+    def experiment(self) -> SummaryWriter:
+        # Lightning 2.6 asks whether there is one before a checkpoint is restored, and TensorBoardLogger makes one
+        if is_first() and not self.opened:
+            raise AttributeError("nothing can be logged before on_train_start: until then a run is not touched")
+        return super().experiment
 
     def open(self) -> None:
         """Begin to write: once a run is restored, or has a result."""
@@ -149,7 +156,7 @@ class Board(Callback):
         if not (self._is_on(trainer) and trainer.is_global_zero):
             return None
         loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
-        return cast(SummaryWriter, loggers[0].experiment)
+        return loggers[0].experiment
 
     def _turn(self, trainer: Trainer) -> bool:
         """Whether it is this epoch's turn."""

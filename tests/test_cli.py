@@ -159,7 +159,7 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--data.val_size", "many"], "data.val_size: expected int, got many"),
         (
             ["--model.lr", "-1", "--model.warmup", "3"],
-            "model.lr must be a positive number, got -1.0; model.warmup must",
+            "model.lr must be in (0, 1e30], got -1.0; model.warmup must",
         ),
         (["--model.optimizer", "adam"], "model.optimizer: expected 'sgd', 'adamw', got adam"),
         (
