@@ -86,6 +86,7 @@ class Interrupted(Exception):  # noqa: N818, it is no error
         super().__init__(signum, checkpoint)
         self.signum = signum
         self.checkpoint = checkpoint
+        self.flags = ""  # that take it up, beside that
 
 
 class CheckpointWriteError(OSError):
@@ -243,7 +244,7 @@ class LastCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._accuracy = state_dict["epoch"], state_dict["accuracy"]
-        if not (self._epoch >= 0 and isinstance(self._accuracy, (float, type(None)))):
+        if not (type(self._epoch) is int and self._epoch >= 0 and isinstance(self._accuracy, (float, type(None)))):
             raise StateError(f"callbacks/{self.state_key} is {shortened(str(state_dict))}, expected epoch and accuracy")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

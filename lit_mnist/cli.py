@@ -97,7 +97,8 @@ def run_command(args: list[str]) -> int:
         run(args)
     except Interrupted as stop:
         name = signal.Signals(stop.signum).name
-        go_on = f"python -m lit_mnist fit --ckpt_path {stop.checkpoint}" if stop.checkpoint else "start again"
+        resume = f"python -m lit_mnist fit --ckpt_path {stop.checkpoint}{stop.flags}"
+        go_on = resume if stop.checkpoint else "start again"
         return complain(f"stopped by {name}; to go on: {go_on}", 128 + stop.signum, everywhere=False)
     except KeyboardInterrupt:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
@@ -186,12 +187,12 @@ def list_runs(args: Sequence[str]) -> int:
     except SystemExit as stop:  # from --help and from an error, which was told
         return stop.code if isinstance(stop.code, int) else 0
     folder = options.root_dir / "lightning_logs"
-    if not folder.is_dir():
-        return complain(f"--root_dir {options.root_dir}: there is no folder lightning_logs in it", BAD_INPUT)
     try:
+        if not folder.is_dir():
+            raise OSError(errno.ENOENT, "there is no folder lightning_logs in it")
         rows = summaries(folder)
     except OSError as error:
-        return complain(f"--root_dir {options.root_dir}: {error.filename}: {error.strerror}", BAD_INPUT)
+        return complain(f"--root_dir {shortened(str(options.root_dir))}: {error.strerror}", BAD_INPUT)
     if options.sort and options.sort != "run":
         # None first; numbers and words do not meet in one column
         rows.sort(key=lambda row: (row[options.sort] is not None, row[options.sort] or 0))

@@ -147,7 +147,7 @@ class MNISTCLI(LightningCLI):
         self.recipe = "+".join(Path(config).stem for config in configs) or "default"
         try:
             self.config = parser.parse_args(args)
-        except (CommandError, UnicodeDecodeError) as error:  # jsonargparse does not say which file
+        except (CommandError, UnicodeDecodeError, RecursionError) as error:  # jsonargparse does not say which file
             raise CommandError(
                 f"{error} (in {' or '.join([*configs, 'a flag'])})" if configs else str(error)
             ) from error
@@ -230,20 +230,26 @@ class MNISTCLI(LightningCLI):
             raise
         except (RunError, CommandError, TrainingError, DataError, CheckpointWriteError, MisconfigurationException):
             raise
-        except Interrupted:
+        except Interrupted as stop:
+            stop.flags = self._data_flags()
             raise
         except Exception as error:
             if (reason := lost(error)) and not torch.distributed.is_initialized():
                 raise ProcessLost(f"the processes could not be joined: {reason}") from error
             if reason:
                 last = self.last.path if self.last else None
-                go_on = f"; to go on: python -m lit_mnist fit --ckpt_path {last}" if last else ""
+                go_on = f"; to go on: python -m lit_mnist fit --ckpt_path {last}{self._data_flags()}" if last else ""
                 raise ProcessLost(f"another process of this run was lost ({reason}){go_on}") from error
             if self.checkpoint and restoring(error):
                 raise not_restorable(self.checkpoint, error) from error
             if isinstance(error, OSError) and subcommand == "fit" and self.report.trained:
                 raise TrainingError(stopped(error)) from error
             raise
+
+    def _data_flags(self) -> str:
+        """What to add to a command that takes this one up: where data lies is in no checkpoint."""
+        root = self.datamodule.root
+        return "" if root == "data" else f" --data.root {shlex.quote(root)}"
 
     def _check_weights(self) -> None:
         try:
@@ -297,6 +303,8 @@ class MNISTCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.command]["trainer"]
+        if settings["logger"] == []:
+            settings["logger"] = False  # as Lightning takes it
         StrategyRegistry.register(
             "ddp",  # which Lightning chooses for more than one process
             ExactDDP,
@@ -399,7 +407,7 @@ class MNISTCLI(LightningCLI):
             runs.discard(*logger.claimed)
 
     def after_fit(self) -> None:
-        self.report.print_summary(self.trainer)
+        self.report.print_summary(self.trainer, self._data_flags())
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         if not datamodule.hparams["val_size"]:
@@ -436,8 +444,8 @@ def check_trainer(config: Any) -> None:
     least_values = {"max_epochs": 1, "max_steps": 1, "check_val_every_n_epoch": 1, "accumulate_grad_batches": 1}
     for name, least in {**least_values, "log_every_n_steps": 0}.items():
         value = config[f"trainer.{name}"]
-        endless = value == -1 and name.startswith("max_")
-        if value is not None and value < least and not endless:
+        endless = name.startswith("max_")
+        if value is not None and value < least and not (endless and value == -1):
             raise CommandError(f"trainer.{name} must be a number from {least}{' or -1' * endless}, got {value}")
     if config["trainer.max_epochs"] is None and not has_end(config) and config["trainer.max_time"] is None:
         raise CommandError("trainer.max_epochs must be a positive number, or trainer.max_steps or trainer.max_time")
@@ -488,7 +496,7 @@ def failed_file(error: OSError) -> str:
 
 
 def root_folder(default_root_dir: str | None) -> Path:
-    return Path(default_root_dir or ".").expanduser()
+    return runs.expanded(default_root_dir or ".", "trainer.default_root_dir")
 
 
 def run(args: list[str]) -> None:
@@ -534,6 +542,8 @@ def quiet() -> Iterator[None]:
             ".*callbacks used to create the checkpoint need to be provided.*",  # only fit writes checkpoints
             ".*Total length of `.*` across ranks is zero.*",  # data.val_size is 0, or no picture shows a digit
             ".*You requested to overfit but.*",
+            ".*is supported for historical reasons.*",
+            ".*is not supported by the model summary.*",
             ".*infer the batch indices.*",  # predictions come in the order of the test set
             ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
             ".*broadcast_buffers. is deprecated.*",  # in torch 2.15; the new name is unknown to 2.10

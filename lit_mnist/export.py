@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -43,7 +44,9 @@ class Probabilities(nn.Module):
 
 def write_pt2(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
     program = torch.export.export(model, (example(),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    content = io.BytesIO()  # torch 2.15 aborts the process where a file cannot be written to its end
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    path.write_bytes(content.getbuffer())
 
 
 def write_onnx(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:

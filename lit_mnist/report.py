@@ -269,8 +269,12 @@ class RunReport(Callback):
         }
         update_results(Path(folder), fit=fit)
 
-    def print_summary(self, trainer: Trainer) -> None:
-        """Say where the run lies and what to do with it, once the progress bar, which wraps long lines, is gone."""
+    def print_summary(self, trainer: Trainer, flags: str) -> None:
+        """Say where the run lies and what to do with it, once the progress bar, which wraps long lines, is gone.
+
+        Args:
+            flags: what the commands need besides.
+        """
         last = next((callback.path for callback in callbacks(trainer) if isinstance(callback, LastCheckpoint)), None)
         last = last or self.checkpoint
         folder = log_folder(trainer)
@@ -287,8 +291,8 @@ class RunReport(Callback):
         rows = {
             "The run": shown(folder),
             "Look at it": f"tensorboard --logdir {shown(Path(folder).parent)}",
-            "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}",
-            "Go on": f"{program} fit --ckpt_path {shown(last)} {longer}",
+            "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}{flags}",
+            "Go on": f"{program} fit --ckpt_path {shown(last)}{flags} {longer}",
         }
         print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
 

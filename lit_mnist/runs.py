@@ -36,6 +36,18 @@ def shortened(text: str, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
 
 
+def expanded(path: str | Path, setting: str) -> Path:
+    """A path with `~` replaced by the home folder.
+
+    Raises:
+        RunError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RunError(f"{setting} {shortened(str(path))}: there is no such home folder; give the whole path") from None
+
+
 def versions(runs: Path) -> list[Path]:
     """The folders of all runs, the newest (highest number) first."""
     numbered = [
@@ -53,6 +65,9 @@ def replaced(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which only `open` knows
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

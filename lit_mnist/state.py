@@ -58,8 +58,8 @@ def check_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     loaders = mapping(loops.get("state_dict"), "loops/fit_loop/state_dict").get("combined_loader", [])
     check(fresh | {"state_dict": {}}, {**loops, "state_dict": {}}, "loops/fit_loop")
     for path, count in counts(loops, "loops/fit_loop"):
-        if count < 0:
-            raise StateError(f"{path} is {count}, expected a count")
+        if type(count) is not int or count < 0:
+            raise StateError(f"{path} is {described(count)}, expected a count")
     if not (isinstance(loaders, list) and all(isinstance(state, dict) for state in loaders)):
         raise StateError(f"loops/fit_loop/state_dict is {described(loaders)}, expected the states of loaders")
     own = [optimizer.state_dict() for optimizer in trainer.optimizers]
@@ -99,6 +99,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any], pa
                 number_of_steps = float(value.detach()) if isinstance(value, Tensor) and value.numel() == 1 else value
                 if not (plain(number_of_steps) and 0 <= float(number_of_steps) < COUNT_LIMIT):
                     raise StateError(f"{at}/{name} is {described(value)}, expected a count")
+            elif value is None and any(group.get("momentum", 1) for group in groups):
+                raise StateError(f"{at}/{name} is None")
             if isinstance(value, Tensor) and value.ndim:
                 check(parameters[number].detach(), value, f"{at}/{name}")
             else:
@@ -122,7 +124,8 @@ def check_callbacks(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
 def check(fresh: Any, loaded: Any, path: str) -> None:
     """Check that a value has the form of another: types, keys, shapes.
 
-    None and an empty container, which may have been filled since, admit plain values and tensors, and containers.
+    None and an empty container, which may have been filled since, admit plain values and tensors, and containers; a
+    number admits a number.
 
     Raises:
         StateError: it has another.
@@ -131,7 +134,7 @@ def check(fresh: Any, loaded: Any, path: str) -> None:
         fits = loaded is None or plain(loaded) or (isinstance(loaded, Tensor) and loaded.numel() == 1)
     elif isinstance(fresh, Tensor):
         fits = isinstance(loaded, Tensor) and tensor_form(fresh) == tensor_form(loaded)
-    elif isinstance(fresh, float):
+    elif type(fresh) in (int, float):
         fits = type(loaded) in (int, float) and plain(loaded)
     elif isinstance(fresh, (dict, list, tuple)):
         fits = isinstance(loaded, dict if isinstance(fresh, dict) else (list, tuple))
@@ -174,12 +177,12 @@ def plain(value: Any) -> bool:
     return type(value) in (str, bool)
 
 
-def counts(value: Any, path: str) -> Iterator[tuple[str, int]]:
-    """All the integers in nested dictionaries."""
+def counts(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    """All the numbers in nested dictionaries."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from counts(inner, f"{path}/{key}")
-    elif type(value) is int:
+    elif type(value) in (int, float):
         yield path, value
 
 

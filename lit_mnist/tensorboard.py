@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
@@ -284,10 +285,15 @@ class Board(Callback):
             return
         images, features, targets = answers
         step = trainer.loggers[0].tested_step if isinstance(trainer.loggers[0], RunLogger) else 0
-        if (Path(writer.log_dir) / f"{step:05d}" / "test").exists():  # from an earlier test of this checkpoint
+        folder = Path(writer.log_dir) / f"{step:05d}"
+        if (folder / "test").exists():  # from an earlier test of this checkpoint
             return
         labels = [str(int(target)) for target in targets]
-        writer.add_embedding(features, labels, images / 255, step, "test")
+        try:
+            writer.add_embedding(features, labels, images / 255, step, "test")
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # half of it would be taken for the whole
+            raise
 
 
 def grid(images: Tensor, columns: int, zoom: int = 1) -> Tensor:

@@ -101,7 +101,7 @@ def test_fit_then_validate_test_predict(command: Command, capsys: pytest.Capture
 
 def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("fit", *TINY, "--data.val_size", "0") == 0
-    assert "validation" not in capsys.readouterr().out
+    assert "validation loss" not in capsys.readouterr().out
     assert [path.name for path in Path("lightning_logs/version_0/checkpoints").iterdir()] == [
         "last-epoch=01-step=000016.ckpt"
     ]
@@ -137,6 +137,13 @@ def test_fit_goes_on_in_the_same_run(command: Command, capsys: pytest.CaptureFix
     assert (results["epochs"], results["data"]["batch_size"]) == (3, 50)
     accuracies = [value for _, value in scalars(run)["val/accuracy"]]
     assert results["best"]["val/accuracy"] == pytest.approx(max(accuracies))
+
+
+def test_a_time_limit_on_a_resumed_run(command: Command) -> None:
+    assert command("fit", *TINY, "--trainer.max_time", "00:00:10:00") == 0
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.max_time", "00:00:10:00") == 0
+    assert only("lightning_logs/version_0/checkpoints/last-*").name.startswith("last-epoch=02")
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", "--trainer.max_time", "00:00:00:00") == 0
 
 
 def test_config_yaml_repeats_a_run(command: Command) -> None:
@@ -177,6 +184,21 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--trainer.default_root_dir", "typo.yaml"], "trainer.default_root_dir: no run can be written to typo.yaml/"),
         (["--config", "latin.yaml"], "latin.yaml"),
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs must be a positive number"),
+        (["--trainer.max_epochs", "0"], "trainer.max_epochs must be a number from 1 or -1, got 0"),
+        (["--trainer.max_epochs", "null"], "trainer.max_epochs must be a positive number"),
+        (["--trainer.max_steps", "0"], "trainer.max_steps must be a number from 1 or -1, got 0"),
+        (["--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch must be a number from 1, got 0"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches must be a number from 1, got 0"),
+        (["--trainer.accumulate_grad_batches", str(2**64)], f"accumulate_grad_batches must be less than {2**31}"),
+        (["--trainer.strategy", "ddp_notebook"], "trainer.strategy must be auto or ddp, got ddp_notebook"),
+        (["--trainer.accelerator", "tpu"], "torch_xla"),
+        (["--trainer.precision", "transformer-engine"], "transformer_engine"),
+        (["--trainer.profiler", "xla"], "trainer.profiler must be simple, advanced, pytorch or a class, got xla"),
+        (["--model.weight_decay", "1e300"], "model.weight_decay must be in [0, 1e6], got 1e+300"),
+        (["--config", "n" * 300], "n" * 300),
+        (["--ckpt_path", "n" * 300], "that file cannot be read (File name too long)"),
+        (["--data.root", "~nobody-here/x"], "data.root ~nobody-here/x: there is no such home folder"),
+        (["--trainer.default_root_dir", "~nobody-here/x"], "trainer.default_root_dir ~nobody-here/x: there is no such"),
     ],
 )
 def test_bad_input_is_one_line_and_costs_nothing(

@@ -38,6 +38,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_mnist.runs import expanded
+
 
 class IDXFile(NamedTuple):
     size: int  # bytes
@@ -124,7 +126,7 @@ def load(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def _raw_folder(root: str | Path) -> Path:
-    return Path(root).expanduser().absolute() / "MNIST" / "raw"
+    return expanded(root, "data.root").absolute() / "MNIST" / "raw"
 
 
 def _archive(raw: Path, name: str) -> Path:
