@@ -44,6 +44,7 @@ from lit_mnist.report import ProcessLost, RunReport, TrainingError, conditions, 
 from lit_mnist.resume import ExactResume, RunStart, differences, only_process, stop_on_signals
 from lit_mnist.runs import RunError, shortened
 from lit_mnist.state import (
+    ENTRIES,
     TRAINING_ENTRIES,
     StateError,
     check_entries,
@@ -377,7 +378,8 @@ class MNISTCLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         plugins = settings["plugins"] or []
         # what was read is used: until the trainer would read it, a run in progress may have removed the file
-        loader = DurableCheckpointIO({str(self.checkpoint): self.loaded} if self.checkpoint else {})
+        state = self.loaded if self.command == "fit" else {key: self.loaded[key] for key in ENTRIES if self.loaded}
+        loader = DurableCheckpointIO({str(self.checkpoint): state} if self.checkpoint else {})
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), loader]
         if settings["sync_batchnorm"]:
             kwargs["plugins"].append(SynchronizedBatchNorm())

@@ -20,7 +20,7 @@ from lit_mnist.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 from lit_mnist.network import DigitNet
 from lit_mnist.processes import every
-from lit_mnist.state import StateError, check
+from lit_mnist.state import StateError, check, mapping
 
 Batch = tuple[Tensor, Tensor]
 
@@ -274,7 +274,9 @@ class LitMNIST(LightningModule):
         step = (torch.zeros(0), torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
         for part in parts:
             for name in ("train/loss", "train/accuracy"):
-                check(dict(self.metric(name).metric_state), part["metrics"][name], f"metrics/{name}")
+                check(
+                    dict(self.metric(name).metric_state), mapping(part["metrics"], "metrics")[name], f"metrics/{name}"
+                )
             for given in part["metric_steps"]:
                 for own, tensor in zip(step, given, strict=True):
                     check(own, tensor[:0], "metric_steps")

@@ -103,6 +103,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any], pa
                 raise StateError(f"{at}/{name} is None")
             if isinstance(value, Tensor) and value.ndim:
                 check(parameters[number].detach(), value, f"{at}/{name}")
+            elif not (value is None or isinstance(value, Tensor) or plain(value)):
+                raise StateError(f"{at}/{name} is {described(value)}, expected a tensor or a number")
             else:
                 check(first[name], value, f"{at}/{name}")
 
