@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -19,7 +20,13 @@ import torch
 from jsonargparse.typing import restricted_number_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, RichModelSummary, RichProgressBar
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    RichModelSummary,
+    RichProgressBar,
+)
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
@@ -40,6 +47,7 @@ from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.predictions import PredictionWriter
 from lit_mnist.processes import ExactDDP, Processes, environment_kept, launched, lost
+from lit_mnist.report import callbacks as callbacks_of
 from lit_mnist.report import ProcessLost, RunReport, TrainingError, conditions, interactive
 from lit_mnist.resume import ExactResume, RunStart, differences, only_process, stop_on_signals
 from lit_mnist.runs import RunError, shortened
@@ -58,6 +66,7 @@ from lit_mnist.tensorboard import TEST_SUFFIX, Board, RunLogger
 __all__ = ["CommandError", "Interrupted", "ProcessLost", "TrainingError", "run"]
 
 DEFAULT_EPOCHS = 6
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
 DEFAULT_SEED = 1
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -145,6 +154,9 @@ class MNISTCLI(LightningCLI):
         args, images = taken(args, "--data.images")
         configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
         configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+        for config in configs:  # a shell's <(...) is one too, which somebody writes to
+            if len(config) < 256 and Path(config).is_fifo() and not config.startswith(("/dev/fd/", "/proc/")):
+                raise CommandError(f"--config {shortened(config)}: that file is a named pipe")
         self.recipe = "+".join(Path(config).stem for config in configs) or "default"
         try:
             self.config = parser.parse_args(args)
@@ -181,8 +193,7 @@ class MNISTCLI(LightningCLI):
                 self.changes += differences(before, self.config["fit"], not progress["is_last_batch"])
         if images is not None:
             self.config[self.command]["data.images"] = images
-        if self.command == "fit":
-            check_trainer(self.config["fit"])
+        check_trainer(self.config[self.command])
 
     def _check_training_state(self) -> None:
         assert self.checkpoint
@@ -243,8 +254,13 @@ class MNISTCLI(LightningCLI):
                 raise ProcessLost(f"another process of this run was lost ({reason}){go_on}") from error
             if self.checkpoint and restoring(error):
                 raise not_restorable(self.checkpoint, error) from error
-            if isinstance(error, OSError) and subcommand == "fit" and self.report.trained:
+            if not (subcommand == "fit" and self.report.trained):
+                raise
+            if isinstance(error, OSError):
                 raise TrainingError(stopped(error)) from error
+            if isinstance(error, RuntimeError) and innermost(error).startswith("pytorch_lightning."):
+                # what only the training can show, such as a callback that asks for a metric that there is not
+                raise TrainingError(f"training stopped: {shortened(str(error), 300)}") from error
             raise
 
     def _data_flags(self) -> str:
@@ -269,6 +285,9 @@ class MNISTCLI(LightningCLI):
         if self.datamodule.images and self.command != "predict":
             raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")
         self._check_processes()
+        for callback in callbacks_of(self.trainer):  # they train in advance, and change the run's settings then
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+                raise CommandError(f"trainer.callbacks must have no {type(callback).__name__}: set the value it found")
         if self.checkpoint and self.trainer.is_global_zero:
             print("\n".join([f"Checkpoint: {self.checkpoint}", *self.changes]), flush=True)
         if self.command == "fit" and self.model.needs_total_steps and not has_end(self.config["fit"]):
@@ -449,6 +468,11 @@ def check_trainer(config: Any) -> None:
         endless = name.startswith("max_")
         if value is not None and value < least and not (endless and value == -1):
             raise CommandError(f"trainer.{name} must be a number from {least}{' or -1' * endless}, got {value}")
+    interval = config["trainer.val_check_interval"]
+    if type(interval) is int and interval < 1:
+        raise CommandError(
+            f"trainer.val_check_interval must be a share of an epoch or at least 1 batch, got {interval}"
+        )
     if config["trainer.max_epochs"] is None and not has_end(config) and config["trainer.max_time"] is None:
         raise CommandError("trainer.max_epochs must be a positive number, or trainer.max_steps or trainer.max_time")
     if config["trainer.profiler"] == "xla":
@@ -492,9 +516,17 @@ def stopped(error: OSError) -> str:
 
 
 def failed_file(error: OSError) -> str:
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    unnamed = "the files for TensorBoard" if any("tensorboard." in name for name in modules) else "a file"
+    unnamed = "the files for TensorBoard" if any("tensorboard." in name for name in modules(error)) else "a file"
     return f"{shortened(str(error.filename or unnamed))}: {error.strerror or error}"
+
+
+def modules(error: BaseException) -> list[str]:
+    """Those that an exception came through, the one that raised it last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def innermost(error: BaseException) -> str:
+    return modules(error)[-1]
 
 
 def root_folder(default_root_dir: str | None) -> Path:
@@ -525,6 +557,8 @@ def run(args: list[str]) -> None:
         except CheckpointWriteError as error:
             raise TrainingError(stopped(error)) from error
         except OSError as error:
+            if error.errno in FULL:
+                raise TrainingError(failed_file(error)) from error  # it has begun: the input was right
             raise CommandError(failed_file(error)) from error
 
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,9 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch must be a number from 1, got 0"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches must be a number from 1, got 0"),
         (["--trainer.accumulate_grad_batches", str(2**64)], f"accumulate_grad_batches must be less than {2**31}"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval must be a share of an epoch or at least"),
+        (["--trainer.callbacks", "LearningRateFinder"], "trainer.callbacks must have no LearningRateFinder"),
+        (["--config", "pipe"], "--config pipe: that file is a named pipe"),
         (["--trainer.strategy", "ddp_notebook"], "trainer.strategy must be auto or ddp, got ddp_notebook"),
         (["--trainer.accelerator", "tpu"], "torch_xla"),
         (["--trainer.precision", "transformer-engine"], "transformer_engine"),
@@ -207,6 +211,7 @@ def test_bad_input_is_one_line_and_costs_nothing(
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
     Path("broken.yaml").write_text("model: [1, 2\n")
     Path("latin.yaml").write_bytes(b"model: \xe9\n")
+    os.mkfifo("pipe")
     assert command("fit", *flags) == 2
     printed = capsys.readouterr()
     assert said in printed.err
@@ -219,6 +224,14 @@ def test_bad_input_is_one_line_and_costs_nothing(
 def test_evaluation_needs_a_checkpoint(command: Command, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert command(name) == 2
     assert f"{name} needs --ckpt_path best, last or the path of a checkpoint" in capsys.readouterr().err
+
+
+def test_a_callback_that_asks_for_what_there_is_not(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    stopping = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x"}}]'
+    assert command("fit", *TINY, "--trainer.callbacks", stopping) == 3
+    error = capsys.readouterr().err
+    assert "training stopped: Early stopping conditioned on metric `x` which is not available" in error
+    assert error.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def test_results_that_cannot_be_written(
     before = Path("lightning_logs/version_0/results.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)
-        assert command("test", "--ckpt_path", "last") == 2
+        assert command("test", "--ckpt_path", "last") == 3
     error = capsys.readouterr().err
     assert "results.json" in error
     assert "No space left on device" in error

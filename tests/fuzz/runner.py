@@ -53,6 +53,7 @@ DATA_ERROR = re.compile(r"MNIST (could not be fetched|is not complete)|data\.roo
 WRITES = {
     "fit": r"results\.json|(config|hparams)\.yaml|events\.out\.tfevents\.[^/]*|checkpoints(/(best|last)-[^/]*\.ckpt)?",
     "test": r"results\.json|hparams\.yaml|events\.out\.tfevents\.[^/]*\.test|projector_config\.pbtxt"
+    r"|[^/]*\.pt\.trace\.json"
     r"|\d{5,}(/test(/[^/]*)?)?",
     "predict": r"(predictions|pictures)-[^/]*\.(csv|png)",
 }
@@ -325,7 +326,9 @@ def _may_write(path: str, args: list[str], before: dict[str, Any], after: dict[s
         return command == "fit"
     named = {number for arg in args for number in re.findall(r"version_(\d+)", arg)}
     for name in {"best", "last"} & {*args, *_values(args, "--ckpt_path")}:
-        with_one = (RUN.fullmatch(other) for other in before if f"/checkpoints/{name}-" in other)
+        with_one = (
+            RUN.fullmatch(p) for p, (kind, *_) in before.items() if f"/checkpoints/{name}-" in p and kind == "file"
+        )
         named.add(str(max(int(other["number"]) for other in with_one if other)))
     return match["number"] in named and bool(re.fullmatch(WRITES.get(command, "(?!)"), match["file"] or ""))
 
