@@ -47,8 +47,8 @@ from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.predictions import PredictionWriter
 from lit_mnist.processes import ExactDDP, Processes, environment_kept, launched, lost
-from lit_mnist.report import callbacks as callbacks_of
 from lit_mnist.report import ProcessLost, RunReport, TrainingError, conditions, interactive
+from lit_mnist.report import callbacks as callbacks_of
 from lit_mnist.resume import ExactResume, RunStart, differences, only_process, stop_on_signals
 from lit_mnist.runs import RunError, shortened
 from lit_mnist.state import (
