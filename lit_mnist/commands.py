@@ -181,6 +181,10 @@ class MNISTCLI(LightningCLI):
             self._parser(self.command).set_defaults(before)
             self.config = parser.parse_args(args)
             self.config[self.command]["ckpt_path"] = str(self.checkpoint)
+            try:  # jsonargparse 4.53 takes defaults as they are
+                self._parser(self.command).validate(self.config[self.command], skip_unset=False)
+            except (TypeError, ValueError, KeyError) as error:
+                raise CommandError(f"--ckpt_path {self.checkpoint}: {shortened(one_line(str(error)), 300)}") from error
             if self.command == "validate":
                 for key in ("data.val_size", "data.split_seed"):
                     if before.get(key) != self.config["validate"][key]:
@@ -453,7 +457,7 @@ class MNISTCLI(LightningCLI):
 
 
 def has_end(config: Any) -> bool:
-    return (config["trainer.max_epochs"] or -1) > 0 or config["trainer.max_steps"] > 0
+    return (config["trainer.max_epochs"] or -1) > 0 or config["trainer.max_steps"] > 0  # checked by check_trainer
 
 
 def check_trainer(config: Any) -> None:
@@ -466,7 +470,7 @@ def check_trainer(config: Any) -> None:
     for name, least in {**least_values, "log_every_n_steps": 0}.items():
         value = config[f"trainer.{name}"]
         endless = name.startswith("max_")
-        if value is not None and value < least and not (endless and value == -1):
+        if isinstance(value, str) or (value is not None and value < least and not (endless and value == -1)):
             raise CommandError(f"trainer.{name} must be a number from {least}{' or -1' * endless}, got {value}")
     interval = config["trainer.val_check_interval"]
     if type(interval) is int and interval < 1:

@@ -24,6 +24,7 @@ from lit_mnist.data import mnist
 from lit_mnist.module import LitMNIST
 from lit_mnist.report import commit, share, shown
 from lit_mnist.runs import shortened
+from lit_mnist.state import StateError, check_weights
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
 TOLERANCE = 1e-5  # of a probability
@@ -113,8 +114,9 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
             f"--ckpt_path {checkpoint_name}: its settings make no network ({shortened(str(error))})"
         ) from error
     try:
+        check_weights(lit, checkpoint["state_dict"])
         lit.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (StateError, RuntimeError) as error:
         raise CommandError(f"--ckpt_path {checkpoint_name}: its weights do not fit the network it names") from error
     model = Probabilities(lit.network).eval()
     with torch.inference_mode():

@@ -215,7 +215,8 @@ def run_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool
     return {
         key: value
         for key, value in settings.items()
-        if type(value) in (int, float, str, bool, type(None))
+        if type(key) is str
+        and type(value) in (int, float, str, bool, type(None))
         and (key.startswith(("checkpoint.", "board.")) or key.removeprefix("trainer.") in TRAINER_SETTINGS)
     }
 
