@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,9 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from lit_mnist.module import CHECKPOINT_FORMAT
-from lit_mnist.runs import RunError, find_checkpoint, versions
+from lit_mnist.processes import every
+from lit_mnist.runs import RunError, find_checkpoint, replaced, shortened, versions
+from lit_mnist.state import ENTRIES, StateError, check_entries, not_restorable
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -26,18 +30,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         RunError: the file is no intact checkpoint of this project, or of a newer format.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of the kinds of tensors that a hostile file may hold
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a file that is none of its own
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
-    expected = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), dict) for key in expected):
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "lit_mnist_format" not in checkpoint:
         raise RunError(f"--ckpt_path {path}: that file is no checkpoint of lit_mnist")
-    if checkpoint.get("lit_mnist_format") not in range(1, CHECKPOINT_FORMAT + 1):
+    version = checkpoint["lit_mnist_format"]
+    if type(version) is not int or not 1 <= version <= CHECKPOINT_FORMAT:
+        hint = "; install a newer lit_mnist" if type(version) is int and version > CHECKPOINT_FORMAT else ""
         raise RunError(
-            f"--ckpt_path {path}: that checkpoint has the format {checkpoint.get('lit_mnist_format')}, and this version"
-            f" reads up to {CHECKPOINT_FORMAT}; install a newer lit_mnist"
+            f"--ckpt_path {path}: that checkpoint has the format {shortened(repr(version), 40)}, and this version"
+            f" reads up to {CHECKPOINT_FORMAT}{hint}"
         )
+    try:
+        check_entries(checkpoint, ENTRIES)
+    except StateError as error:
+        raise not_restorable(path, error) from error
     return checkpoint
 
 
@@ -58,7 +69,8 @@ def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
 def newest_intact(runs: Path) -> Path | None:
     """The newest checkpoint that can be read, of the newest run that has one."""
     for run in versions(runs):
-        for path in sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        files = [path for path in run.glob("checkpoints/*.ckpt") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
                 read_checkpoint(path)
             except RunError:
@@ -74,6 +86,7 @@ class Interrupted(Exception):  # noqa: N818, it is no error
         super().__init__(signum, checkpoint)
         self.signum = signum
         self.checkpoint = checkpoint
+        self.flags = ""  # that take it up, beside that
 
 
 class CheckpointWriteError(OSError):
@@ -106,9 +119,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 os.close(folder)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise CheckpointWriteError(
-                error.errno, f"{error.strerror}; checkpoints written before are as they were", str(path)
-            ) from error
+            raise CheckpointWriteError(error.errno, error.strerror, str(path)) from error
 
     def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
         self.loaded = loaded or {}  # by path: checkpoints that were read before
@@ -125,19 +136,19 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint of the best validation accuracy; its name tells epoch and accuracy.
 
     Args:
-        resumed: whether this goes on with a run in its own folder.
+        origin: the folder of the checkpoint that is resumed, where the best so far lies; None for a new run.
     """
 
-    def __init__(self, resumed: bool) -> None:
+    def __init__(self, origin: Path | None) -> None:
         super().__init__(
             filename="best-epoch={epoch:02d}-accuracy={val/accuracy:.4f}",
             monitor="val/accuracy",
             mode="max",
             auto_insert_metric_name=False,
             save_on_train_epoch_end=False,
-            enable_version_counter=not resumed,  # a resumed run that comes to the same name means the same file
+            enable_version_counter=not origin,  # a resumed run that comes to the same name means the same file
         )
-        self.resumed = resumed
+        self.origin = origin
 
     @cached_property
     def state_key(self) -> str:
@@ -150,9 +161,25 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # ModelCheckpoint 2.6 forgets the best score, but not the best path, when the folder is written in another
         # way: relative or absolute, or moved. Here the run decides: its own folder, its own best.
-        if self.resumed and self.dirpath:
+        best = (self.origin / Path(state_dict["best_model_path"]).name) if self.origin else None
+        # without its file a best one is none; the first process decides, for machines may have folders of their own
+        if self.dirpath and every(best is not None and best.is_file())[0]:
+            name, models = state_dict["best_model_path"], state_dict["best_k_models"]
+            scores = [*models.values(), state_dict["best_model_score"], state_dict["current_score"]]
+            sound = all(isinstance(score, torch.Tensor) and score.numel() == 1 for score in scores)
+            if not sound or list(models) != [name] or state_dict["kth_best_model_path"] != name:
+                raise StateError(f"callbacks/{self.state_key} does not hold together")
             super().load_state_dict(self._in_folder(state_dict, Path(self.dirpath)) | {"dirpath": self.dirpath})
             self.current_score = state_dict["current_score"]  # which ModelCheckpoint 2.6 saves and does not load
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a run that begins with an earlier one's curve begins with its best, too
+        path = Path(self.best_model_path)
+        if self.origin and self.best_model_path and trainer.is_global_zero and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as partial:
+                shutil.copyfile(self.origin / path.name, partial)
+        super().on_train_start(trainer, pl_module)
 
     @staticmethod
     def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -201,12 +228,24 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = monotonic()
         self._epoch = self._step = self._agreed_step = 0
         self._accuracy: float | None = None
+        self._trainer: Trainer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
+        if self._trainer:  # the best checkpoint is written before this one, and carries this one's state
+            self._read_accuracy(self._trainer)
         return {"epoch": self._epoch, "accuracy": self._accuracy}
+
+    def _read_accuracy(self, trainer: Trainer) -> None:
+        if trainer.validating and "val/accuracy" in trainer.callback_metrics:
+            self._accuracy = float(trainer.callback_metrics["val/accuracy"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._accuracy = state_dict["epoch"], state_dict["accuracy"]
+        if not (type(self._epoch) is int and self._epoch >= 0 and isinstance(self._accuracy, (float, type(None)))):
+            raise StateError(f"callbacks/{self.state_key} is {shortened(str(state_dict))}, expected epoch and accuracy")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.on_start:
@@ -240,7 +279,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._accuracy = float(trainer.callback_metrics["val/accuracy"])
             self.save(trainer)
             self._agree(trainer)
             self._stop_if_asked()
@@ -272,6 +310,7 @@ class LastCheckpoint(Checkpoint):
         """
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
             return
+        self._read_accuracy(trainer)
         name = f"last-epoch={self._epoch:02d}-step={trainer.global_step:06d}"
         if self._accuracy is not None:
             name += f"-accuracy={self._accuracy:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -22,6 +23,8 @@ from lit_mnist.commands import CommandError
 from lit_mnist.data import mnist
 from lit_mnist.module import LitMNIST
 from lit_mnist.report import commit, share, shown
+from lit_mnist.runs import shortened
+from lit_mnist.state import StateError, check_weights
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
 TOLERANCE = 1e-5  # of a probability
@@ -42,7 +45,9 @@ class Probabilities(nn.Module):
 
 def write_pt2(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
     program = torch.export.export(model, (example(),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    content = io.BytesIO()  # torch 2.15 aborts the process where a file cannot be written to its end
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    path.write_bytes(content.getbuffer())
 
 
 def write_onnx(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
@@ -108,10 +113,13 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
     try:
         lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise CommandError(f"--ckpt_path {checkpoint_name}: its settings make no network ({error})") from error
+        raise CommandError(
+            f"--ckpt_path {checkpoint_name}: its settings make no network ({shortened(str(error))})"
+        ) from error
     try:
+        check_weights(lit, checkpoint["state_dict"])
         lit.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (StateError, RuntimeError) as error:
         raise CommandError(f"--ckpt_path {checkpoint_name}: its weights do not fit the network it names") from error
     model = Probabilities(lit.network).eval()
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from lit_mnist.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 from lit_mnist.network import NETWORKS
 from lit_mnist.processes import every
+from lit_mnist.state import StateError, check, mapping
 
 Batch = tuple[Tensor, Tensor]
 
@@ -46,6 +47,12 @@ class MovingAverage(WeightAveraging):
         self._update = get_ema_multi_avg_fn(decay)
         self._averages: list[Tensor] = []
         self._currents: list[Tensor] = []
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model:  # without them, WeightAveraging 2.6 would begin a new average
+            check(dict(pl_module.state_dict()), checkpoint.get("current_model_state"), "current_model_state")
+            check({"n_averaged": torch.tensor(0)}, checkpoint.get("averaging_state"), "averaging_state")
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
@@ -124,10 +131,10 @@ class LitMNIST(LightningModule):
             for name, value, allowed, ok in (
                 ("optimizer", optimizer, "sgd or adamw", optimizer in ("sgd", "adamw")),
                 ("schedule", schedule, "constant, linear or cosine", schedule in ("constant", "linear", "cosine")),
-                ("lr", lr, "a positive number", 0 < lr < math.inf),
+                ("lr", lr, "in (0, 1e30]", 0 < lr <= 1e30),
                 ("momentum", momentum, "in [0, 1)", 0 <= momentum < 1),
                 ("nesterov", nesterov, "false without momentum", not nesterov or momentum > 0 or optimizer != "sgd"),
-                ("weight_decay", weight_decay, "a number from 0", 0 <= weight_decay < math.inf),
+                ("weight_decay", weight_decay, "in [0, 1e6]", 0 <= weight_decay <= 1e6),
                 ("warmup", warmup, "in [0, 1]", 0 <= warmup <= 1),
                 ("label_smoothing", label_smoothing, "in [0, 1)", 0 <= label_smoothing < 1),
                 ("ema_decay", ema_decay, "in [0, 1)", 0 <= ema_decay < 1),
@@ -136,7 +143,7 @@ class LitMNIST(LightningModule):
                 ("scale", scale, "in [0, 1)", 0 <= scale < 1),
                 ("seed", seed, "an integer from 0", seed >= 0),
                 ("network", network, " or ".join(NETWORKS), network in NETWORKS),
-                ("classes", classes, "an integer from 2", classes >= 2),
+                ("classes", classes, "in 2..256", 2 <= classes <= 256),
             )
             if not ok
         ]
@@ -267,18 +274,31 @@ class LitMNIST(LightningModule):
             checkpoint["metrics_of_others"] = others
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
         parts = [checkpoint, *checkpoint.get("metrics_of_others", [])]
+        step = (torch.zeros(0), torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
+        for part in parts:
+            for name in ("train/loss", "train/accuracy"):
+                check(
+                    dict(self.metric(name).metric_state), mapping(part["metrics"], "metrics")[name], f"metrics/{name}"
+                )
+            for given in part["metric_steps"]:
+                for own, tensor in zip(step, given, strict=True):
+                    check(own, tensor[:0], "metric_steps")
+                if len({len(tensor) for tensor in given}) > 1:
+                    raise StateError("metric_steps has tensors of different lengths")
         rank, processes = (self._trainer.global_rank, self._trainer.world_size) if self._trainer else (0, 1)
         if len(parts) == processes:
             parts = [parts[rank]]
         elif rank > 0:
             parts = []  # on another number of processes the first has all that was counted
         for name in ("train/loss", "train/accuracy"):
-            metric, states = self.metric(name), [part["metrics"][name] for part in parts if "metrics" in part]
+            metric, states = self.metric(name), [part["metrics"][name] for part in parts]
             for key in states[0] if states else ():
                 setattr(metric, key, sum(state[key] for state in states))
             metric._update_count = 1  # else torchmetrics warns that it was never updated
-        self._steps = [step for part in parts for step in part.get("metric_steps", [])]
+        self._steps = [step for part in parts for step in part["metric_steps"]]
 
     def on_fit_start(self) -> None:
         if self.trainer.global_rank > 0:  # dropout of its own on each process

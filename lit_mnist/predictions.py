@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from lit_mnist.data.images import Picture, grey_levels, is_deep
 from lit_mnist.processes import joined
 from lit_mnist.report import shown
+from lit_mnist.runs import replaced
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
@@ -113,17 +112,11 @@ def print_table(rows: Sequence[Row]) -> None:
     table.add_column("")
     for picture, answer in rows:
         if answer is None:
-            table.add_row(printable(picture.path), "-", "-", picture.problem)
+            table.add_row(str(picture.path), "-", "-", picture.problem)
         else:
-            table.add_row(printable(picture.path), str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
+            table.add_row(str(picture.path), str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
     # a pipe has no width, and rich would cut the lines
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
-
-
-def printable(path: Path) -> str:
-    """A name as the console can show it: file names may hold any bytes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return str(path).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
@@ -171,14 +164,3 @@ def write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when all went well."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from lit_mnist import __version__
 from lit_mnist.checkpoint import BestCheckpoint, Interrupted, LastCheckpoint
 from lit_mnist.module import LitMNIST
 from lit_mnist.processes import log_folder, lost
+from lit_mnist.runs import read_results, replaced
 from lit_mnist.tensorboard import PER_EPOCH
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard")
@@ -83,14 +84,8 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def update_results(folder: Path, **sections: Any) -> None:
     """Put sections into `folder/results.json`, leaving its others as they are."""
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError):
-        results = {}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps({**results, **sections}, indent=2) + "\n")
-    partial.replace(path)
+    with replaced(folder / "results.json") as partial:
+        partial.write_text(json.dumps({**read_results(folder), **sections}, indent=2) + "\n")
 
 
 class RunReport(Callback):
@@ -101,15 +96,22 @@ class RunReport(Callback):
         checkpoint: that checkpoint.
         recipe: a name for the settings of a new run.
         command: what was typed.
+        parent: of a new run that begins with an earlier one's state: that run and its checkpoint; else empty.
     """
 
     def __init__(
-        self, folder: Path | None = None, checkpoint: Path | None = None, recipe: str = "", command: str = ""
+        self,
+        folder: Path | None = None,
+        checkpoint: Path | None = None,
+        recipe: str = "",
+        command: str = "",
+        parent: str = "",
     ) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.commands = [command]
+        self.parent = parent
         self.train_seconds = self.validation_seconds = 0.0
         self.images_seen = 0
         self.trained = False
@@ -125,11 +127,13 @@ class RunReport(Callback):
             "images_seen": self.images_seen,
             "recipe": self.recipe,
             "commands": self.commands,
+            "parent": self.parent,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("train_seconds", "validation_seconds", "images_seen", "recipe"):
             setattr(self, name, state_dict.get(name, getattr(self, name)))
+        self.parent = self.parent or state_dict.get("parent", "")
         self.commands = [*state_dict.get("commands", []), *self.commands]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,6 +250,7 @@ class RunReport(Callback):
         fit = {
             "state": state,
             "recipe": self.recipe,
+            "parent": self.parent or None,
             "commands": self.commands,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
@@ -264,8 +269,12 @@ class RunReport(Callback):
         }
         update_results(Path(folder), fit=fit)
 
-    def print_summary(self, trainer: Trainer) -> None:
-        """Say where the run lies and what to do with it, once the progress bar, which wraps long lines, is gone."""
+    def print_summary(self, trainer: Trainer, flags: str) -> None:
+        """Say where the run lies and what to do with it, once the progress bar, which wraps long lines, is gone.
+
+        Args:
+            flags: what the commands need besides.
+        """
         last = next((callback.path for callback in callbacks(trainer) if isinstance(callback, LastCheckpoint)), None)
         last = last or self.checkpoint
         folder = log_folder(trainer)
@@ -282,8 +291,8 @@ class RunReport(Callback):
         rows = {
             "The run": shown(folder),
             "Look at it": f"tensorboard --logdir {shown(Path(folder).parent)}",
-            "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}",
-            "Go on": f"{program} fit --ckpt_path {shown(last)} {longer}",
+            "Test it": f"{program} test --ckpt_path {shown(best.best_model_path if best else last)}{flags}",
+            "Go on": f"{program} fit --ckpt_path {shown(last)}{flags} {longer}",
         }
         print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
 

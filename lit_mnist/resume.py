@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.checkpoint import Interrupted, LastCheckpoint
 from lit_mnist.processes import every, log_folder
-from lit_mnist.runs import LOCK, RunError
-from lit_mnist.tensorboard import TEST_SUFFIX
+from lit_mnist.runs import LOCK, RunError, replaced
+from lit_mnist.state import StateError, check, check_callbacks, check_state
+from lit_mnist.tensorboard import TEST_SUFFIX, RunLogger
 
 # Changing these would make another run of it, not a continuation.
 FIXED = {
@@ -36,6 +38,50 @@ ON_OFF = {
 }
 
 
+class RunStart(Callback):
+    """Touches the folder of a run only once everything is restored: until then a failure costs nothing.
+
+    Then it brings the curve to where the checkpoint was, writes config.yaml, which SaveConfigCallback of Lightning 2.6
+    would replace before anything is restored, and opens the logger.
+
+    Args:
+        config: the text of config.yaml.
+        origin: the run that the checkpoint belongs to; None for a new run.
+        resumed: that checkpoint, or nothing.
+        written: when it was written, in nanoseconds.
+    """
+
+    def __init__(self, config: str, origin: Path | None, resumed: Mapping[str, Any], written: int = 0) -> None:
+        self.config = config
+        self.origin = origin
+        self.resumed = resumed
+        self.written = written
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # each process reads the checkpoint for itself, and machines may see different files
+        steps = every((trainer.current_epoch, trainer.global_step))
+        if len(set(steps)) > 1:
+            raise RunError(
+                "--ckpt_path: the processes have read different checkpoints, of these epochs and steps:"
+                f" {', '.join(map(str, steps))}; give all machines the same file"
+            )
+        if self.resumed and steps[0] != (self.resumed["epoch"], self.resumed["global_step"]):
+            raise StateError(f"loops/fit_loop is at epoch and step {steps[0]}, and the rest of it elsewhere")
+        folder = log_folder(trainer)
+        if trainer.is_global_zero and folder:
+            run = Path(folder)
+            run.mkdir(parents=True, exist_ok=True)
+            if self.origin == run.resolve():
+                rewind(event_files(run), self.resumed, self.written)
+            elif self.origin:
+                copy_curve(self.origin, run, self.resumed)
+            with replaced(run / "config.yaml") as partial:
+                partial.write_text(self.config)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.open()
+
+
 class ExactResume(Callback):
     """Puts into checkpoints what Lightning 2.6 leaves out: torch's random state, how much of the curve was written, and
     the trainer's settings (config.yaml is not written in one piece, and a resumed run writes it anew).
@@ -44,14 +90,12 @@ class ExactResume(Callback):
 
     Args:
         settings: plain settings of trainer and checkpoints, with dotted keys.
-        resumed: the checkpoint of this very run that it goes on from, or nothing.
     """
 
-    def __init__(self, settings: dict[str, Any], resumed: Mapping[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.resumed = resumed
-        self._old_events: list[Path] = []
         self._random: Mapping[str, Any] | None = None
+        self._loaded: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
@@ -72,24 +116,22 @@ class ExactResume(Callback):
             checkpoint["events"] = {path.name: path.stat().st_size for path in event_files(Path(folder))}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = [checkpoint.get("random"), *checkpoint.get("random_of_others", [])]
+        check_callbacks(trainer, checkpoint)
+        states = [checkpoint["random"], *checkpoint.get("random_of_others", [])]
+        for number, state in enumerate(states):
+            check({"cpu": torch.get_rng_state()}, {"cpu": state.get("cpu")}, f"random/{number}")
+            torch.Generator().set_state(state["cpu"])  # raises what would be raised once it is needed
         self._random = states[trainer.global_rank] if trainer.global_rank < len(states) else None
+        if self._random and "cuda" in self._random and pl_module.device.type == "cuda":
+            torch.Generator(pl_module.device).set_state(self._random["cuda"])
+        self._loaded = checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.resumed and trainer.is_global_zero and (folder := log_folder(trainer)):
-            own = Path(trainer.logger.experiment.file_writer.event_writer._file_name).name  # type: ignore[union-attr]
-            self._old_events = [path for path in event_files(Path(folder)) if path.name != own]
+        if self._loaded:  # now that there are optimizers to compare with, and before they are restored
+            check_state(trainer, self._loaded)
+            self._loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # each process reads the checkpoint for itself, and machines may see different files
-        steps = every((trainer.current_epoch, trainer.global_step))
-        if len(set(steps)) > 1:
-            raise RunError(
-                "--ckpt_path: the processes have read different checkpoints, of these epochs and steps:"
-                f" {', '.join(map(str, steps))}; give all machines the same file"
-            )
-        if self._old_events:  # only now that all else is restored; LastCheckpoint saves next
-            rewind(self._old_events, self.resumed)
         # the last hook before the first step: whatever was drawn on the way here does not count
         if self._random:
             torch.set_rng_state(self._random["cpu"])
@@ -104,19 +146,35 @@ class ExactResume(Callback):
 
 def event_files(run: Path) -> list[Path]:
     """The files of a run's training curve; those of `test` are left out."""
-    return [path for path in run.glob("events.out.tfevents.*") if not path.name.endswith(TEST_SUFFIX)]
+    found = run.glob("events.out.tfevents.*")
+    return [path for path in found if not path.name.endswith(TEST_SUFFIX) and path.is_file()]
 
 
-def rewind(files: list[Path], checkpoint: Mapping[str, Any]) -> None:
-    """Cut a run's curve off behind a checkpoint, so that going on writes nothing twice."""
+def curve_sizes(checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    """How long the files of the curve were, in bytes by name."""
     sizes = checkpoint.get("events")
-    if not isinstance(sizes, dict):
-        return
+    items = sizes.items() if isinstance(sizes, dict) else ()
+    return {name: size for name, size in items if type(name) is str and type(size) is int and size >= 0}
+
+
+def rewind(files: list[Path], checkpoint: Mapping[str, Any], written: int) -> None:
+    """Cut a run's curve off after a checkpoint, its newest state, so that resuming writes nothing twice."""
+    sizes = curve_sizes(checkpoint)
     for path in files:
         if path.name not in sizes:
-            path.unlink()
+            if path.stat().st_mtime_ns >= written:  # of a process that was killed before it could save
+                path.unlink()
         elif path.stat().st_size > sizes[path.name]:
             os.truncate(path, sizes[path.name])
+
+
+def copy_curve(origin: Path, run: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Let a new run begin with another's curve up to a checkpoint of it."""
+    sizes = curve_sizes(checkpoint)
+    for path in event_files(origin):
+        if path.name in sizes:
+            shutil.copyfile(path, run / path.name)
+            os.truncate(run / path.name, min(sizes[path.name], path.stat().st_size))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], epoch_unfinished: bool) -> list[str]:

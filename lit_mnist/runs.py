@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,24 @@ class RunError(ValueError):
     """A run or a checkpoint that cannot be found, read or written; the message says which and why."""
 
 
+def shortened(text: str, longest: int = 200) -> str:
+    """A value in a message: on one line, and where it is long its beginning and its end alone."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
+
+
+def expanded(path: str | Path, setting: str) -> Path:
+    """A path with `~` replaced by the home folder.
+
+    Raises:
+        RunError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RunError(f"{setting} {shortened(str(path))}: there is no such home folder; give the whole path") from None
+
+
 def versions(runs: Path) -> list[Path]:
     """The folders of all runs, the newest (highest number) first."""
     numbered = [
@@ -37,10 +58,24 @@ def versions(runs: Path) -> list[Path]:
     return [folder for _, folder in sorted(numbered, reverse=True)]
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when all went well and is gone when not."""
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which only `open` knows
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def claim_version(runs: Path) -> int:
     """Make a new folder `version_N` that no other process has, and return N."""
-    newest = next(iter(versions(runs)), None)
-    number = int(newest.name.removeprefix("version_")) + 1 if newest else 0
+    latest = next(iter(versions(runs)), None)
+    number = int(latest.name.removeprefix("version_")) + 1 if latest else 0
     while True:
         try:
             (runs / f"version_{number}").mkdir(parents=True)
@@ -49,6 +84,14 @@ def claim_version(runs: Path) -> int:
             if not (runs / f"version_{number}").is_dir():
                 raise
             number += 1  # another program that started at the same time was quicker
+
+
+def discard(run: Path, existed: Path) -> None:
+    """Take back the folder of a run that could not start, and the empty ones above it up to one that was there."""
+    shutil.rmtree(run, ignore_errors=True)
+    with suppress(OSError):  # another process may have made a run beside it
+        while (run := run.parent) != existed:
+            run.rmdir()
 
 
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
@@ -77,18 +120,15 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for run in reversed(versions(runs)):
-        try:
-            results = json.loads((run / "results.json").read_text())
-        except (OSError, ValueError):
-            results = {}
+        results = read_results(run)
         fit = section(results, "fit")
-        state = fit.get("state", "unknown")
+        state = text(fit, "state") or "unknown"
         if state == "running" and not being_trained(run):
             state = "interrupted"
         rows.append(
             {
                 "run": run.name,
-                "recipe": fit.get("recipe"),
+                "recipe": text(fit, "recipe"),
                 "parameters": number(fit, "parameters"),
                 "epochs": number(fit, "epochs"),
                 "val_accuracy": number(section(fit, "best") or section(fit, "metrics"), "val/accuracy"),
@@ -100,9 +140,25 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_results(run: Path) -> dict[str, Any]:
+    """What a run's results.json holds; nothing where it is not there or damaged."""
+    path = run / "results.json"
+    try:
+        # a named pipe would let the reader wait for ever
+        results = json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        results = None
+    return results if isinstance(results, dict) else {}
+
+
+def text(results: Mapping[str, Any], name: str) -> str | None:
+    value = results.get(name)
+    return value if isinstance(value, str) and value else None
+
+
 def number(results: Mapping[str, Any], name: str) -> int | float | None:
     value = results.get(name)
-    return value if type(value) in (int, float) else None
+    return value if isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e18 else None
 
 
 def section(results: Any, name: str) -> Mapping[str, Any]:
@@ -122,18 +178,30 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
     """
     if wanted in ("best", "last"):
         for run in versions(runs):
-            found = list((run / "checkpoints").glob(f"{wanted}-*.ckpt"))
-            if found:
-                return max(found, key=lambda path: path.stat().st_mtime_ns)
+            if found := newest(run, f"{wanted}-*.ckpt"):
+                return found
         hint = "" if wanted == "last" else " (a run that holds out no validation images has only a last one)"
         raise RunError(f"--ckpt_path {wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
     if "://" in wanted:
-        raise RunError(f"--ckpt_path {wanted}: only local files are loaded; download it first, then pass its path")
+        raise RunError(
+            f"--ckpt_path {shortened(wanted)}: only local files are loaded; download it first, then pass its path"
+        )
     path = Path(wanted)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise RunError(f"--ckpt_path {wanted}: that file {what}; allowed are best, last and the path of a checkpoint")
-    return path
+    try:
+        if path.is_file():
+            return path
+        what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+    except (OSError, ValueError) as error:
+        what = f"cannot be read ({getattr(error, 'strerror', error)})"
+    raise RunError(
+        f"--ckpt_path {shortened(wanted)}: that file {what}; allowed are best, last and the path of a checkpoint"
+    )
+
+
+def newest(run: Path, pattern: str = "last-*.ckpt") -> Path | None:
+    """The newest of a run's checkpoints of this name."""
+    found = [path for path in (run / "checkpoints").glob(pattern) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def run_folder(checkpoint: Path) -> Path | None:
@@ -147,7 +215,8 @@ def run_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool
     return {
         key: value
         for key, value in settings.items()
-        if type(value) in (int, float, str, bool, type(None))
+        if type(key) is str
+        and type(value) in (int, float, str, bool, type(None))
         and (key.startswith(("checkpoint.", "board.")) or key.removeprefix("trainer.") in TRAINER_SETTINGS)
     }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class RunLogger(TensorBoardLogger):
     """
 
     settings: Mapping[str, Any] = {}  # of the trainer, for the tab of the hyperparameters
+    opened = False  # until then, nothing is written
+    claimed: tuple[Path, Path] | None = None  # the folder made for a new run, and the last one that was there before
     tested_step = 0  # the step of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at step 0
 
     @property
@@ -69,14 +72,39 @@ class RunLogger(TensorBoardLogger):
         # share a folder; here the folder is made, which only one of them can.
         if self._version is None and is_first():  # the others are told by Lightning
             try:
-                self._version = claim_version(Path(self.root_dir))
+                runs = Path(self.root_dir).absolute()
+                existed = next(folder for folder in (runs, *runs.parents) if folder.exists())
+                self._version = claim_version(runs)
+                self.claimed = runs / f"version_{self._version}", existed
             except OSError as error:
                 raise RunError(
                     f"trainer.default_root_dir: no run can be written to {self.root_dir} ({error.strerror})"
                 ) from error
         return 0 if self._version is None else self._version
 
+    @property
+    def experiment(self) -> SummaryWriter:
+        # Lightning 2.6 asks whether there is one before a checkpoint is restored, and TensorBoardLogger makes one
+        if is_first() and not self.opened:
+            raise AttributeError("nothing can be logged before on_train_start: until then a run is not touched")
+        return super().experiment
+
+    def open(self) -> None:
+        """Begin to write: once a run is restored, or has a result."""
+        if self.opened or not is_first():
+            return
+        self.opened = True
+        super().log_hyperparams(self.hparams)
+        # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
+        every = {**self.settings, **self.hparams}
+        plain = {key: value for key, value in every.items() if type(value) in (int, float, str, bool)}
+        if self.settings:
+            experiment, start, _ = hparams(plain, dict.fromkeys(HPARAM_METRICS, 0.0))
+            for summary in (experiment, start):
+                self.experiment._get_file_writer().add_summary(summary)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.open()
         if any(name.startswith("test/") for name in metrics):
             step = self.tested_step
         super().log_metrics(metrics, step)
@@ -90,14 +118,14 @@ class RunLogger(TensorBoardLogger):
         metrics: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        super().log_hyperparams(params, metrics, step)
-        if is_first() and self.settings:
-            # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
-            every = {**self.settings, **self.hparams}
-            plain = {key: value for key, value in every.items() if type(value) in (int, float, str, bool)}
-            experiment, start, _ = hparams(plain, dict.fromkeys(HPARAM_METRICS, 0.0))
-            for summary in (experiment, start):
-                self.experiment._get_file_writer().add_summary(summary)
+        if self.opened:
+            super().log_hyperparams(params, metrics, step)
+        else:
+            self.hparams.update(params if isinstance(params, dict) else vars(params))
+
+    def save(self) -> None:
+        if self.opened:
+            super().save()
 
 
 class Board(Callback):
@@ -132,7 +160,7 @@ class Board(Callback):
         if not (self._is_on(trainer) and trainer.is_global_zero):
             return None
         loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
-        return cast(SummaryWriter, loggers[0].experiment)
+        return loggers[0].experiment
 
     def _turn(self, trainer: Trainer) -> bool:
         """Whether it is this epoch's turn."""
@@ -142,7 +170,7 @@ class Board(Callback):
     def _due(self, trainer: Trainer) -> SummaryWriter | None:
         return self._writer(trainer) if self._turn(trainer) else None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (writer := self._writer(trainer)) and self.texts:
             writer.add_custom_scalars(LAYOUT)
             table = str(ModelSummary(pl_module, max_depth=-1))
@@ -221,7 +249,9 @@ class Board(Callback):
         probabilities, step = logits.softmax(1), trainer.global_step - 1
         classes = logits.shape[1]
         counts = torch.bincount(targets * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
-        writer.add_image("val/confusion", confusion(counts), step, dataformats="HWC")
+        writer.add_image(
+            "val/confusion", confusion(counts, cell=max(12, min(44, 2400 // classes))), step, dataformats="HWC"
+        )
         writer.add_image("val/most wrong", wrong_digits(images, probabilities, targets), step, dataformats="HWC")
         for digit in range(classes):
             share = float(counts[digit, digit] / counts[digit].sum().clamp(min=1))
@@ -269,10 +299,15 @@ class Board(Callback):
             return
         images, features, targets = answers
         step = trainer.loggers[0].tested_step if isinstance(trainer.loggers[0], RunLogger) else 0
-        if (Path(writer.log_dir) / f"{step:05d}" / "test").exists():  # from an earlier test of this checkpoint
+        folder = Path(writer.log_dir) / f"{step:05d}"
+        if (folder / "test").exists():  # from an earlier test of this checkpoint
             return
         labels = [str(int(target)) for target in targets]
-        writer.add_embedding(features, labels, images / 255, step, "test")
+        try:
+            writer.add_embedding(features, labels, images / 255, step, "test")
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # half of it would be taken for the whole
+            raise
 
 
 def grid(images: Tensor, columns: int, zoom: int = 1) -> Tensor:

@@ -55,9 +55,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        CheckpointWriteError, match="No space left on device; checkpoints written before are as they were"
-    ):
+    with pytest.raises(CheckpointWriteError, match="No space left on device"):
         writer.save_checkpoint({"step": 2}, path)
     assert writer.load_checkpoint(path) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_fit_then_validate_test_predict(command: Command, capsys: pytest.Capture
 
 def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("fit", *TINY, "--data.val_size", "0") == 0
-    assert "validation" not in capsys.readouterr().out
+    assert "validation loss" not in capsys.readouterr().out
     assert [path.name for path in Path("lightning_logs/version_0/checkpoints").iterdir()] == [
         "last-epoch=01-step=000016.ckpt"
     ]
@@ -139,6 +140,13 @@ def test_fit_goes_on_in_the_same_run(command: Command, capsys: pytest.CaptureFix
     assert results["best"]["val/accuracy"] == pytest.approx(max(accuracies))
 
 
+def test_a_time_limit_on_a_resumed_run(command: Command) -> None:
+    assert command("fit", *TINY, "--trainer.max_time", "00:00:10:00") == 0
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.max_time", "00:00:10:00") == 0
+    assert only("lightning_logs/version_0/checkpoints/last-*").name.startswith("last-epoch=02")
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", "--trainer.max_time", "00:00:00:00") == 0
+
+
 def test_config_yaml_repeats_a_run(command: Command) -> None:
     assert command("fit", *TINY, "--trainer.max_epochs", "1") == 0
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
@@ -159,7 +167,7 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--data.val_size", "many"], "data.val_size: expected int, got many"),
         (
             ["--model.lr", "-1", "--model.warmup", "3"],
-            "model.lr must be a positive number, got -1.0; model.warmup must",
+            "model.lr must be in (0, 1e30], got -1.0; model.warmup must",
         ),
         (["--model.optimizer", "adam"], "model.optimizer: expected 'sgd', 'adamw', got adam"),
         (
@@ -177,6 +185,24 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--trainer.default_root_dir", "typo.yaml"], "trainer.default_root_dir: no run can be written to typo.yaml/"),
         (["--config", "latin.yaml"], "latin.yaml"),
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs must be a positive number"),
+        (["--trainer.max_epochs", "0"], "trainer.max_epochs must be a number from 1 or -1, got 0"),
+        (["--trainer.max_epochs", "null"], "trainer.max_epochs must be a positive number"),
+        (["--trainer.max_steps", "0"], "trainer.max_steps must be a number from 1 or -1, got 0"),
+        (["--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch must be a number from 1, got 0"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches must be a number from 1, got 0"),
+        (["--trainer.accumulate_grad_batches", str(2**64)], f"accumulate_grad_batches must be less than {2**31}"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval must be a share of an epoch or at least"),
+        (["--trainer.callbacks", "LearningRateFinder"], "trainer.callbacks must have no LearningRateFinder"),
+        (["--config", "pipe"], "--config pipe: that file is a named pipe"),
+        (["--trainer.strategy", "ddp_notebook"], "trainer.strategy must be auto or ddp, got ddp_notebook"),
+        (["--trainer.accelerator", "tpu"], "torch_xla"),
+        (["--trainer.precision", "transformer-engine"], "transformer_engine"),
+        (["--trainer.profiler", "xla"], "trainer.profiler must be simple, advanced, pytorch or a class, got xla"),
+        (["--model.weight_decay", "1e300"], "model.weight_decay must be in [0, 1e6], got 1e+300"),
+        (["--config", "n" * 300], "n" * 300),
+        (["--ckpt_path", "n" * 300], "that file cannot be read (File name too long)"),
+        (["--data.root", "~nobody-here/x"], "data.root ~nobody-here/x: there is no such home folder"),
+        (["--trainer.default_root_dir", "~nobody-here/x"], "trainer.default_root_dir ~nobody-here/x: there is no such"),
     ],
 )
 def test_bad_input_is_one_line_and_costs_nothing(
@@ -185,6 +211,7 @@ def test_bad_input_is_one_line_and_costs_nothing(
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
     Path("broken.yaml").write_text("model: [1, 2\n")
     Path("latin.yaml").write_bytes(b"model: \xe9\n")
+    os.mkfifo("pipe")
     assert command("fit", *flags) == 2
     printed = capsys.readouterr()
     assert said in printed.err
@@ -197,6 +224,14 @@ def test_bad_input_is_one_line_and_costs_nothing(
 def test_evaluation_needs_a_checkpoint(command: Command, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert command(name) == 2
     assert f"{name} needs --ckpt_path best, last or the path of a checkpoint" in capsys.readouterr().err
+
+
+def test_a_callback_that_asks_for_what_there_is_not(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    stopping = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x"}}]'
+    assert command("fit", *TINY, "--trainer.callbacks", stopping) == 3
+    error = capsys.readouterr().err
+    assert "training stopped: Early stopping conditioned on metric `x` which is not available" in error
+    assert error.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,10 @@ def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
     return scalars | pictures
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
     assert type(ours) is type(theirs), path
     if isinstance(ours, torch.Tensor):
@@ -213,12 +217,32 @@ def test_while_a_checkpoint_is_written(command: Command, uninterrupted: Path, mo
     assert curve(run) == curve(uninterrupted)
 
 
-def test_going_back_to_the_best(command: Command, uninterrupted: Path) -> None:
-    shutil.copytree(uninterrupted, "lightning_logs/version_0")
-    assert command("--ckpt_path", "best") == 0
-    run = Path("lightning_logs/version_0")
-    assert_same(state(run), state(uninterrupted))
-    assert curve(run) == curve(uninterrupted)
+def test_an_earlier_checkpoint_begins_a_new_run(
+    command: Command, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = Path("lightning_logs/version_0"), Path("lightning_logs/version_1")
+    shutil.copytree(uninterrupted, old)
+    (best,) = old.glob("checkpoints/best-epoch=00-*")  # there is a second epoch after it
+    accuracy = best.stem.partition("accuracy=")[2]
+    before = contents(old)
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "training_step", 1)
+        with pytest.raises(Killed):
+            command("--ckpt_path", str(best))
+    assert [path.name for path in new.glob("checkpoints/last-*")] == [
+        f"last-epoch=00-step=000007-accuracy={accuracy}.ckpt"
+    ]
+    assert command("--ckpt_path", "last") == 0  # the newest run's: the new one goes on
+    out = capsys.readouterr().out
+    assert "A new run: that checkpoint is not the newest state of its run, which stays as it is\n" in out
+    assert contents(old) == before
+    assert_same(state(new), state(uninterrupted))
+    assert curve(new) == curve(uninterrupted)
+    results = json.loads((new / "results.json").read_text())["fit"]
+    assert (results["parent"], results["epochs"]) == (f"version_0/{best.name}", 2)
+    assert command("--ckpt_path", str(next(old.glob("checkpoints/last-*"))), "--trainer.max_epochs", "3") == 0
+    assert [path.name for path in old.parent.iterdir() if path.name > "version_1"] == []
 
 
 def test_killed_again_and_again(command: Command, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

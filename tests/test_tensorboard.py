@@ -205,6 +205,7 @@ def test_in_a_browser(run: EventAccumulator, address: str, tmp_path: Path) -> No
         pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.ui import WebDriverWait
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
@@ -227,13 +228,17 @@ def test_in_a_browser(run: EventAccumulator, address: str, tmp_path: Path) -> No
             time.sleep(1)
         pytest.fail(f"{tab}: {', '.join(missing)} not in: {text[:2000]}")
 
+    def counts(script: str, least: int) -> None:
+        """Fail unless the script counts as many within a while."""
+        WebDriverWait(browser, 60).until(lambda _: browser.execute_script(script) >= least, script)
+
     accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
     try:
         shows("timeseries", "by_epoch/train", "/accuracy", "version_0", "Pinned")
-        assert browser.execute_script("return document.querySelectorAll('card-view').length") >= 2
+        counts("return document.querySelectorAll('card-view').length", 2)
         shows("custom_scalars", "by step", "train/loss (", "val/loss (", "by epoch", "each digit")
         shows("images", "filters/first layer", "train/images", "step 13")
-        assert browser.execute_script(LOADED_IMAGES) >= 2
+        counts(LOADED_IMAGES, 2)
         shows("hparams", "Trial ID", "version_0", "batch_size", "50.000", "val/accuracy", accuracy)
     finally:
         browser.quit()

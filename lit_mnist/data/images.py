@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_mnist.data.mnist import DataError
+from lit_mnist.runs import shortened
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"))
@@ -44,17 +45,17 @@ def find(paths: list[str]) -> list[Path]:
     for name in paths:
         if not name:
             raise DataError("data.images must be files and folders, got an empty name")
-        path = Path(name)
+        path, shown = Path(name), shortened(name)
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             inside = [file for file in inside if "lightning_logs" not in file.relative_to(path).parts]  # our own sheets
             if not inside:
-                raise DataError(f"data.images: the folder {path} has no {', '.join(sorted(SUFFIXES))} in it")
+                raise DataError(f"data.images: the folder {shown} has no {', '.join(sorted(SUFFIXES))} in it")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise DataError(f"data.images: {path} {'is no file' if path.exists() else 'does not exist'}")
+            raise DataError(f"data.images: {shown} {'is no file' if path.exists() else 'does not exist'}")
     return found
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from lit_mnist.data import sources
 from lit_mnist.data.sources import TEMPORARY, FaultError
+from lit_mnist.runs import expanded
 
 
 class DataSet(NamedTuple):
@@ -228,7 +229,7 @@ def classes(root: str | Path, name: str) -> int:
 
 
 def _folder(root: str | Path, name: str) -> Path:
-    root = Path(root).expanduser().absolute()
+    root = expanded(root, "data.root").absolute()
     return root / SETS[name].folder / "raw" if SETS[name].folder else root
 
 
