@@ -124,6 +124,7 @@ def in_child(function: Callable[[], int], args: list[str], folder: Path, limit: 
     child = os.fork()
     if child == 0:
         try:
+            signal.alarm(int(limit) + 10)  # where the fuzzer itself was killed, nobody else ends it
             _prepare(args, folder, mode, [end for _, end in pipes])
             _finish(function)
         finally:  # nothing of the fuzzer goes on in here
