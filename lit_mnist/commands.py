@@ -263,6 +263,8 @@ class MNISTCLI(LightningCLI):
                 raise ProcessLost(f"another process of this run was lost ({reason}){go_on}") from error
             if self.checkpoint and restoring(error):
                 raise not_restorable(self.checkpoint, error) from error
+            if isinstance(error, ImportError) and innermost(error).startswith("pytorch_lightning."):
+                raise CommandError(shortened(str(error), 300)) from error  # what a callback needs
             if not (subcommand == "fit" and self.report.trained):
                 raise
             if isinstance(error, OSError):
