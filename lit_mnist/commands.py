@@ -437,10 +437,14 @@ class MNISTCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
 
     def _discard_unused(self, logger: RunLogger) -> None:
-        if logger.claimed and not (self.last and self.last.path):
+        if logger.claimed and not self.report.trained:
             runs.discard(*logger.claimed)
 
     def after_fit(self) -> None:
+        if not (self.report.trained or self.continues):
+            raise CommandError(
+                "nothing to train: trainer.max_epochs, trainer.max_steps and trainer.limit_train_batches leave no step"
+            )
         self.report.print_summary(self.trainer, self._data_flags())
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:

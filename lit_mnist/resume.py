@@ -70,6 +70,8 @@ class RunStart(Callback):
         folder = log_folder(trainer)
         if trainer.is_global_zero and folder:
             run = Path(folder)
+            if self.origin != run.resolve() and (run / "config.yaml").exists():
+                raise RunError(f"{run / 'config.yaml'}: that file exists; give trainer.logger a folder of its own")
             run.mkdir(parents=True, exist_ok=True)
             if self.origin == run.resolve():
                 rewind(event_files(run), self.resumed, self.written)

@@ -295,6 +295,25 @@ def test_without_a_logger_nothing_of_the_users_is_overwritten(command: Command) 
     assert not Path("lightning_logs").exists()
 
 
+def test_a_run_without_checkpoints_stays(command: Command) -> None:
+    assert command("fit", *TINY, "--trainer.enable_checkpointing", "false") == 0
+    assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["state"] == "finished"
+
+
+def test_nothing_to_train_is_told(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("fit", *TINY, "--trainer.limit_train_batches", "0") == 2
+    assert "nothing to train: " in capsys.readouterr().err
+    assert not Path("lightning_logs").exists()
+
+
+def test_a_loggers_folder_with_a_config_of_the_users(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("mine")
+    here = '{"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "", "version": ""}}'
+    assert command("fit", *TINY, "--trainer.logger", here) == 2
+    assert "config.yaml: that file exists; give trainer.logger a folder of its own" in capsys.readouterr().err
+    assert Path("config.yaml").read_text() == "mine"
+
+
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert "unknown command 'train', allowed are fit, validate, test, predict" in capsys.readouterr().err
