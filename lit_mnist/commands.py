@@ -227,7 +227,8 @@ class MNISTCLI(LightningCLI):
 
     def _settings_of_checkpoint(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, Any] = runs.plain_settings("model", checkpoint["hyper_parameters"])
-        settings |= {"data.name": "mnist"} | runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
+        settings = {"model.network": "digitnet", "data.name": "mnist"} | settings
+        settings |= runs.plain_settings("data", checkpoint["datamodule_hyper_parameters"])
         settings["seed_everything"] = settings.pop("model.seed", DEFAULT_SEED)
         # where data lies and whether it may be fetched is the machine's matter
         for key in ("data.seed", "data.root", "data.download"):
@@ -417,9 +418,12 @@ class MNISTCLI(LightningCLI):
             kwargs["plugins"].append(SynchronizedBatchNorm())
         self.trainer_defaults = {"callbacks": callbacks}
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except Exception as error:  # Lightning checks with whatever comes: a package that is missing, SLURM's variables
             raise CommandError(shortened(" ".join(str(error).split()), 300)) from error
+        # before a user's own, which may log as soon as the training starts
+        callbacks_of(trainer).sort(key=lambda callback: not isinstance(callback, RunStart))
+        return trainer
 
     # LightningCLI calls these four in place of the trainer's methods: checkpoints load with weights_only=True.
 

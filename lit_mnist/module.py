@@ -277,7 +277,8 @@ class LitMNIST(LightningModule):
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
         parts = [checkpoint, *checkpoint.get("metrics_of_others", [])]
-        step = (torch.zeros(0), torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
+        classes = int(self.hparams["classes"])
+        step = (torch.zeros(0), torch.zeros(0, classes), torch.zeros(0, dtype=torch.int64))
         for part in parts:
             for name in ("train/loss", "train/accuracy"):
                 check(

@@ -56,6 +56,13 @@ class RunStart(Callback):
         self.origin = origin
         self.resumed = resumed
         self.written = written
+        self.old_events = event_files(origin) if origin else []  # those of this process are made later
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        run = Path(log_folder(trainer) or "")
+        theirs = trainer.is_global_zero and self.origin != run.resolve() and (run / "config.yaml").exists()
+        if every(theirs)[0]:
+            raise RunError(f"{run / 'config.yaml'}: that file exists; give trainer.logger a folder of its own")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # each process reads the checkpoint for itself, and machines may see different files
@@ -67,21 +74,26 @@ class RunStart(Callback):
             )
         if self.resumed and steps[0] != (self.resumed["epoch"], self.resumed["global_step"]):
             raise StateError(f"loops/fit_loop is at epoch and step {steps[0]}, and the rest of it elsewhere")
-        folder = log_folder(trainer)
-        if trainer.is_global_zero and folder:
-            run = Path(folder)
-            if self.origin != run.resolve() and (run / "config.yaml").exists():
-                raise RunError(f"{run / 'config.yaml'}: that file exists; give trainer.logger a folder of its own")
-            run.mkdir(parents=True, exist_ok=True)
-            if self.origin == run.resolve():
-                rewind(event_files(run), self.resumed, self.written)
-            elif self.origin:
-                copy_curve(self.origin, run, self.resumed)
-            with replaced(run / "config.yaml") as partial:
-                partial.write_text(self.config)
+        problem: OSError | None = None
+        if trainer.is_global_zero and (folder := log_folder(trainer)):
+            try:
+                self._begin(Path(folder))
+            except OSError as error:
+                problem = error
+        if reason := every(str(problem) if problem else "")[0]:  # all end with it, and none waits for the first
+            raise problem or RunError(f"the first process could not write to the run: {reason}")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.open()
+
+    def _begin(self, run: Path) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        if self.origin == run.resolve():
+            rewind(self.old_events, self.resumed, self.written)
+        elif self.origin:
+            copy_curve(self.origin, run, self.resumed)
+        with replaced(run / "config.yaml") as partial:
+            partial.write_text(self.config)
 
 
 class ExactResume(Callback):

@@ -25,6 +25,7 @@ TRAINING_ENTRIES |= {"settings": dict, "random": dict, "processes": int}
 COUNT_LIMIT = 2**53
 
 # Whoever of these functions of Lightning 2.6 and of this project fails, fails over the checkpoint.
+PROGRESS = {"last_epoch", "base_lrs", "_step_count", "_last_lr"}  # of a schedule; without them it would begin again
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "_load_combined_loader_states"}
 
 
@@ -67,14 +68,27 @@ def check_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     for number, optimizer in enumerate(trainer.optimizers):
         path = f"optimizer_states/{number}"
         check_optimizer(optimizer, mapping(checkpoint["optimizer_states"][number], path), path)
-    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     same_length(schedulers, checkpoint["lr_schedulers"], "lr_schedulers")
-    for number, state in enumerate(schedulers):
-        loaded = checkpoint["lr_schedulers"][number]
-        check(state, loaded, f"lr_schedulers/{number}")
+    for number, scheduler in enumerate(schedulers):
+        path = f"lr_schedulers/{number}"
+        state, loaded = scheduler.state_dict(), mapping(checkpoint["lr_schedulers"][number], path)
+        # torch puts every entry into the scheduler's __dict__; what another version of it kept does no harm there
+        odd = [key for key in loaded.keys() - state.keys() if type(key) is not str or hasattr(scheduler, key)]
+        missing = PROGRESS & state.keys() - loaded.keys()
+        if odd or missing:
+            raise StateError(f"{path}/{shortened(str([*missing, *odd][0]))} is {'missing' if missing else 'unknown'}")
+        fill(state, loaded)
+        check(state, {key: loaded[key] for key in state}, path)
         for name, values in state.items():
             if isinstance(values, list):
-                same_length(values, loaded[name], f"lr_schedulers/{number}/{name}")
+                same_length(values, loaded[name], f"{path}/{name}")
+
+
+def fill(fresh: Mapping[str, Any], loaded: dict[Any, Any]) -> None:
+    """Give entries that the version before did not have their present values."""
+    for key, value in fresh.items():
+        loaded.setdefault(key, value)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any], path: str) -> None:
@@ -82,7 +96,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any], pa
     same_length(groups, loaded.get("param_groups"), f"{path}/param_groups")
     for number, group in enumerate(groups):
         at = f"{path}/param_groups/{number}"
-        check(group, loaded["param_groups"][number], at)
+        own = mapping(loaded["param_groups"][number], at)
+        if "params" in own:
+            fill(group, own)
+        check(group, {key: own[key] for key in group.keys() & own.keys()}, at)
         if loaded["param_groups"][number]["params"] != group["params"]:
             raise StateError(f"{at}/params are not those of this network")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -101,7 +118,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, loaded: dict[str, Any], pa
                     raise StateError(f"{at}/{name} is {described(value)}, expected a count")
             elif value is None and any(group.get("momentum", 1) for group in groups):
                 raise StateError(f"{at}/{name} is None")
-            if isinstance(value, Tensor) and value.ndim:
+            if isinstance(value, Tensor) and name != "step":
                 check(parameters[number].detach(), value, f"{at}/{name}")
             elif not (value is None or isinstance(value, Tensor) or plain(value)):
                 raise StateError(f"{at}/{name} is {described(value)}, expected a tensor or a number")
@@ -116,11 +133,14 @@ def check_callbacks(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         StateError: one does not have the form of the callback's present state, or one of this project's is missing.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        state = callback.state_dict()
-        if callback.state_key in checkpoint["callbacks"]:
-            check(state, checkpoint["callbacks"][callback.state_key], f"callbacks/{callback.state_key}")
-        elif state and type(callback).__module__.startswith(f"{__package__}."):
-            raise StateError(f"callbacks/{callback.state_key} is missing")
+        state, path = callback.state_dict(), f"callbacks/{callback.state_key}"
+        package = type(callback).__module__.partition(".")[0]
+        if callback.state_key not in checkpoint["callbacks"]:
+            if state and package == __package__:
+                raise StateError(f"{path} is missing")
+        elif package in (__package__, "pytorch_lightning"):  # a user's own may keep what it likes
+            loaded = mapping(checkpoint["callbacks"][callback.state_key], path)
+            check(state, {**state, **loaded}, path)  # what a version before did not have, its `load_state_dict` knows
 
 
 def check(fresh: Any, loaded: Any, path: str) -> None:
@@ -210,6 +230,8 @@ def described(value: Any) -> str:
 
 def restoring(error: BaseException) -> bool:
     """Whether an error comes out of the restoring of a checkpoint."""
+    if isinstance(error, (NameError, ImportError, torch.OutOfMemoryError)):
+        return False  # whatever a checkpoint holds
     functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     return isinstance(error, StateError) or not functions.isdisjoint(RESTORING)
 

@@ -64,7 +64,9 @@ class RunLogger(TensorBoardLogger):
     settings: Mapping[str, Any] = {}  # of the trainer, for the tab of the hyperparameters
     opened = False  # until then, nothing is written
     claimed: tuple[Path, Path] | None = None  # the folder made for a new run, and the last one that was there before
-    tested_step = 0  # the step of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at step 0
+    tested_step: int | None = (
+        None  # the step of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at step 0
+    )
 
     @property
     def version(self) -> int | str:
@@ -104,8 +106,8 @@ class RunLogger(TensorBoardLogger):
                 self.experiment._get_file_writer().add_summary(summary)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.open()
-        if any(name.startswith("test/") for name in metrics):
+        if self.tested_step is not None:
+            self.open()
             step = self.tested_step
         super().log_metrics(metrics, step)
         if "epoch" in metrics:
@@ -298,7 +300,7 @@ class Board(Callback):
         if not (writer := self._writer(trainer)):
             return
         images, features, targets = answers
-        step = trainer.loggers[0].tested_step if isinstance(trainer.loggers[0], RunLogger) else 0
+        step = getattr(trainer.loggers[0], "tested_step", None) or 0
         folder = Path(writer.log_dir) / f"{step:05d}"
         if (folder / "test").exists():  # from an earlier test of this checkpoint
             return

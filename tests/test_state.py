@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.cli import main
 from lit_mnist.state import StateError, check, check_optimizer
@@ -154,6 +155,51 @@ def test_pipes_and_devices_are_not_waited_for(
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
 
 
+def test_checkpoints_of_versions_before(command: Command) -> None:
+    assert command("fit", *TINY) == 0
+    (last,) = Path("lightning_logs/version_0/checkpoints").glob("last-*")
+    checkpoint = torch.load(last, weights_only=True)
+    for name in ("network", "classes"):
+        del checkpoint["hyper_parameters"][name]
+    data = checkpoint["datamodule_hyper_parameters"]
+    del data["name"]
+    data |= {"root": "elsewhere", "download": False}
+    del checkpoint["callbacks"]["RunReport"]["parent"]
+    del checkpoint["optimizer_states"][0]["param_groups"][0]["foreach"]  # as if torch had got it since
+    checkpoint["lr_schedulers"][0]["kept_by_an_older_torch"] = 1
+    torch.save(checkpoint, last)
+    assert command("fit", "--ckpt_path", "last", "--model.network", "mlp") == 2
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+
+
+class Keeper(Callback):
+    """A user's callback, which logs as soon as the training starts and keeps what it likes."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {"lr": [], "odd": ("loss", 0.5, None), "limit": float("inf")}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.logger.experiment.add_scalar("keeper", 1.0, trainer.global_step)  # type: ignore[union-attr]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept[f"epoch {trainer.current_epoch}"] = [trainer.global_step]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = state_dict
+
+
+def test_a_users_callback(command: Command) -> None:
+    flags = ["--trainer.callbacks", f"{__name__}.Keeper"]
+    assert command("fit", *TINY, *flags) == 0
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", *flags) == 0
+    (last,) = Path("lightning_logs/version_0/checkpoints").glob("last-*")
+    state = torch.load(last, weights_only=True)["callbacks"]["Keeper"]
+    assert [key for key in state if key.startswith("epoch")] == ["epoch 0", "epoch 1", "epoch 2"]
+
+
 def test_forms() -> None:
     check({"a": [1.0], "b": None, "c": {}}, {"a": [2, 3.0], "b": torch.zeros(()), "c": {"any": [1]}}, "state")
     for fresh, loaded, reason in (
@@ -175,11 +221,11 @@ def test_forms() -> None:
 
 
 def test_states_of_an_optimizer() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight])
-    (weight.sum() * 2).backward()
+    weight, gain = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.AdamW([weight, gain])
+    (weight.sum() * gain).backward()
     optimizer.step()
-    check_optimizer(torch.optim.AdamW([weight]), optimizer.state_dict(), "optimizer")
+    check_optimizer(torch.optim.AdamW([weight, gain]), optimizer.state_dict(), "optimizer")
     for entry, value, reason in (
         ("step", torch.tensor(-1.0), "optimizer/state/0/step is a tensor float32 (), expected a count"),
         (
@@ -192,6 +238,6 @@ def test_states_of_an_optimizer() -> None:
         state = optimizer.state_dict()
         state["state"] = {0: {**state["state"][0], entry: value}}
         with pytest.raises(StateError, match=re.escape(reason)):
-            check_optimizer(torch.optim.AdamW([weight]), state, "optimizer")
+            check_optimizer(torch.optim.AdamW([weight, gain]), state, "optimizer")
     with pytest.raises(StateError, match="belongs to no parameter"):
         check_optimizer(optimizer, {**optimizer.state_dict(), "state": {7: {}}}, "optimizer")
