@@ -64,9 +64,7 @@ class RunLogger(TensorBoardLogger):
     settings: Mapping[str, Any] = {}  # of the trainer, for the tab of the hyperparameters
     opened = False  # until then, nothing is written
     claimed: tuple[Path, Path] | None = None  # the folder made for a new run, and the last one that was there before
-    tested_step: int | None = (
-        None  # the step of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at step 0
-    )
+    tested_step: int | None = None  # of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at 0
 
     @property
     def version(self) -> int | str:
