@@ -234,7 +234,8 @@ def _slip(rng: Random, case: Case) -> None:
         case.expected = 2
     elif slip == "twice":
         args += args[1:3]  # of the sound beginning
-        case.expected = case.expected if args[0] == "fit" else None
+        # which may put right what was wrong before
+        case.expected = case.expected if args[0] == "fit" and args.count(args[1]) == 2 else None
     elif slip:
         case.expected = None
         if slip == "short":
