@@ -66,7 +66,7 @@ from lit_mnist.tensorboard import TEST_SUFFIX, Board, RunLogger
 __all__ = ["CommandError", "Interrupted", "ProcessLost", "TrainingError", "run"]
 
 DEFAULT_EPOCHS = 6
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 DEFAULT_SEED = 1
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
