@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import pytest
 
+from lit_mnist.cli import main
 from lit_mnist.data import mnist, sources
 
 REPOSITORY = Path(__file__).parent.parent
@@ -43,6 +45,15 @@ def tiny_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "tiny"
     monkeypatch.setattr(mnist, "FILES", write_tiny_mnist(root / "MNIST" / "raw"))
     return root
+
+
+@pytest.fixture
+def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a command with the tiny data set, from a folder of its own."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return lambda name, *flags: main([name, "--data.root", str(tiny_root), *flags])
 
 
 @pytest.fixture(scope="session")

@@ -21,15 +21,6 @@ TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size
 Command = Callable[..., int]
 
 
-@pytest.fixture
-def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a command with the tiny data set, from a folder of its own."""
-    folder = tmp_path / "work"
-    folder.mkdir(exist_ok=True)
-    monkeypatch.chdir(folder)
-    return lambda name, *flags: main([name, "--data.root", str(tiny_root), *flags])
-
-
 def only(pattern: str) -> Path:
     (path,) = Path().glob(pattern)
     return path

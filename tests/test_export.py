@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY, command, only
+from test_cli import TINY, only
 from torch.testing import assert_close
 
 from lit_mnist import LitMNIST, export
 from lit_mnist.cli import main
 from lit_mnist.data import mnist
-
-__all__ = ["command"]  # the fixture
 
 
 @pytest.fixture

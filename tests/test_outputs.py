@@ -17,14 +17,6 @@ TINY += ["--model.layers", "4x5/2", "--data.batch_size", "50", "--data.val_size"
 Command = Callable[..., int]
 
 
-@pytest.fixture
-def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return lambda name, *flags: main([name, "--data.root", str(tiny_root), *flags])
-
-
 def broken_pipe() -> Any:
     reader, writer = os.pipe()
     os.close(reader)

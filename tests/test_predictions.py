@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import TINY, command, only
+from test_cli import TINY, only
 
 from lit_mnist.cli import main
 from lit_mnist.data import images
 from lit_mnist.data.images import Picture
 from lit_mnist.predictions import CELL, MARGIN, contact_sheet
-
-__all__ = ["command"]  # the fixture
 
 
 def picture(path: Path, colour: int = 0, size: int = 90) -> Path:

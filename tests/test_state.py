@@ -19,14 +19,6 @@ Command = Callable[..., int]
 Change = Callable[[dict[str, Any]], object]
 
 
-@pytest.fixture
-def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return lambda name, *flags: main([name, "--data.root", str(tiny_root), *flags])
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, with what it holds; the locks are no part of a run."""
     return {

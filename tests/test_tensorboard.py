@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from test_cli import TINY, command
+from test_cli import TINY
 
 from lit_mnist import LitMNIST, MNISTDataModule, tensorboard
 from lit_mnist.cli import main
 
-__all__ = ["command"]  # the fixture
 RUN = Path("lightning_logs/version_0")
 Command = Callable[..., int]
 
