@@ -24,8 +24,8 @@ from typing import Any
 
 import yaml
 
-from lit_mnist.cli import main as lit_mnist
-from lit_mnist.runs import TRAINER_SETTINGS
+from lit_mnist.commands.main import main as lit_mnist
+from lit_mnist.commands.settings import TRAINER_SETTINGS
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 DECIDING = TRAINER_SETTINGS - {"sync_batchnorm"}  # which is nothing to one process

@@ -26,7 +26,7 @@ from torchvision import datasets, transforms
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD, normalise
-from lit_mnist.report import conditions
+from lit_mnist.training.results import conditions
 
 BATCH_SIZE = 128
 RESULTS = Path(__file__).parent / "results" / "input_path.jsonl"

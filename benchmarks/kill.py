@@ -31,7 +31,7 @@ from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_mnist.data import mnist
-from lit_mnist.report import conditions
+from lit_mnist.training.results import conditions
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "kill.jsonl"

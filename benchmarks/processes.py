@@ -36,7 +36,7 @@ from rich.progress import track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_mnist.data import mnist
-from lit_mnist.report import conditions
+from lit_mnist.training.results import conditions
 
 RESULTS = Path(__file__).parent / "results" / "processes.jsonl"
 QUIET = ["--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0", "--trainer.accelerator", "cpu"]

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_mnist.augment import affine, affine_matrices
-from lit_mnist.cli import main as lit_mnist
+from lit_mnist.data.augment import affine, affine_matrices
+from lit_mnist.commands.main import main as lit_mnist
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import seeded_generator
-from lit_mnist.report import conditions
+from lit_mnist.training.results import conditions
 
 RESULTS = Path(__file__).parent / "results" / "size.jsonl"
 SIZES = (10_000, 20_000, 40_000, 60_000, 8_000_000)

@@ -46,12 +46,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from lit_mnist import LitMNIST
-from lit_mnist.cli import main as lit_mnist
+from lit_mnist.commands.main import main as lit_mnist
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD
-from lit_mnist.report import conditions
-from lit_mnist.tensorboard import Board
+from lit_mnist.training.results import conditions
+from lit_mnist.board import Board
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
@@ -288,7 +288,7 @@ def board(root: str, rounds: int) -> dict[str, Any]:
 
 FIRST_STEP = """
 import os, sys
-from lit_mnist.cli import main
+from lit_mnist.commands.main import main
 from lit_mnist.module import LitMNIST
 LitMNIST.training_step = lambda self, batch, batch_idx: os._exit(0)
 main(sys.argv[1:])

@@ -1,5 +1,5 @@
 import sys
 
-from lit_mnist.cli import main
+from lit_mnist.commands.main import main
 
 sys.exit(main())

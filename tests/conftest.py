@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from lit_mnist.cli import main
+from lit_mnist.commands.main import main
 from lit_mnist.data import mnist, sources
 
 REPOSITORY = Path(__file__).parent.parent

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_mnist.cli import main
+from lit_mnist.commands.main import main
 from lit_mnist.data import mnist
 
 # one process imports everything once, and the others are forked from it
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lit_mnist.commands", "tensorboard", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["lit_mnist.commands.cli", "tensorboard", "torch.utils.tensorboard"])
 LONGEST = 120  # seconds: a test must fail, not hang
 
 

@@ -46,7 +46,8 @@ class TensorBatches:
     The last batch of an epoch is smaller where `batch_size` does not divide the set: no sample is left out.
 
     On several processes each takes a part of every batch, the first ones its first images. The parts differ by one
-    image at most; of a batch smaller than the number of processes some are empty.
+    image at most. Of a batch smaller than the number of processes some are empty: without a seed, in evaluation, these
+    are left out, and in training they take part in the step.
 
     Args:
         images: uint8 (N, 1, 28, 28); batches are made on the device where it lies.
@@ -76,6 +77,7 @@ class TensorBatches:
         self.processes = processes
         self.sampler = EpochOrder(len(images), seed)
         self.batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
+        self._indices: Tensor | None = None  # of this epoch
         self._batches_done = 0
         self._resume_in: int | None = None  # the epoch in which batches are to be skipped
 
@@ -87,21 +89,33 @@ class TensorBatches:
         size = min(self.batch_size, len(self.images) - batch * self.batch_size)
         return size * self.rank // self.processes, size * (self.rank + 1) // self.processes, size
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch, and the number within it of the batch that was handed out last."""
+        return self.sampler.epoch, self._batches_done - 1
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The batch that was handed out last, of all processes together."""
+        start = (self._batches_done - 1) * self.batch_size
+        return self._select(slice(start, start + self.batch_size))
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
         if self._resume_in != self.sampler.epoch:
             self._batches_done = 0
         self._resume_in = None
         shuffled = self.sampler.seed is not None
-        indices = self.sampler.indices().to(self.images.device) if shuffled else None
+        self._indices = self.sampler.indices().to(self.images.device) if shuffled else None
         for number in range(self._batches_done, len(self)):
             self._batches_done += 1
             start, stop, _ = self.part(number)
-            batch = slice(number * self.batch_size + start, number * self.batch_size + stop)
-            if indices is not None:
-                yield self.images.index_select(0, indices[batch]), self.targets.index_select(0, indices[batch])
-            else:
-                yield self.images[batch], self.targets[batch]
+            if shuffled or stop > start:
+                yield self._select(slice(number * self.batch_size + start, number * self.batch_size + stop))
+
+    def _select(self, batch: slice) -> tuple[Tensor, Tensor]:
+        if self._indices is None:
+            return self.images[batch], self.targets[batch]
+        return self.images.index_select(0, self._indices[batch]), self.targets.index_select(0, self._indices[batch])
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were handed out: Lightning keeps it in checkpoints."""
@@ -111,7 +125,7 @@ class TensorBatches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Make that epoch's next iteration skip the batches that the saved run had taken from it.
 
-        Behind a finished epoch, which `limit_train_batches` may end early, Lightning goes on with the next one, and
+        After a finished epoch, which `limit_train_batches` may end early, Lightning begins the next one, and
         nothing is skipped there.
         """
         self._batches_done = state["batches_done"] % len(self)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lit_mnist.data import images as pictures
 from lit_mnist.data import mnist
+from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 
+Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 # Larger batches only wait longer for memory on a CPU; the scores do not depend on it.
 EVALUATION_BATCH_SIZE = 500
 # A set is kept on the accelerator when it takes at most this share of the memory that is free there.
@@ -57,9 +59,12 @@ class MNISTDataModule(LightningDataModule):
         batch_size: images a training step, of all processes together.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
         split_seed: decides which ones. It is no part of a run's seed: runs with other seeds hold out the same.
-        seed: decides the order of the training batches: epoch e is a function of (seed, e). The command line sets it
-            to `seed_everything`.
+        seed: decides the order of the training batches and their augmentation: step s of epoch e is a function of
+            (seed, e, s). The command line sets it to `seed_everything`.
         download: whether missing or corrupt files may be fetched.
+        rotation: training images are turned by up to so many degrees, drawn uniformly,
+        shift: and shifted by up to so many pixels along each axis,
+        scale: and scaled by a factor within 1 - scale .. 1 + scale.
         images: pictures of digits, and folders of them, for `predict` in place of MNIST's test set.
 
     Raises:
@@ -76,6 +81,9 @@ class MNISTDataModule(LightningDataModule):
         split_seed: int = 0,
         seed: int = 1,
         download: bool = True,
+        rotation: float = 0.0,
+        shift: float = 1.0,
+        scale: float = 0.0,
         images: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +100,9 @@ class MNISTDataModule(LightningDataModule):
                 ("val_size", val_size, "in 0..59999", 0 <= val_size <= 59_999),
                 ("split_seed", split_seed, "an integer from 0", split_seed >= 0),
                 ("seed", seed, "an integer from 0", seed >= 0),
+                ("rotation", rotation, "in 0..180 degrees", 0 <= rotation <= 180),
+                ("shift", shift, "in 0..28 pixels", 0 <= shift <= 28),
+                ("scale", scale, "in [0, 1)", 0 <= scale < 1),
                 ("images", images, "at least one file or folder", images != []),
             )
             if not ok
@@ -146,17 +157,25 @@ class MNISTDataModule(LightningDataModule):
         return mnist.load(self.root, train, name)
 
     def train_dataloader(self) -> TensorBatches:
-        batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
-        last = len(batches.images) % batches.batch_size or batches.batch_size
-        trainer: Any = self.trainer
-        # batch norm of each process alone cannot do without images, nor can torch's synchronised one in mixed precision
-        if last < batches.processes and (not trainer.strategy._layer_sync or "mixed" in trainer.precision):
-            raise ValueError(
-                "trainer.sync_batchnorm must be true and trainer.precision not mixed where a batch is smaller than the"
-                f" number of processes: data.batch_size {batches.batch_size} leaves {last} images for an epoch's last"
-                f" batch, and {batches.processes} processes"
-            )
-        return batches
+        self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
+        return self.train_batches
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.augment(*batch) if self.trainer and self.trainer.training else batch
+
+    def augment(self, images: Tensor, targets: Tensor) -> Batch:
+        """Move, turn and scale raw training images (B, 1, 28, 28) at random, the same way whenever this step is taken.
+
+        What is drawn is drawn for the whole batch, and each process takes that of its own part, so that an image's is
+        the same on any number of them.
+        """
+        hp: Any = self.hparams
+        if hp.rotation == hp.shift == hp.scale == 0:
+            return images, targets
+        epoch, step = self.train_batches.position
+        generator = seeded_generator(hp.seed, epoch, step)
+        start, stop, size = self.train_batches.part(step)
+        return affine(images, affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator)[start:stop]), targets
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
         # an empty list is Lightning's word for no validation

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_mnist.data.mnist import DataError
-from lit_mnist.runs import shortened
+from lit_mnist.training.console import shortened
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"))

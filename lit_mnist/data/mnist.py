@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lit_mnist.data import sources
 from lit_mnist.data.sources import TEMPORARY, FaultError
-from lit_mnist.runs import expanded
+from lit_mnist.training.runs import expanded
 
 
 class DataSet(NamedTuple):

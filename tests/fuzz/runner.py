@@ -30,8 +30,9 @@ import torch.utils.tensorboard
 from pytorch_lightning.strategies.launchers import multiprocessing as spawning
 from pytorch_lightning.strategies.launchers import subprocess_script
 
-from lit_mnist import export, report
-from lit_mnist.cli import main
+from lit_mnist.commands import export
+from lit_mnist.training import console, results
+from lit_mnist.commands.main import main
 from lit_mnist.data import datamodule, mnist, sources
 from lit_mnist.module import LitMNIST
 

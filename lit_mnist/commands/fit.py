@@ -1,0 +1,63 @@
+"""fit: train, and say where the run lies and what to do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+
+from lit_mnist.commands.settings import CommandError
+from lit_mnist.training.checkpoints import LastCheckpoint
+from lit_mnist.training.console import shown
+from lit_mnist.training.progress import Progress
+from lit_mnist.training.results import best_of
+from lit_mnist.training.run import Run
+
+PROGRAM = "python -m lit_mnist"
+
+
+def fit(trainer: Trainer, run: Run, model: LightningModule, data: LightningDataModule, flags: str) -> None:
+    """Train a run from its beginning or from its checkpoint on.
+
+    Args:
+        flags: what the commands that are printed need besides.
+
+    Raises:
+        CommandError: there is nothing to train.
+    """
+    with run.held(trainer):
+        trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    if not (run.started or run.continues or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        raise CommandError(
+            "nothing to train: trainer.max_epochs, trainer.max_steps and trainer.limit_train_batches leave no step"
+        )
+    if trainer.is_global_zero and run.folder:
+        print_summary(trainer, run, run.folder, flags)
+
+
+def print_summary(trainer: Trainer, run: Run, folder: Path, flags: str) -> None:
+    """Once the progress bar, which wraps long lines, is gone."""
+    parts = trainer.callbacks  # type: ignore[attr-defined]
+    last = next((part.path for part in parts if isinstance(part, LastCheckpoint)), None) or run.checkpoint
+    clock = next(part for part in parts if isinstance(part, Progress)).state_dict()
+    done = f"{trainer.current_epoch} epochs, {trainer.global_step} steps"
+    seconds = clock["train_seconds"] + clock["validation_seconds"]
+    best = best_of(trainer)
+    best_score = next((v for key, v in (best or {}).items() if key != "checkpoint"), None)
+    rows = {"Trained": f"{done}, {minutes(seconds)}" + (f"; best accuracy {best_score:.2%}" if best_score else "")}
+    if not run.started:
+        print(f"Nothing to train: this run has finished ({done}).")
+        rows = {}
+    rows |= {"The run": shown(folder), "Look at it": f"tensorboard --logdir {shown(folder.parent)}"}
+    if last:
+        tested = folder / "checkpoints" / best["checkpoint"] if best else last
+        by_steps = 0 < trainer.max_steps <= trainer.global_step
+        longer = f"--trainer.max_steps {2 * trainer.max_steps}" if by_steps else ""
+        longer = longer or f"--trainer.max_epochs {2 * max(1, trainer.current_epoch)}"
+        rows["Test it"] = f"{PROGRAM} test --ckpt_path {shown(tested)}{flags}"
+        rows["Train on"] = f"{PROGRAM} fit --ckpt_path {shown(last)}{flags} {longer}"
+    print("\n" + "\n".join(f"{title + ':':<12}{text}" for title, text in rows.items()))
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"

@@ -1,0 +1,204 @@
+"""Which parts of a Trainer each command gets."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningDataModule, Trainer
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
+
+from lit_mnist.board import HPARAM_METRICS, Board
+from lit_mnist.commands.console import NetworkSummary, OneLineBar
+from lit_mnist.commands.predict import PredictionWriter
+from lit_mnist.commands.settings import TRAINER_SETTINGS, CommandError, Settings, run_settings
+from lit_mnist.training.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_mnist.training.console import interactive
+from lit_mnist.training.loggers import TEST_SUFFIX, RunLogger
+from lit_mnist.training.processes import ExactDDP, launched
+from lit_mnist.training.progress import EpochLines
+from lit_mnist.training.results import Results, conditions
+from lit_mnist.training.run import Run, callbacks, place_logger, plugins, run_logger
+from lit_mnist.training.runs import run_folder, section
+from lit_mnist.training.state import ENTRIES
+
+NOT_SHOWN = {"root", "download", "images"}  # in the tab HParams: where data lies
+
+
+class Processes:
+    """How processes work together.
+
+    Args:
+        timeout: seconds that one waits for another until it is taken for lost. One that ends is noticed at once; this
+            is for machines that vanish and links that are cut. Before the training starts it is half an hour.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+
+    def __init__(self, timeout: float = 120.0) -> None:
+        if not 0 < timeout <= 86_400:
+            raise ValueError(f"processes.timeout must be a number of seconds in (0, 86400], got {timeout}")
+        self.timeout = timeout
+
+
+def the_run(settings: Settings) -> Run:
+    """The run of a command: a fit's own, or the one that a checkpoint to score belongs to."""
+    checkpoint, loaded = settings.checkpoint, settings.loaded
+    if settings.command != "fit":  # of a checkpoint that is only scored, the weights and settings count
+        folder = run_folder(checkpoint) if checkpoint else None
+        return Run(folder, checkpoint, {key: loaded[key] for key in ENTRIES}, folder)
+    if settings.own["trainer.fast_dev_run"]:
+        return Run(None, checkpoint, loaded)
+    if checkpoint and settings.continues:
+        return Run.resumed(checkpoint, loaded)
+    return Run.new(settings.runs, checkpoint, loaded)
+
+
+def place_loggers(settings: Settings, run: Run) -> None:
+    """Give the loggers that a fit was configured with their places."""
+    loggers = settings.own["trainer.logger"] if settings.command == "fit" else None
+    for number, logger in enumerate(loggers if isinstance(loggers, list) else [loggers]):
+        if hasattr(logger, "init_args"):
+            place_logger(run, logger, number, settings.runs)
+
+
+def trainer_settings(settings: Settings, run: Run, made: Any, config: str) -> dict[str, Any]:
+    """What the Trainer of a command is made with, over the user's settings of it.
+
+    Args:
+        made: the settings with their classes instantiated.
+        config: the text of the run's config.yaml.
+    """
+    trainer, command = made["trainer"], settings.command
+    StrategyRegistry.register(
+        "ddp",  # which Lightning chooses for more than one process
+        ExactDDP,
+        override=True,
+        waiting=made["processes"].timeout,
+        synchronized=trainer["sync_batchnorm"],
+        start_method="popen",
+    )
+    own: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    parts = fit_parts(settings, run, made, config) if command == "fit" else score_parts(settings, run)
+    if command == "test":
+        parts += made["board"].callbacks()
+    if trainer["enable_progress_bar"] is not False and interactive():
+        own["enable_progress_bar"] = True
+        parts.append(OneLineBar())
+    if command == "fit" and trainer["enable_model_summary"] is not False:
+        parts.append(NetworkSummary())
+    if command != "fit" or not run.folder:
+        own["enable_checkpointing"] = trainer["enable_checkpointing"] or False
+    if trainer["logger"] in (None, True, []):
+        own["logger"] = logger_of(settings, run, made) if trainer["logger"] != [] else False
+    if trainer["profiler"] is None:
+        own["profiler"] = Unprofiled()
+    given = trainer["plugins"] or []
+    own["plugins"] = [*(given if isinstance(given, list) else [given]), *plugins(run, trainer["sync_batchnorm"])]
+    # RunStart before a user's own, which may log as soon as the training starts
+    before, given = (parts[:1] if command == "fit" else []), trainer["callbacks"] or []
+    given = given if isinstance(given, list) else [given]
+    return {**trainer, **own, "callbacks": [*before, *given, *parts[len(before) :]]}
+
+
+def fit_parts(settings: Settings, run: Run, made: Any, config: str) -> list[Callback]:
+    keeps = run.folder is not None or settings.own["trainer.fast_dev_run"] is False
+    keeps = keeps and made["trainer"]["enable_checkpointing"] is not False
+    last: LastCheckpoint = made["checkpoint"]
+    parts = callbacks(
+        run,
+        last if keeps else None,
+        BestCheckpoint() if keeps and settings.own["data.val_size"] > 0 else None,
+        settings=run_settings(dict(settings.own.items())),
+        config=config,
+        recipe=settings.recipe,
+        command=shlex.join(settings.args),
+    )
+    board: Board = made["board"]
+    if not run.origin:  # a resumed run has its texts
+        described = json.dumps(conditions(torch.device("cpu")), indent=4)
+        board.texts = {"command": f"python -m lit_mnist {shlex.join(settings.args)}", "conditions": described}
+    return [*parts[:1], *board.callbacks(), *parts[1:]]
+
+
+def score_parts(settings: Settings, run: Run) -> list[Callback]:
+    if settings.command == "predict":
+        assert settings.checkpoint
+        return [PredictionWriter(run.folder or settings.checkpoint.parent, settings.checkpoint.stem)]
+    return [EpochLines(), *([Results(run)] if settings.command == "test" else [])]
+
+
+def logger_of(settings: Settings, run: Run, made: Any) -> RunLogger | bool:
+    """TensorBoard's events in the run's folder, where a command has something to write there."""
+    if settings.command not in ("fit", "test") or made["trainer"]["fast_dev_run"]:
+        return False
+    if settings.command == "test":
+        if not run.folder:
+            return False
+        logger = run_logger(run, filename_suffix=TEST_SUFFIX)
+        logger.tested_step = settings.loaded["global_step"]
+        return logger
+    logger = run_logger(run)
+    logger.shown, logger.shown_metrics = hyperparameters(settings), HPARAM_METRICS
+    return logger
+
+
+def hyperparameters(settings: Settings) -> dict[str, Any]:
+    """What the tab HParams shows of a run: its most telling settings first, then what is not as it is by default."""
+    before = section(section(settings.loaded, "callbacks"), "Results").get("recipe")
+    shown = {"recipe": before or settings.recipe, "lr": settings.own.get("model.lr")}
+    shown |= {"layers": settings.own.get("model.layers"), "seed": settings.own["seed_everything"]}
+    for key, value in settings.own.items():
+        part, _, name = key.partition(".")
+        telling = part in ("model", "data") or name in TRAINER_SETTINGS
+        if telling and name not in NOT_SHOWN and value != settings.defaults.get(key):
+            shown.setdefault(name, value)
+    return shown
+
+
+def check_processes(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:
+    """Check that as many processes are asked for as there are, and that the strategy is one that is exact.
+
+    Raises:
+        CommandError: not so.
+    """
+    asked, (processes, machines) = trainer.world_size, launched()
+    before = len(settings.loaded.get("processes", [0]))
+    if settings.command == "fit" and settings.checkpoint and before != asked:
+        settings.changes.append(f"processes: {before} -> {asked} (the same batches, but the last bits may differ)")
+    if processes * machines not in (1, asked):
+        raise CommandError(
+            f"trainer.devices and trainer.num_nodes ask for {asked} processes in all, but {processes} on each of"
+            f" {machines} machines were started; leave both out, and the number is taken over"
+        )
+    if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
+        raise CommandError(f"trainer.strategy must be auto or ddp, got {settings.own['trainer.strategy']}")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):  # which change the settings within fit
+            raise CommandError(f"trainer.callbacks must have no {type(callback).__name__}: set the value it found")
+    if not isinstance(trainer.strategy, ExactDDP):
+        return
+    environment = trainer.strategy.cluster_environment
+    if processes * machines > 1 and environment and not environment.creates_processes_externally:
+        raise CommandError(
+            "from SLURM's jobs of the name bash or interactive Lightning takes no processes; give another name:"
+            " srun --job-name digits"
+        )
+    batch_size = data.hparams["batch_size"]
+    if batch_size < asked:
+        raise CommandError(f"data.batch_size must be at least the number of processes, {asked}, got {batch_size}")
+
+
+class Unprofiled(PassThroughProfiler):
+    """PassThroughProfiler of Lightning 2.6 runs a generator for each of some sixty hooks of a step."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> nullcontext[None]:  # type: ignore[override]
+        return self.nothing

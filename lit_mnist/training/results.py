@@ -1,0 +1,170 @@
+"""results.json: what a run came to, and under which conditions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from .checkpoints import BestCheckpoint, Interrupted
+from .console import PROGRAM
+from .processes import lost
+from .progress import Progress, epoch_metrics
+from .runs import read_results, replaced
+
+if TYPE_CHECKING:
+    from .run import Run
+
+PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard")
+
+
+@cache  # the code that runs is that of the start
+def commit() -> str | None:
+    """The git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the checkout around it may be another project's
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code: versions, hardware, commit."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "versions": versions,
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "commit": commit(),
+    }
+
+
+def update_results(folder: Path, **sections: Any) -> None:
+    """Put sections into `folder/results.json`, leaving its others as they are."""
+    with replaced(folder / "results.json") as partial:
+        partial.write_text(json.dumps({**read_results(folder), **sections}, indent=2) + "\n")
+
+
+class Results(Callback):
+    """Keeps results.json: of a fit from its start on, of a test at its end.
+
+    Args:
+        run: whose folder it lies in.
+        progress: the clock of a fit; None for other commands.
+        recipe: a name for the settings of a new run.
+        command: what was typed.
+        settings: plain settings by dotted key, beside those of module and data.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        progress: Progress | None = None,
+        recipe: str = "",
+        command: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run = run
+        self.progress = progress or Progress()
+        self.recipe = recipe
+        self.commands = [command]
+        self.settings = dict(settings or {})
+        self.parent = run.parent
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "commands": self.commands, "parent": self.parent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.recipe = state_dict["recipe"]
+        self.parent = self.parent or state_dict["parent"]
+        self.commands = [*state_dict["commands"], *self.commands]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_fit(trainer, pl_module, "running")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch:
+            self._write_fit(trainer, pl_module, "running")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_fit(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.run.started and trainer.state.fn == "fit":
+            stopped = isinstance(exception, (Interrupted, KeyboardInterrupt)) or lost(exception)
+            with suppress(OSError):  # a full disk is told by the exception at hand
+                self._write_fit(trainer, pl_module, "interrupted" if stopped else "failed")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.run.folder and trainer.is_global_zero:
+            checkpoint = self.run.checkpoint.name if self.run.checkpoint else None
+            test = {**epoch_metrics(trainer), "checkpoint": checkpoint, "processes": trainer.world_size}
+            update_results(self.run.folder, test=test | conditions(pl_module.device))
+
+    def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
+        if not (trainer.is_global_zero and self.run.folder):
+            return
+        clock = self.progress.state_dict()
+        seconds, data = clock["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
+        fit = {
+            "state": state,
+            "recipe": self.recipe,
+            "parent": self.parent,
+            "commands": self.commands,
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "metrics": epoch_metrics(trainer),
+            "best": best_of(trainer),
+            "train_seconds": round(seconds, 3),
+            "validation_seconds": round(clock["validation_seconds"], 3),
+            "samples_per_second": round(clock["samples_seen"] / seconds, 1) if seconds else None,
+            "model": dict(pl_module.hparams),
+            "data": dict(data.hparams) if data else {},
+            "settings": self.settings,
+            "processes": trainer.world_size,
+            **conditions(pl_module.device),
+        }
+        update_results(self.run.folder, fit=fit)
+
+
+def best_of(trainer: Trainer) -> dict[str, Any] | None:
+    """The best checkpoint so far and its score."""
+    for part in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(part, BestCheckpoint) and part.best_model_path and part.best_model_score is not None:
+            return {"checkpoint": Path(part.best_model_path).name, str(part.monitor): float(part.best_model_score)}
+    return None

@@ -1,0 +1,73 @@
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_mnist.training.checkpoints import CheckpointWriteError, DurableCheckpointIO, LastCheckpoint, read_checkpoint
+from lit_mnist.training.runs import RunError
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, whole)
+    spoilt = {
+        "empty": b"",
+        "text": b"hello",
+        "truncated": whole.read_bytes()[:-200],
+        "pickle": pickle.dumps(Hostile(tmp_path / "run by the pickle")),
+    }
+    for name, content in spoilt.items():
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=f"{name}.ckpt: that file is no intact checkpoint") as error:
+            read_checkpoint(path)
+        assert "\n" not in str(error.value)
+    torch.save({"state_dict": Hostile(tmp_path / "run by the pickle")}, tmp_path / "hostile.ckpt")
+    with pytest.raises(RunError, match=r"no intact checkpoint"):
+        read_checkpoint(tmp_path / "hostile.ckpt")
+    newer = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "lit_mnist_format": 2}
+    torch.save(newer, tmp_path / "newer.ckpt")
+    with pytest.raises(RunError, match=r"has the format 2, and this version reads up to 1"):
+        read_checkpoint(tmp_path / "newer.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(RunError, match=r"no checkpoint of lit_mnist"):
+        read_checkpoint(tmp_path / "other.ckpt")
+    assert not (tmp_path / "run by the pickle").exists()
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    writer = DurableCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointWriteError, match="No space left on device"):
+        writer.save_checkpoint({"step": 2}, path)
+    assert writer.load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_loading_is_with_weights_only_whatever_is_asked_for(tmp_path: Path) -> None:
+    torch.save({"x": Hostile(tmp_path / "run by the pickle")}, tmp_path / "hostile.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        DurableCheckpointIO().load_checkpoint(tmp_path / "hostile.ckpt", weights_only=False)
+    assert not (tmp_path / "run by the pickle").exists()
+
+
+def test_bad_intervals() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.every_seconds"):
+        LastCheckpoint(every_seconds=-1)
