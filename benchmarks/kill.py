@@ -35,7 +35,7 @@ from lit_mnist.training.results import conditions
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "kill.jsonl"
-TIMINGS = {"train/images_per_second"}
+TIMINGS = {"train/samples_per_second"}
 SHORT = ["--trainer.max_epochs", "3", "--trainer.limit_train_batches", "40", "--trainer.log_every_n_steps", "3"]
 SHORT += ["--trainer.enable_model_summary", "false", "--data.val_size", "1000", "--checkpoint.every_seconds", "0.2"]
 RECIPES = {

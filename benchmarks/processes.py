@@ -160,7 +160,7 @@ def throughput(root: str, options: argparse.Namespace) -> Any:
                 many = ["--trainer.devices", str(processes), "--data.batch_size", str(batch)]
                 lit_mnist(Path(where), *flags, *many)
                 if number:  # the first round warms up
-                    record[f"{processes} {batch}"].append(results(Path(where))["fit"]["images_per_second"])
+                    record[f"{processes} {batch}"].append(results(Path(where))["fit"]["samples_per_second"])
     print(
         f"\nTraining, images a second: medians of {options.rounds} rounds in turns (lowest to highest), {steps} steps"
     )

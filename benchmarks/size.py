@@ -84,7 +84,7 @@ def one(size: int, root: str, steps: int, mapped: bool) -> dict[str, Any]:
             "mapped": mapped,
             "steps": results["steps"],
             "train_seconds": results["train_seconds"],
-            "images_per_second": results["images_per_second"],
+            "images_per_second": results["samples_per_second"],
             "make_seconds": round(make_seconds, 1),
             "data_mb": round((images.nbytes + targets.nbytes) / 2**20),
             "before_mb": round(before),

@@ -82,7 +82,6 @@ class LitMNIST(LightningModule):
         self.train_metrics = MetricCollection(metrics, prefix="train/")
         self.val_metrics = self.train_metrics.clone(prefix="val/")
         self.test_metrics = self.train_metrics.clone(prefix="test/")
-        self.example_input_array = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)  # for the table of layers
 
     def forward(self, images: Tensor) -> Tensor:
         """Map raw images, uint8 (B, 1, 28, 28), to logits, float (B, C) for C classes."""

@@ -44,8 +44,8 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     steps = {tag: [event.step for event in run.Images(tag)] for tag in run.Tags()["images"]}
     assert steps == {
         "train/images": [0, 7],
-        "val/confusion": [6, 13],
-        "val/most wrong": [6, 13],
+        "answers/confusion matrix": [6, 13],
+        "answers/most confident errors": [6, 13],
         "filters/first layer": [6, 13],
     }
     # the very pixels that the first step of the second epoch saw
@@ -108,7 +108,7 @@ def test_switches(command: Command) -> None:
     assert command("fit", *more) == 0
     accumulator = events(Path("lightning_logs/version_1"))
     # every second epoch, and the last
-    assert [event.step for event in accumulator.Images("val/confusion")] == [6, 20, 27]
+    assert [event.step for event in accumulator.Images("answers/confusion matrix")] == [6, 20, 27]
     assert "weights/head.weight" in accumulator.Tags()["histograms"]
     assert main(["fit", "--board.every_n_epochs", "-1"]) == 2
 

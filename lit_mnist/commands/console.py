@@ -24,16 +24,11 @@ class NetworkSummary(Callback):
         inner = {name for name, part in pl_module.named_modules() if len(list(part.children()))}
         metrics = {n for n, part in pl_module.named_modules() if isinstance(part, (Metric, MetricCollection))}
         table = Table("layer", "type", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        sized = pl_module.example_input_array is not None
-        for column in (*(["output"] if sized else []), "parameters"):
-            table.add_column(column, justify="right")
-        sizes = summary.out_sizes if sized else [""] * len(summary.layer_names)
-        rows = zip(summary.layer_names, summary.layer_types, sizes, summary.param_nums, strict=True)
-        for name, kind, size, parameters in rows:
-            if name not in inner and name not in metrics and name.partition(".")[0] not in metrics:
-                shape = ["x".join(map(str, size[1:])) if isinstance(size, list) else str(size)] if sized else []
-                table.add_row(name, kind, *shape, f"{parameters:,}" if parameters else "")
-        table.add_row("all", "", *([""] if sized else []), f"{summary.total_parameters:,}")
+        table.add_column("parameters", justify="right")
+        for name, kind, parameters in zip(summary.layer_names, summary.layer_types, summary.param_nums, strict=True):
+            if name not in inner and name.partition(".")[0] not in metrics:
+                table.add_row(name, kind, f"{parameters:,}" if parameters else "")
+        table.add_row("all", "", f"{summary.total_parameters:,}")
         print_table(table)
 
 

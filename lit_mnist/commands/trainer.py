@@ -24,7 +24,7 @@ from lit_mnist.training.processes import ExactDDP, launched
 from lit_mnist.training.progress import EpochLines
 from lit_mnist.training.results import Results, conditions
 from lit_mnist.training.run import Run, callbacks, place_logger, plugins, run_logger
-from lit_mnist.training.runs import run_folder, section
+from lit_mnist.training.runs import RunError, run_folder, section
 from lit_mnist.training.state import ENTRIES
 
 NOT_SHOWN = {"root", "download", "images"}  # in the tab HParams: where data lies
@@ -57,7 +57,10 @@ def the_run(settings: Settings) -> Run:
         return Run(None, checkpoint, loaded)
     if checkpoint and settings.continues:
         return Run.resumed(checkpoint, loaded)
-    return Run.new(settings.runs, checkpoint, loaded)
+    try:
+        return Run.new(settings.runs, checkpoint, loaded)
+    except RunError as error:
+        raise CommandError(f"trainer.default_root_dir: {error}") from error
 
 
 def place_loggers(settings: Settings, run: Run) -> None:

@@ -47,9 +47,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises a dozen types for a file that is none of its own
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or FORMAT_ENTRY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"state_dict", "datamodule_hyper_parameters"} <= checkpoint.keys():
         raise RunError(f"--ckpt_path {path}: that file is no checkpoint of {PROGRAM}")
-    version = checkpoint[FORMAT_ENTRY]
+    version = checkpoint.get(FORMAT_ENTRY, FORMAT)  # a Trainer without this package writes none
     if type(version) is not int or not OLDEST_FORMAT <= version <= FORMAT:
         newer = type(version) is int and version > FORMAT
         raise RunError(

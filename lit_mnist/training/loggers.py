@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from .processes import is_first
-from .runs import replaced
+from .runs import RunError, replaced
 
 TEST_SUFFIX = ".test"  # of the event files that `test` writes beside those of the training
 CLOSED = "nothing can be logged before on_train_start: until then a run is not touched"
@@ -174,6 +174,9 @@ def open_loggers(
         written: when it was written, in nanoseconds.
         origin: its run.
         continues: whether this is that run.
+
+    Raises:
+        RunError: a file of the user's would be overwritten.
     """
     for number, logger in enumerate(trainer.loggers):
         sizes = lengths(checkpoint, number)
@@ -183,9 +186,12 @@ def open_loggers(
             elif origin and is_first():
                 copy_curve(event_files(origin), Path(logger.log_dir), sizes)
             logger.open()
-        elif isinstance(logger, RunCSVLogger):
+        elif isinstance(logger, RunCSVLogger) and is_first():
+            found = [name for name in ("metrics.csv", "hparams.yaml") if Path(logger.log_dir, name).exists()]
+            if found and not continues:
+                raise RunError(f"{Path(logger.log_dir, found[0])}: that file exists; give trainer.logger another place")
             before = origin / "metrics.csv" if origin else None
-            if before and not continues and is_first() and before.is_file():
+            if before and not continues and before.is_file():
                 Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(before, Path(logger.log_dir, before.name))
             logger.open(sizes.get("metrics.csv", 0))

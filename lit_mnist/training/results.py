@@ -103,7 +103,7 @@ class Results(Callback):
         self.recipe = recipe
         self.commands = [command]
         self.settings = dict(settings or {})
-        self.parent = run.parent
+        self.parent = run.parent or ""
 
     def state_dict(self) -> dict[str, Any]:
         return {"recipe": self.recipe, "commands": self.commands, "parent": self.parent}
@@ -143,7 +143,7 @@ class Results(Callback):
         fit = {
             "state": state,
             "recipe": self.recipe,
-            "parent": self.parent,
+            "parent": self.parent or None,
             "commands": self.commands,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,

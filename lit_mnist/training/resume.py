@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import LambdaLR
 
+from .checkpoints import FORMAT, FORMAT_ENTRY
 from .loggers import curves, open_loggers
 from .metrics import counted, logged_as_ever, logged_state, metric_state, restore_logged, restore_metric
 from .processes import ExactDDP, every, smallest_part
@@ -33,11 +34,13 @@ class RunStart(Callback):
     would replace before anything is restored, and opens the loggers.
 
     Args:
+        resume: what restores the rest of the state.
         config: the text of config.yaml; empty for none.
     """
 
-    def __init__(self, run: Run, config: str = "") -> None:
+    def __init__(self, run: Run, resume: ExactResume, config: str = "") -> None:
         self.run = run
+        self.resume = resume
         self.config = config
         self.written = run.checkpoint.stat().st_mtime_ns if run.checkpoint else 0
 
@@ -55,7 +58,8 @@ class RunStart(Callback):
             )
         if loaded and steps[0] != (loaded["epoch"], loaded["global_step"]):
             raise StateError(f"loops/fit_loop is at epoch and step {steps[0]}, and the rest of it elsewhere")
-        problem: OSError | None = None
+        self.resume.restore(trainer, pl_module)
+        problem: OSError | RunError | None = None
         try:
             if trainer.is_global_zero and self.run.folder:
                 self.run.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ class RunStart(Callback):
             if trainer.is_global_zero and self.run.folder and self.config:
                 with replaced(self.run.folder / "config.yaml") as partial:
                     partial.write_text(self.config)
-        except OSError as error:
+        except (OSError, RunError) as error:
             problem = error
         if reason := next(filter(None, every(str(problem or ""))), ""):  # all end with it, and none waits for another
             raise problem or RunError(f"another process could not write to the run: {reason}")
@@ -90,10 +94,10 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
                 f" out; do it in {instead} or in a callback"
             )
     for config in trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau and config.interval == "step":
+        if config.reduce_on_plateau and (config.interval == "step" or trainer.max_steps != -1):
             raise RunError(
-                "ReduceLROnPlateau with interval step comes after a checkpoint is saved, and a resumed run would leave"
-                " it out; use interval epoch"
+                "ReduceLROnPlateau would be left out by a resumed run with interval step or trainer.max_steps; use"
+                " interval epoch and trainer.max_epochs"
             )
     # batch norm of each process alone cannot do without samples, nor torch's synchronised one in mixed precision
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
@@ -125,6 +129,7 @@ class ExactResume(Callback):
         trainer.precision_plugin.convert_module(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FORMAT_ENTRY] = FORMAT
         checkpoint["settings"] = self.settings
         checkpoint["asked"] = self._fresh
         checkpoint["conditions"] = conditions(pl_module.device)
@@ -160,7 +165,12 @@ class ExactResume(Callback):
         if trainer.global_rank > 0:  # dropout of its own on each process
             torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * trainer.global_rank) % 2**63)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore what Lightning does not, all but the random state.
+
+        Raises:
+            StateError: something does not have the form that it must have.
+        """
         if not self._resumed:
             return
         loaded, rank = self.run.loaded, trainer.global_rank
@@ -179,23 +189,29 @@ class ExactResume(Callback):
         restore_logged(trainer, pl_module, [part["logged"] for part in own])
         if loaded.get("stopped") is True and not changed and loaded.get("settings") == self.settings:
             trainer.should_stop = True  # a callback had ended this run
-        # last, before the first step: whatever was drawn on the way here does not count
-        if rank < len(parts):
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the last hook before the first batch: whatever was drawn on the way here does not count
+        rank, parts = trainer.global_rank, self.run.loaded.get("processes", [])
+        if self._resumed and rank < len(parts):
             set_random_state(parts[rank]["random"], pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._resumed:
-            if self._first_is_done:
-                logged_as_ever(trainer)
-            self._first_is_done = True
+        if trainer.global_step == 0:
+            # Lightning 2.6 resumes a checkpoint of step 0 with this counter of the loggers' steps at 1
+            trainer.fit_loop.epoch_loop._batches_that_stepped = 0
+        if self._first_is_done:
+            logged_as_ever(trainer)
+        self._first_is_done = True
 
     _first_is_done = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged_as_ever(trainer)
-        # Lightning 2.6 keeps no metrics, and so leaves ReduceLROnPlateau out at the end of a resumed epoch; here they
-        # are restored
-        trainer.fit_loop.restarting = False
+        if trainer.fit_loop.restarting and trainer.max_steps == -1:
+            # Lightning 2.6 keeps no metrics, and so leaves ReduceLROnPlateau out at the end of a resumed epoch; here
+            # they are restored
+            trainer.fit_loop.restarting = False
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

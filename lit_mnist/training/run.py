@@ -124,12 +124,13 @@ def callbacks(
         command: what was typed.
     """
     progress = Progress()
-    parts = [
-        RunStart(run, config),
+    resume = ExactResume(run, dict(settings or {}))
+    parts: list[Callback] = [
+        RunStart(run, resume, config),
         EpochLines(progress, best),  # before the clock, which starts anew with each epoch
         progress,
         Results(run, progress, recipe, command, settings),
-        ExactResume(run, dict(settings or {})),
+        resume,
     ]
     for keeper in (best, last):
         if keeper:

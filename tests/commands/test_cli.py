@@ -35,22 +35,23 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_fit_then_validate_test_predict(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("fit", *TINY) == 0
     out = capsys.readouterr().out
-    lines = re.findall(r"^Epoch (\d): validation loss \d\.\d{4}, accuracy (\d+)/50 \((\d+\.\d\d) %\)$", out, re.M)
-    assert [epoch for epoch, *_ in lines] == ["0", "1"]
-    best_correct = max(int(correct) for _, correct, _ in lines)
+    line = r"^Epoch (\d): train loss \d\.\d{4}, validation loss \d\.\d{4}, validation accuracy (\d+\.\d\d) %, \d+\.\d s"
+    lines = re.findall(line, out, re.M)
+    assert [epoch for epoch, _ in lines] == ["0", "1"]
+    best_accuracy = max(float(accuracy) / 100 for _, accuracy in lines)
     assert "tensorboard --logdir lightning_logs" in out
 
     run = Path("lightning_logs/version_0")
     best = only(f"{run}/checkpoints/best-*.ckpt")
     last = only(f"{run}/checkpoints/last-*.ckpt")
-    assert re.fullmatch(rf"best-epoch=0[01]-accuracy={best_correct / 50:.4f}\.ckpt", best.name)
-    assert re.fullmatch(rf"last-epoch=01-step=000014-accuracy={int(lines[1][1]) / 50:.4f}\.ckpt", last.name)
+    assert re.fullmatch(rf"best-epoch=0[01]-accuracy={best_accuracy:.4f}\.ckpt", best.name)
+    assert re.fullmatch(rf"last-epoch=01-step=000014-accuracy={float(lines[1][1]) / 100:.4f}\.ckpt", last.name)
     assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == 1
     results = json.loads((run / "results.json").read_text())["fit"]
     assert (results["epochs"], results["steps"]) == (2, 14)
     assert results["parameters"] == 100 + 8 + 288 + 16 + 90
-    assert results["best"] == {"checkpoint": best.name, "val/accuracy": pytest.approx(best_correct / 50)}
-    assert results["images_per_second"] == pytest.approx(700 / results["train_seconds"], rel=0.01)
+    assert results["best"] == {"checkpoint": best.name, "val/accuracy": pytest.approx(best_accuracy)}
+    assert results["samples_per_second"] == pytest.approx(700 / results["train_seconds"], rel=0.01)
     assert results["versions"]["torch"] == torch.__version__.partition("+")[0]
 
     board = scalars(run)
@@ -58,14 +59,14 @@ def test_fit_then_validate_test_predict(command: Command, capsys: pytest.Capture
     assert [step for step, _ in board["val/loss"]] == [6, 13]
     assert [epoch for epoch, _ in board["by_epoch/val/accuracy"]] == [0, 1]
     assert [epoch for epoch, _ in board["by_epoch/train/loss"]] == [0, 1]
-    assert [value for _, value in board["val/accuracy"]] == pytest.approx([int(c) / 50 for _, c, _ in lines])
-    assert {"train/loss", "train/accuracy", "train/learning_rate", "train/images_per_second"} <= board.keys()
+    assert [value for _, value in board["val/accuracy"]] == pytest.approx([float(accuracy) / 100 for _, accuracy in lines])
+    assert {"train/loss", "train/accuracy", "train/learning_rate", "train/samples_per_second"} <= board.keys()
 
     # another batch size, another seed: the same held-out images, and the checkpoint's network without saying so
     assert command("validate", "--ckpt_path", "best", "--trainer.accelerator", "cpu", "--seed_everything", "3") == 0
     out = capsys.readouterr().out
     assert f"Checkpoint: {best}" in out
-    assert f"accuracy {best_correct}/50" in out
+    assert f"accuracy {round(50 * best_accuracy)}/50" in out
 
     assert command("test", "--ckpt_path", "last", "--trainer.accelerator", "cpu") == 0
     out = capsys.readouterr().out
@@ -173,7 +174,7 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--config", "broken.yaml"], "broken.yaml"),
         (["--ckpt_path", "last"], "--ckpt_path last: no run under lightning_logs has a last checkpoint"),
         (["--ckpt_path", "typo.yaml"], "--ckpt_path typo.yaml: that file is no intact checkpoint"),
-        (["--trainer.default_root_dir", "typo.yaml"], "trainer.default_root_dir: no run can be written to typo.yaml/"),
+        (["--trainer.default_root_dir", "typo.yaml"], "trainer.default_root_dir: no run can be written to "),
         (["--config", "latin.yaml"], "latin.yaml"),
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs must be a positive number"),
         (["--trainer.max_epochs", "0"], "trainer.max_epochs must be a number from 1 or -1, got 0"),
@@ -280,10 +281,14 @@ def test_another_network_than_the_checkpoints(command: Command, capsys: pytest.C
 def test_without_a_logger_nothing_of_the_users_is_overwritten(command: Command) -> None:
     Path("config.yaml").write_text("mine")
     Path("results.json").write_text("mine")
-    for flags in (["--trainer.logger", "false"], ["--trainer.fast_dev_run", "true"]):
-        assert command("fit", *TINY, *flags) == 0
-    assert Path("config.yaml").read_text() == Path("results.json").read_text() == "mine"
+    assert command("fit", *TINY, "--trainer.fast_dev_run", "true") == 0
     assert not Path("lightning_logs").exists()
+    assert command("fit", *TINY, "--trainer.logger", "false") == 0
+    assert Path("config.yaml").read_text() == Path("results.json").read_text() == "mine"
+    run = Path("lightning_logs/version_0")
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "results.json", ".lock"}
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0  # still without
+    assert not list(run.glob("events*"))
 
 
 def test_a_run_without_checkpoints_stays(command: Command) -> None:
@@ -298,11 +303,12 @@ def test_nothing_to_train_is_told(command: Command, capsys: pytest.CaptureFixtur
 
 
 def test_a_loggers_folder_with_a_config_of_the_users(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("config.yaml").write_text("mine")
+    Path("hparams.yaml").write_text("mine")
     here = '{"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "", "version": ""}}'
     assert command("fit", *TINY, "--trainer.logger", here) == 2
-    assert "config.yaml: that file exists; give trainer.logger a folder of its own" in capsys.readouterr().err
-    assert Path("config.yaml").read_text() == "mine"
+    assert "hparams.yaml: that file exists; give trainer.logger another place" in capsys.readouterr().err
+    assert Path("hparams.yaml").read_text() == "mine"
+    assert not Path("lightning_logs").exists()
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def test_a_network_without_convolutions(command: Command, capsys: pytest.Capture
     assert (fit["epochs"], fit["steps"]) == (3, 21)
     assert fit["parameters"] == 784 * 32 + 2 * 32 + 32 * 16 + 2 * 16 + 16 * 10 + 10
     assert "filters/first layer" not in tags()["images"]
-    assert "val/confusion" in tags()["images"]
+    assert "answers/confusion matrix" in tags()["images"]
     assert tags()["graph"]
 
     assert command("test", "--ckpt_path", "last", *CPU) == 0
@@ -140,7 +140,7 @@ def test_own_data_with_twelve_classes(command: Command, tmp_path: Path, capsys: 
     write_own(own, classes=12)
     before = {path: path.read_bytes() for path in own.iterdir()}
     here = ["--data.root", str(own)]
-    layers = ["--model.layers", "4x5/2 8/2", "--model.shift", "0"]
+    layers = ["--model.layers", "4x5/2 8/2", "--data.shift", "0"]
     assert command("fit", *TINY, *layers, *here, "--data.name", "idx", "--data.val_size", "24") == 0
     fit = results()["fit"]
     assert (fit["epochs"], fit["parameters"]) == (3, 100 + 8 + 288 + 16 + 8 * 12 + 12)

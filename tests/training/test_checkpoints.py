@@ -36,9 +36,9 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": Hostile(tmp_path / "run by the pickle")}, tmp_path / "hostile.ckpt")
     with pytest.raises(RunError, match=r"no intact checkpoint"):
         read_checkpoint(tmp_path / "hostile.ckpt")
-    newer = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "lit_mnist_format": 2}
+    newer = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "lit_mnist_format": 3}
     torch.save(newer, tmp_path / "newer.ckpt")
-    with pytest.raises(RunError, match=r"has the format 2, and this version reads up to 1"):
+    with pytest.raises(RunError, match=r"has the format 3, and this version reads 2; install a newer"):
         read_checkpoint(tmp_path / "newer.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(RunError, match=r"no checkpoint of lit_mnist"):

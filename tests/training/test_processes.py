@@ -26,7 +26,7 @@ from lit_mnist.data import datamodule, mnist
 SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
 SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_decay", "0.9", "--data.batch_size", "87"]
 SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
-EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--model.rotation", "8", "--model.label_smoothing", "0.1"]
+EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
 STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # as srun sets it
 REPOSITORY = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], proce
         assert values == pytest.approx(expected[tag], rel=3e-7), tag
     # every picture of the board and the PR curves, drawn from the answers of all processes
     assert curve(ours).keys() == curve(theirs).keys()
-    for tag in ("val/confusion", "val/most wrong"):
+    for tag in ("answers/confusion matrix", "answers/most confident errors"):
         assert curve(ours)[tag] == curve(theirs)[tag]
     weights, expected_weights = state(ours), state(theirs)
     for name, tensor in expected_weights["state_dict"].items():
@@ -139,7 +139,7 @@ def test_resume_is_exact(run: Run, tmp_path: Path, processes: int, rank: int, st
         if number != rank:
             assert "another process of this run was lost" in outcome.err
             assert (
-                "to go on: python -m lit_mnist fit --ckpt_path lightning_logs/version_0/checkpoints/last" in outcome.err
+                "to resume: python -m lit_mnist fit --ckpt_path lightning_logs/version_0/checkpoints/last" in outcome.err
             )
     if rank:  # the first could say so
         assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["state"] == "interrupted"
@@ -178,7 +178,7 @@ def test_a_signal_to_one_stops_all(run: Run, tmp_path: Path) -> None:
     shutil.move("lightning_logs/version_0", uninterrupted)
     first, second = run(2, "fit", *flags, death=Death(1, 6, signal.SIGTERM))
     assert first.status == second.status == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; to go on: python -m lit_mnist fit --ckpt_path lightning_logs" in first.err
+    assert "stopped by SIGTERM; to resume: python -m lit_mnist fit --ckpt_path lightning_logs" in first.err
     assert second.err == ""
     assert {outcome.status for outcome in run(2, "fit", "--ckpt_path", "last")} == {0}
     assert_same(state(Path("lightning_logs/version_0")), state(uninterrupted))

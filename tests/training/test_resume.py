@@ -410,13 +410,14 @@ def test_a_spoilt_last_checkpoint_names_an_intact_one(command: Command, capsys: 
     assert error.count("\n") == 1
 
 
-def test_hostile_files_of_a_run_are_not_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_files_of_a_run_are_not_run(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(*SETTINGS) == 0
     marker = tmp_path / "imported"
     (tmp_path / "work" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Logger: pass\n")
     monkeypatch.syspath_prepend(tmp_path / "work")
     run = Path("lightning_logs/version_0")
-    (run / "config.yaml").write_text("trainer:\n  logger: evil.Logger\n  callbacks: !!python/object/apply:evil.f []\n")
     (last,) = run.glob("checkpoints/last-*")
     loaded = torch.load(last, weights_only=True)
     loaded["settings"]["trainer.logger"] = loaded["settings"]["trainer.strategy"] = "evil.Logger"
@@ -428,6 +429,11 @@ def test_hostile_files_of_a_run_are_not_run(command: Command, tmp_path: Path, mo
     loaded["datamodule_hyper_parameters"]["_class_path"] = "evil.Logger"
     torch.save(loaded, last)
     assert command("--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    assert not marker.exists()
+    # a run's own config.yaml may name classes, as any that is given with --config, and nothing beyond that
+    (run / "config.yaml").write_text("trainer:\n  callbacks: !!python/object/apply:evil.f []\n")
+    assert command("--ckpt_path", "last", "--trainer.max_epochs", "4") == 2
+    assert "config.yaml: the run's settings cannot be read (could not determine a" in capsys.readouterr().err
     assert not marker.exists()
 
 
