@@ -19,6 +19,9 @@ from lit_mnist.commands.main import main
 RUN = Path("lightning_logs/version_0")
 Command = Callable[..., int]
 
+TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
+TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
+
 
 def events(run: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
@@ -49,15 +52,13 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
         "filters/first layer": [6, 13],
     }
     # the very pixels that the first step of the second epoch saw
-    data = MNISTDataModule(str(tiny_root), batch_size=50, val_size=50)
+    data = MNISTDataModule(str(tiny_root), batch_size=50, val_size=50, shift=2)
     data.setup("fit")
     batches = data.train_dataloader()
     batches.sampler.set_epoch(1)
-    images, _ = next(iter(batches))
-    model = LitMNIST(shift=2)
-    model.trainer = type("Trainer", (), {"current_epoch": 1, "world_size": 1})()
-    expected = board.grid(model.augment(images, 0)[:32], columns=8, zoom=2)
-    assert np.array_equal(picture(run, "train/images")[..., 0], expected.numpy())
+    images, _ = data.augment(*next(iter(batches)))
+    expected = board.grid(images[:32], columns=8, zoom=2)
+    assert np.array_equal(picture(run, "train/images"), expected.permute(1, 2, 0).numpy())
 
     board = {tag: [event.step for event in run.Scalars(tag)] for tag in run.Tags()["scalars"]}
     assert board["norm/gradients"] == board["norm/weights"] == board["train/loss_step"] == [1, 3, 5, 7, 9, 11, 13]
@@ -84,11 +85,13 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     )
     settings = start.session_start_info.hparams
     assert settings["lr"].number_value == 0.05
-    assert settings["max_epochs"].number_value == 2
+    assert list(settings)[:4] == ["recipe", "lr", "layers", "seed"]
+    assert settings["max_epochs"].number_value == 2  # not as it is by default
+    assert not {"dropout", "momentum", "accumulate_grad_batches"} & settings.keys()
     assert settings["layers"].string_value == "4x5/2 8/2"
     experiment = plugin_data_pb2.HParamsPluginData.FromString(run.PluginTagToContent("hparams")["_hparams_/experiment"])
     columns = {info.name.tag for info in experiment.experiment.metric_infos}
-    assert columns == set(tensorboard.HPARAM_METRICS) <= board.keys()
+    assert columns == set(board.HPARAM_METRICS) <= board.keys()
     assert "hp_metric" not in board
 
     embedding = RUN / "00014" / "test"
@@ -130,9 +133,9 @@ def test_the_training_does_not_depend_on_the_board(command: Command) -> None:
 def test_grid() -> None:
     images = torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2)
     pixels = board.grid(images, columns=2)
-    assert pixels.shape == (12, 12)
-    assert [int(pixels[y, x]) for y, x in ((0, 0), (1, 7), (6, 0), (6, 6), (2, 0))] == [0, 1, 2, 255, 255]
-    assert board.grid(images, columns=2, zoom=3).shape == (20, 20)
+    assert pixels.shape == (3, 16, 16)
+    assert [int(pixels[0, y, x]) for y, x in ((4, 4), (5, 11), (10, 4), (0, 0), (6, 4))] == [0, 1, 2, 255, 255]
+    assert board.grid(images, columns=2, zoom=3).shape == (3, 24, 24)
 
 
 def test_confusion_and_wrong_digits() -> None:
@@ -141,7 +144,7 @@ def test_confusion_and_wrong_digits() -> None:
     cell = 44
 
     def colour(truth: int, answer: int) -> list[int]:
-        pixel = tensorboard.confusion(counts, cell)[30 + cell * (truth + 1) + 2, 30 + cell * (answer + 1) + 2]
+        pixel = board.confusion(counts, cell)[30 + cell * (truth + 1) + 2, 30 + cell * (answer + 1) + 2]
         return [int(value) for value in pixel]
 
     assert colour(3, 3)[2] == 255 > colour(3, 3)[0]  # right: blue
@@ -152,10 +155,10 @@ def test_confusion_and_wrong_digits() -> None:
     targets = torch.tensor([0, 1, 2, 3])
     probabilities = torch.zeros(4, 10)
     probabilities[0, 0], probabilities[1, 7], probabilities[2, 7], probabilities[3, 3] = 0.9, 0.6, 0.8, 0.9
-    drawn = tensorboard.wrong_digits(images, probabilities, targets)
+    drawn = board.wrong_digits(images, probabilities, targets)
     # two are wrong; the surest one first
     assert [int(drawn[20, x, 0]) for x in (20, 140, 260)] == [30, 20, 255]
-    assert tensorboard.wrong_digits(images[:1], probabilities[:1], targets[:1]).shape[0] > 0
+    assert board.wrong_digits(images[:1], probabilities[:1], targets[:1]).shape[0] > 0
 
 
 TEXT = """

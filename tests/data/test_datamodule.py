@@ -73,3 +73,26 @@ def test_real_mnist_split(real_root: Path) -> None:
     assert len(datamodule.sets["train"][1]) == 55_000
     # 5,000 in the proportions of the 60,000
     assert torch.bincount(datamodule.sets["val"][1]).tolist() == [494, 562, 496, 511, 487, 452, 493, 522, 487, 496]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_step(tiny_root: Path) -> None:
+    def augmented(seed: int, epoch: int, step: int, rank: int = 0, processes: int = 1) -> torch.Tensor:
+        data = ready(tiny_root, "fit", batch_size=16, val_size=0, seed=seed, shift=2)
+        batches = data.train_dataloader()
+        batches.rank, batches.processes = rank, processes
+        batches.sampler.set_epoch(epoch)
+        iterator = iter(batches)
+        for _ in range(step):
+            next(iterator)
+        torch.rand(3)
+        images, _ = next(iterator)
+        return data.augment(images, torch.zeros(len(images)))[0] - images
+
+    first = augmented(5, 3, 7)
+    assert torch.equal(augmented(5, 3, 7), first)
+    for other in (augmented(5, 3, 8), augmented(6, 3, 7), augmented(5, 4, 7)):
+        assert not torch.equal(other, first)
+    assert torch.equal(torch.cat([augmented(5, 3, 7, rank, 3) for rank in range(3)]), first)
+    data = ready(tiny_root, "fit", val_size=0, shift=0)
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    assert data.augment(images, torch.zeros(2))[0] is images
