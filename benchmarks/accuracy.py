@@ -7,7 +7,7 @@
 Trains with `python -m lit_mnist fit` for the seeds 1..n, and scores the validation images that it held out; with
 `--test` also the test set, by the best checkpoint, or the last where nothing is held out. What is not known here are
 flags for `fit`. Each run is appended to results/accuracy.jsonl as it ends, with its conditions; a benchmark that was
-interrupted goes on behind the runs that are there, which it knows by all their settings.
+interrupted resumes after the runs that are there, which it knows by all their settings.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lit_mnist.commands.settings import TRAINER_SETTINGS
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 DECIDING = TRAINER_SETTINGS - {"sync_batchnorm"}  # which is nothing to one process
+MOVED = ("rotation", "shift", "scale")  # which were the model's when the first records were made
 LATER = {"network": "digitnet", "name": "mnist"}.items()  # what older records, without these settings, mean
 
 
@@ -44,7 +45,7 @@ def settings_of(flags: list[str]) -> str:
         raise SystemExit(status)
     config = yaml.safe_load(printed.getvalue())
     deciding = {
-        "model": dict(config["model"].items() - LATER),
+        "model": dict(config["model"].items() - LATER) | {name: config["data"][name] for name in MOVED},
         "data": {name: config["data"][name] for name in ("batch_size", "val_size", "split_seed", "name")},
         "trainer": {name: config["trainer"][name] for name in sorted(DECIDING & config["trainer"].keys())},
     }

@@ -5,8 +5,8 @@
 
 Each trial starts `python -m lit_mnist fit` on real MNIST with a shortened recipe, kills it at a random (seeded) moment
 of its training, or now and then of its start, resumes it with `--ckpt_path last`, kills it again up to three times, and
-then lets it end. A kill counts where it left a checkpoint to go on with; one before the first checkpoint means a start
-from scratch, and has a column of its own. Every tensor of its last checkpoint (weights, averaged weights, optimizer,
+then lets it end. A kill counts where it left a checkpoint to resume; one before the first checkpoint means a start from
+scratch, and has a column of its own. Every tensor of its last checkpoint (weights, averaged weights, optimizer,
 random state, best score) and every scalar of its curve but the timings is compared with the uninterrupted run's. Prints
 a table, appends a line a trial to results/kill.jsonl, and ends with status 1 where anything differed.
 """
@@ -99,9 +99,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple
     paths = sorted((run / "checkpoints").iterdir())
     all_tensors: dict[str, torch.Tensor] = {}
     for path in paths:
-        checkpoint = torch.load(path, weights_only=True)
-        kept = {key: value for key, value in checkpoint.items() if key not in ("hyper_parameters", "events")}
-        all_tensors |= tensors(kept, path.name)
+        all_tensors |= tensors(torch.load(path, weights_only=True), path.name)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     curve = {
@@ -123,7 +121,7 @@ def trial(recipe: str, number: int, flags: list[str], expected: Any, seconds: fl
                 next_flags = ["--ckpt_path", "last", *flags[-2:]]  # the data's folder
                 kills += killed
             else:
-                # killed before there was anything to go on with: a newcomer would start again
+                # killed before there was anything to resume: a newcomer would start again
                 start_kills += killed
                 shutil.rmtree(folder / "lightning_logs", ignore_errors=True)
             if not killed:

@@ -22,8 +22,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from lit_mnist import LitMNIST
-from lit_mnist.training.checkpoints import read_checkpoint
 from lit_mnist.data import images, mnist
+from lit_mnist.training.checkpoints import read_checkpoint
 from lit_mnist.training.results import conditions
 
 RESULTS = Path(__file__).parent / "results" / "pictures.jsonl"

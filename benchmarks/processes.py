@@ -135,7 +135,6 @@ def scores(root: str, options: argparse.Namespace) -> Any:
     rows = [
         (
             entry["test"]["processes"],
-            entry["test"]["images"],
             f"{100 * entry['test']['test/accuracy']:.2f}",
             f"{entry['test']['test/loss']:.9f}",
             entry["validated"].partition(": ")[2],
@@ -143,7 +142,7 @@ def scores(root: str, options: argparse.Namespace) -> Any:
         )
         for entry in record
     ]
-    head = ("processes", "test images", "accuracy, %", "loss", "validation", "the same 10,000 digits predicted")
+    head = ("processes", "accuracy, %", "loss", "validation", "the same 10,000 digits predicted")
     table(head, *rows)
     return [{**entry["test"], "validated": entry["validated"]} for entry in record]
 

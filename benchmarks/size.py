@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.commands.main import main as lit_mnist
 from lit_mnist.data import mnist
+from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import seeded_generator
 from lit_mnist.training.results import conditions
 

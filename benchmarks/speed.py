@@ -1,11 +1,11 @@
-"""What the time goes into: against the yardstick's own loop, a bare loop, the bare imports and the processor's peak.
+"""What the time goes into: against the baseline's own loop, a bare loop, the bare imports and the processor's peak.
 
     python benchmarks/speed.py                       # all eight, on a quiet machine
     python benchmarks/speed.py target --rounds 20    # one of them
 
 target    seconds of training with configs/fast.yaml to its last epoch, and its test accuracy, against the
-          yardstick's 20 epochs by a loop as its author would have written it: DataLoader, ToTensor and Normalize,
-          plain PyTorch. Each round is one epoch of the yardstick, with its scoring of the test set, and one whole run
+          baseline's 20 epochs by a loop as its author would have written it: DataLoader, ToTensor and Normalize,
+          plain PyTorch. Each round is one epoch of the baseline, with its scoring of the test set, and one whole run
           of ours.
 epochs    seconds of an epoch of each recipe.
 overhead  training by `fit`, with its metrics, scalars and checkpoints, over a bare loop with the same network, batches,
@@ -45,18 +45,18 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-from lit_mnist import LitMNIST
+from lit_mnist import LitMNIST, MNISTDataModule
+from lit_mnist.board import TrainingBoard, ValidationBoard
 from lit_mnist.commands.main import main as lit_mnist
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD
 from lit_mnist.training.results import conditions
-from lit_mnist.board import Board
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 QUIET = ["--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
-YARDSTICK_EPOCHS = 20
+BASELINE_EPOCHS = 20
 
 
 def row(name: str, values: list[float], form: str = ".2f") -> None:
@@ -68,7 +68,7 @@ def table(title: str) -> None:
     print(f"\n{title:<44}{'median':>12}{'lowest':>12}{'highest':>12}")
 
 
-class Yardstick(nn.Module):
+class Baseline(nn.Module):
     """The course solution's design in plain PyTorch: 15,610 parameters, as configs/seed.yaml."""
 
     def __init__(self) -> None:
@@ -88,13 +88,13 @@ class Yardstick(nn.Module):
         return F.log_softmax(self.features(images).flatten(1), dim=1)
 
 
-def yardstick_epochs(root: str) -> Iterator[tuple[float, float]]:
+def baseline_epochs(root: str) -> Iterator[tuple[float, float]]:
     """Train as the course solution does; after each epoch give its seconds, scoring included, and its test accuracy."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     train_loader = DataLoader(datasets.MNIST(root, transform=transform), 64, shuffle=True)
     test_loader = DataLoader(datasets.MNIST(root, train=False, transform=transform), 64)
     torch.manual_seed(1)
-    model = Yardstick()
+    model = Baseline()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     while True:
         started = perf_counter()
@@ -117,19 +117,19 @@ def yardstick_epochs(root: str) -> Iterator[tuple[float, float]]:
 def target(root: str, rounds: int) -> dict[str, Any]:
     flags = ["--config", str(REPOSITORY / "configs" / "fast.yaml"), "--trainer.accelerator", "cpu"]
     theirs, ours = [], []
-    for seed, (epoch, accuracy) in zip(range(1, rounds + 1), yardstick_epochs(root), strict=False):
+    for seed, (epoch, accuracy) in zip(range(1, rounds + 1), baseline_epochs(root), strict=False):
         theirs.append({"epoch_seconds": epoch, "test_accuracy": accuracy})
         result = accuracy_run(flags, seed, True, root)
         ours.append({"train_seconds": result["fit"]["train_seconds"], **result["test"]})
     seconds, epoch_seconds = [r["train_seconds"] for r in ours], [r["epoch_seconds"] for r in theirs]
-    ratios = [YARDSTICK_EPOCHS * b / a for a, b in zip(seconds, epoch_seconds, strict=True)]
+    ratios = [BASELINE_EPOCHS * b / a for a, b in zip(seconds, epoch_seconds, strict=True)]
     table(f"to the target, {rounds} rounds")
     row("fast.yaml, seconds of training", seconds)
     row("fast.yaml, test accuracy %", [100 * r["test/accuracy"] for r in ours])
-    row("the yardstick, seconds an epoch", epoch_seconds)
-    row(f"{YARDSTICK_EPOCHS} epochs of it / ours, within a round", ratios, ".1f")
+    row("the baseline, seconds an epoch", epoch_seconds)
+    row(f"{BASELINE_EPOCHS} epochs of it / ours, within a round", ratios, ".1f")
     print(f"mean test accuracy of ours: {100 * statistics.mean(r['test/accuracy'] for r in ours):.2f} %")
-    return {"ours": ours, "yardstick": theirs, "median_ratio": statistics.median(ratios)}
+    return {"ours": ours, "baseline": theirs, "median_ratio": statistics.median(ratios)}
 
 
 @contextmanager
@@ -138,10 +138,23 @@ def folder_of_runs() -> Iterator[list[str]]:
         yield ["--trainer.default_root_dir", folder]
 
 
-def bare_steps(model: LitMNIST, batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> Iterator[float]:
+def bare_data(root: str, **augmentation: float) -> MNISTDataModule:
+    """The default's data without a Trainer, with its own augmentation or another."""
+    data = MNISTDataModule(root, val_size=0, **augmentation)  # type: ignore[arg-type]  # of other arguments
+    data.setup("fit")
+    data.train_dataloader()  # which `train_batches` is then
+    return data
+
+
+def bare_steps(
+    model: LitMNIST, data: MNISTDataModule, batches: Iterator[tuple[Tensor, Tensor]], steps: int
+) -> Iterator[float]:
     """Train without Lightning: the same network, batches, augmentation, optimizer, schedule and averaged weights.
 
     Gives the seconds of each step, its batch included.
+
+    Args:
+        batches: an iterator over those of `data`.
     """
     hp: Any = model.hparams
     weights = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
@@ -152,11 +165,11 @@ def bare_steps(model: LitMNIST, batches: Iterator[tuple[Tensor, Tensor]], steps:
     if hp.ema_decay:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema_decay), use_buffers=True)
     model.train()
-    for step in range(steps):
+    for _ in range(steps):
         with torch.enable_grad():
             started = perf_counter()
-            images, targets = next(batches)
-            loss = F.cross_entropy(model.network(model.augment(images, step)), targets)
+            images, targets = data.augment(*next(batches))
+            loss = F.cross_entropy(model.network(images), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -172,14 +185,14 @@ def overhead(root: str, rounds: int, steps: int = 250) -> dict[str, Any]:
     flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps), *QUIET]
     flags += ["--data.val_size", "0", "--board.every_n_epochs", "0"]  # the board has a measure of its own
     original = TensorBatches.__iter__
-    bare_batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
+    data = bare_data(root)
     recipes = {"the default": LitMNIST().hparams["ema_decay"], "without averaged weights": 0.0}
     seconds: dict[str, dict[str, list[float]]] = {name: {"fit": [], "bare": []} for name in recipes}
     for number in range(rounds + 1):
         for name, decay in recipes.items():
             theirs: list[float] = []
             ours: list[float] = []
-            loop = bare_steps(LitMNIST(ema_decay=decay), original(bare_batches), steps + 2)
+            loop = bare_steps(LitMNIST(ema_decay=decay), data, original(data.train_batches), steps + 2)
 
             def in_turns(
                 self: TensorBatches, loop: Any = loop, ours: Any = ours, theirs: Any = theirs
@@ -227,13 +240,12 @@ def stopwatch(function: Callable[..., Any], spent: list[float]) -> Callable[...,
 
 
 def augment(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
-    batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
     shares, milliseconds = [], []
     for number in range(rounds + 1):
-        model = LitMNIST(rotation=8.0, shift=1.5, scale=0.08)
+        data = bare_data(root, rotation=8.0, shift=1.5, scale=0.08)
         spent: list[float] = []
-        model.augment = stopwatch(model.augment, spent)  # type: ignore[method-assign]
-        whole = sum(bare_steps(model, iter(batches), steps))
+        data.augment = stopwatch(data.augment, spent)  # type: ignore[method-assign]
+        whole = sum(bare_steps(LitMNIST(), data, iter(data.train_batches), steps))
         if number:
             shares.append(100 * sum(spent) / whole)
             milliseconds.append(1000 * sum(spent) / steps)
@@ -261,12 +273,13 @@ def epochs(root: str, rounds: int) -> dict[str, Any]:
 
 
 def board(root: str, rounds: int) -> dict[str, Any]:
-    """The time within the callback's hooks: two runs, with and without, differ more by chance."""
+    """The time within the callbacks' hooks: two runs, with and without, differ more by chance."""
     spent: list[float] = []
-    originals = {name: hook for name, hook in vars(Board).items() if name.startswith("on_")}
+    parts = (TrainingBoard, ValidationBoard)
+    originals = [(part, name, hook) for part in parts for name, hook in vars(part).items() if name.startswith("on_")]
     inside, whole = [], []
-    for name, hook in originals.items():
-        setattr(Board, name, stopwatch(hook, spent))
+    for part, name, hook in originals:
+        setattr(part, name, stopwatch(hook, spent))
     try:
         for _ in range(rounds):
             spent.clear()
@@ -276,8 +289,8 @@ def board(root: str, rounds: int) -> dict[str, Any]:
                 whole.append(perf_counter() - started)
             inside.append(sum(spent))
     finally:
-        for name, hook in originals.items():
-            setattr(Board, name, hook)
+        for part, name, hook in originals:
+            setattr(part, name, hook)
     shares = [100 * a / (b - a) for a, b in zip(inside, whole, strict=True)]
     table("the board's cost in a run of the default")
     row("the run, seconds", whole)
@@ -320,17 +333,16 @@ def timed(command: list[str]) -> float:
 
 
 def peak(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
-    model = LitMNIST()
-    batches = TensorBatches(*mnist.load(root, train=True), 128, seed=1)
-    images, targets = next(iter(batches))
+    data = bare_data(root)
+    images, targets = next(iter(data.train_batches))
     with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(model(images), targets).backward()
+        F.cross_entropy(LitMNIST()(images), targets).backward()
     step_flops = counter.get_total_flops()
     a, b = torch.rand(2, 2048, 2048)
     product_flops = 2 * 2048**3
     training, products = [], []
     for number in track(range(rounds + 1), "measuring"):
-        seconds = sum(bare_steps(LitMNIST(), iter(batches), steps))
+        seconds = sum(bare_steps(LitMNIST(), data, iter(data.train_batches), steps))
         fastest = min(repeat(lambda: a @ b, 5))
         if number:
             training.append(step_flops * steps / seconds / 1e9)

@@ -60,8 +60,8 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     expected = board.grid(images[:32], columns=8, zoom=2)
     assert np.array_equal(picture(run, "train/images"), expected.permute(1, 2, 0).numpy())
 
-    board = {tag: [event.step for event in run.Scalars(tag)] for tag in run.Tags()["scalars"]}
-    assert board["norm/gradients"] == board["norm/weights"] == board["train/loss_step"] == [1, 3, 5, 7, 9, 11, 13]
+    scalars = {tag: [event.step for event in run.Scalars(tag)] for tag in run.Tags()["scalars"]}
+    assert scalars["norm/gradients"] == scalars["norm/weights"] == scalars["train/loss_step"] == [1, 3, 5, 7, 9, 11, 13]
     assert all(event.value > 0 for event in run.Scalars("norm/gradients"))
     accuracy = [run.Scalars(f"val_class_accuracy/{digit}")[-1].value for digit in range(10)]
     assert np.mean(accuracy) == pytest.approx(run.Scalars("val/accuracy")[-1].value, abs=1e-6)  # 5 images of each
@@ -91,8 +91,8 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     assert settings["layers"].string_value == "4x5/2 8/2"
     experiment = plugin_data_pb2.HParamsPluginData.FromString(run.PluginTagToContent("hparams")["_hparams_/experiment"])
     columns = {info.name.tag for info in experiment.experiment.metric_infos}
-    assert columns == set(board.HPARAM_METRICS) <= board.keys()
-    assert "hp_metric" not in board
+    assert columns == set(board.HPARAM_METRICS) <= scalars.keys()
+    assert "hp_metric" not in scalars
 
     embedding = RUN / "00014" / "test"
     assert len((embedding / "metadata.tsv").read_text().split()) == 100
@@ -238,7 +238,7 @@ def test_in_a_browser(run: EventAccumulator, address: str, tmp_path: Path) -> No
         shows("timeseries", "by_epoch/train", "/accuracy", "version_0", "Pinned")
         counts("return document.querySelectorAll('card-view').length", 2)
         shows("custom_scalars", "by step", "train/loss (", "val/loss (", "by epoch", "each digit")
-        shows("images", "filters/first layer", "train/images", "step 13")
+        shows("images", "answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13")
         counts(LOADED_IMAGES, 2)
         shows("hparams", "Trial ID", "version_0", "batch_size", "50.000", "val/accuracy", accuracy)
     finally:

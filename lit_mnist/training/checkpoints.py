@@ -24,7 +24,7 @@ from torch import Tensor
 from .console import PROGRAM, shortened
 from .processes import every
 from .runs import RunError, find_checkpoint, replaced, versions
-from .state import ENTRIES, StateError, check_entries, not_restorable
+from .state import ENTRIES, StateError, check_entries, fill, not_restorable
 
 if TYPE_CHECKING:
     from .run import Run
@@ -47,9 +47,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises a dozen types for a file that is none of its own
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "datamodule_hyper_parameters"} <= checkpoint.keys():
+    # a Trainer without this package writes no format
+    known = isinstance(checkpoint, dict) and {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys()
+    if not known or "state_dict" not in checkpoint:
         raise RunError(f"--ckpt_path {path}: that file is no checkpoint of {PROGRAM}")
-    version = checkpoint.get(FORMAT_ENTRY, FORMAT)  # a Trainer without this package writes none
+    version = checkpoint.get(FORMAT_ENTRY, FORMAT)
+    fill({"hyper_parameters": {}, "datamodule_hyper_parameters": {}}, checkpoint)  # of those that have saved none
     if type(version) is not int or not OLDEST_FORMAT <= version <= FORMAT:
         newer = type(version) is int and version > FORMAT
         raise RunError(

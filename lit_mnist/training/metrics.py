@@ -22,6 +22,13 @@ def counted(module: LightningModule) -> dict[str, Metric]:
     return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
 
 
+def metric_states(trainer: Trainer, module: LightningModule) -> dict[str, dict[str, Any]]:
+    """Of all metrics of a module; nothing of those that Lightning resets at the end of the validation at hand."""
+    logged = trainer.fit_loop.epoch_loop.val_loop._results.values() if trainer.validating else ()
+    done = {id(entry.value) for entry in logged if not entry.is_tensor}
+    return {name: {} if id(metric) in done else metric_state(metric) for name, metric in counted(module).items()}
+
+
 def metric_state(metric: Metric) -> dict[str, Any]:
     """Its states, its counters (private numbers, such as of updates), and tensors that it keeps beside its states."""
     state: dict[str, Any] = {name: on_cpu(value) for name, value in metric.metric_state.items()}
@@ -86,6 +93,17 @@ def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
         for entry in trainer.fit_loop.epoch_loop._results.values()
         if entry.meta.on_epoch and not entry.has_reset
     ]
+
+
+def pending(trainer: Trainer) -> dict[str, float]:
+    """What Lightning 2.6 logs of a step only after the callbacks: a checkpoint that they save lies before it."""
+    loop, interval = trainer.fit_loop.epoch_loop, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    step = loop._batches_that_stepped
+    if not trainer.training or not interval or (step + 1) % interval:
+        return {}
+    values = loop._results.metrics(on_step=True)["log"]
+    scalars: dict[str, float] = {name: value.item() for name, value in values.items() if value.numel() == 1}
+    return {"step": step, "epoch": trainer.current_epoch, **scalars} if scalars else {}  # `step` may be logged, too
 
 
 def restore_logged(trainer: Trainer, module: LightningModule, parts: list[Any]) -> None:

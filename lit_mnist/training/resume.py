@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoints import FORMAT, FORMAT_ENTRY
 from .loggers import curves, open_loggers
-from .metrics import counted, logged_as_ever, logged_state, metric_state, restore_logged, restore_metric
+from .metrics import counted, logged_as_ever, logged_state, metric_states, pending, restore_logged, restore_metric
 from .processes import ExactDDP, every, smallest_part
 from .results import conditions
 from .runs import RunError, replaced
@@ -64,6 +64,10 @@ class RunStart(Callback):
             if trainer.is_global_zero and self.run.folder:
                 self.run.folder.mkdir(parents=True, exist_ok=True)
             open_loggers(trainer, loaded, self.written, self.run.origin, self.run.continues)
+            if metrics := dict(loaded.get("pending", {})):
+                step = int(metrics.pop("step", 0))
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, step)
             if trainer.is_global_zero and self.run.folder and self.config:
                 with replaced(self.run.folder / "config.yaml") as partial:
                     partial.write_text(self.config)
@@ -139,10 +143,11 @@ class ExactResume(Callback):
         }
         own = {
             "random": random_state(pl_module.device),
-            "metrics": {name: metric_state(metric) for name, metric in counted(pl_module).items()},
+            "metrics": metric_states(trainer, pl_module),
             "logged": logged_state(trainer),
         }
         checkpoint["processes"] = every(own)
+        checkpoint["pending"] = pending(trainer)
         if trainer.is_global_zero:
             checkpoint["curves"] = curves(trainer.loggers)
             checkpoint["loggers"] = [logger.version for logger in trainer.loggers]
@@ -175,6 +180,8 @@ class ExactResume(Callback):
             return
         loaded, rank = self.run.loaded, trainer.global_rank
         changed = apply_settings(trainer, loaded.get("asked"), self._fresh)
+        for name, value in mapping(loaded.get("pending", {}), "pending").items():
+            check(0.0, value if value == value else 0.0, f"pending/{name}")
         latest = mapping(loaded.get("latest", {}), "latest")
         for name, value in latest.items():
             check(torch.tensor(0.0), value.float() if isinstance(value, torch.Tensor) else value, f"latest/{name}")
@@ -185,7 +192,7 @@ class ExactResume(Callback):
         own = [parts[rank]] if len(parts) == trainer.world_size else everything
         for name, metric in counted(pl_module).items():
             states = [mapping(part["metrics"].get(name), f"metrics/{name}") for part in own]
-            restore_metric(metric, states, f"metrics/{name}")
+            restore_metric(metric, list(filter(None, states)), f"metrics/{name}")
         restore_logged(trainer, pl_module, [part["logged"] for part in own])
         if loaded.get("stopped") is True and not changed and loaded.get("settings") == self.settings:
             trainer.should_stop = True  # a callback had ended this run

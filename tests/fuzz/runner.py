@@ -31,10 +31,10 @@ from pytorch_lightning.strategies.launchers import multiprocessing as spawning
 from pytorch_lightning.strategies.launchers import subprocess_script
 
 from lit_mnist.commands import export
-from lit_mnist.training import console, results
 from lit_mnist.commands.main import main
 from lit_mnist.data import datamodule, mnist, sources
 from lit_mnist.module import LitMNIST
+from lit_mnist.training import results
 
 from . import sandbox
 from .cases import Case, Result
@@ -127,7 +127,7 @@ def in_child(function: Callable[[], int], args: list[str], folder: Path, limit: 
             signal.alarm(int(limit) + 10)  # where the fuzzer itself was killed, nobody else ends it
             _prepare(args, folder, mode, [end for _, end in pipes])
             _finish(function)
-        finally:  # nothing of the fuzzer goes on in here
+        finally:  # nothing of the fuzzer runs on in here
             os._exit(1)
     texts = [bytearray(), bytearray()]
     for reading, writing in pipes:
@@ -176,7 +176,7 @@ def _prepare(args: list[str], folder: Path, mode: str, ends: list[int]) -> None:
     datamodule.EVALUATION_BATCH_SIZE = 10
     sources.mirrors = lambda folder: []
     sources._pip_download = _no_network
-    for module in (report, export):
+    for module in (results, export):
         vars(module)["commit"] = lambda: None  # git would lock the developer's index
     vars(subprocess_script)["_basic_subprocess_cmd"] = vars(spawning)["_check_missing_main_guard"] = _launched
 

@@ -1,0 +1,150 @@
+"""Another project with lit_mnist's training/ in it, under the name `machinery`: its own module, metrics, data, loggers.
+
+Nothing here is of lit_mnist. tests/training/test_lifted.py copies both to a folder and kills it there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machinery.checkpoints import BestCheckpoint, LastCheckpoint, read_checkpoint
+from machinery.processes import ExactDDP
+from machinery.run import Run, callbacks, place_logger, plugins, run_logger
+from machinery.runs import newest
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import EarlyStopping
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, MinMaxMetric, SpearmanCorrCoef
+from torchmetrics.wrappers import Running
+
+STEPS = 7  # an epoch
+
+
+class Regression(LightningModule):
+    """Logs in each way that Lightning has, draws from each generator that there is, and reduces its rate on a plateau."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 1))
+        self.mse = MeanSquaredError()
+        self.rank = SpearmanCorrCoef()  # keeps all that it has seen
+        self.recent = Running(MeanSquaredError(), window=3)
+        self.range = MinMaxMetric(MeanSquaredError())
+        self.val_mse = MeanSquaredError()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        noise = 0.01 * (np.random.rand() + random.random())  # noqa: NPY002
+        answers = self.layers(batch["inputs"] + noise)[:, 0]
+        loss = nn.functional.mse_loss(answers, batch["values"])
+        for metric in (self.mse, self.rank, self.recent, self.range):
+            metric.update(answers.detach(), batch["values"])
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+        self.log("mse", self.mse, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict({"rank": self.rank.compute(), "recent": self.recent.compute(), "least": self.range.compute()["min"]})
+        for metric in (self.rank, self.recent, self.range):
+            metric.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.val_mse(self.layers(batch["inputs"])[:, 0], batch["values"])
+        self.log("val/mse", self.val_mse)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/mse"}}
+
+
+class Shuffled:
+    """A loader with a state of its own: a generator that goes on from epoch to epoch, and how far it has come."""
+
+    def __init__(self, samples: list[dict[str, Tensor]], batch_size: int, shuffle: bool) -> None:
+        self.samples, self.batch_size = samples, batch_size
+        self.generator = torch.Generator().manual_seed(3) if shuffle else None
+        self.begun, self.done, self.resumed = torch.zeros(0, dtype=torch.uint8), 0, False
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = torch.arange(len(self.samples))
+        if self.generator:
+            if self.resumed:
+                self.generator.set_state(self.begun)
+            self.begun = self.generator.get_state()
+            order = torch.randperm(len(self.samples), generator=self.generator)
+        if not self.resumed:
+            self.done = 0
+        self.resumed = False
+        while self.done < len(self):
+            self.done += 1
+            chosen = [self.samples[i] for i in order[(self.done - 1) * self.batch_size : self.done * self.batch_size]]
+            yield {key: torch.stack([sample[key] for sample in chosen]) for key in chosen[0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        now = self.generator.get_state() if self.generator else self.begun
+        return {"begun": self.begun, "done": self.done, "now": now}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begun, self.done = state["begun"], state["done"]
+        self.resumed = 0 < self.done < len(self)
+        if self.generator:
+            self.generator.set_state(state["now"])
+
+
+class Numbers(LightningDataModule):
+    def setup(self, stage: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(8 * STEPS, 3, generator=generator)
+        values = inputs[:, 0] - inputs[:, 1] * inputs[:, 2]
+        self.samples = [{"inputs": x, "values": y} for x, y in zip(inputs, values, strict=True)]
+
+    def train_dataloader(self) -> Shuffled:
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        own = self.samples[rank::processes]
+        return Shuffled(own, 8 // processes, shuffle=True)
+
+    def val_dataloader(self) -> Shuffled:
+        return Shuffled(self.samples[:20], 10, shuffle=False)
+
+
+def fit(folder: str, devices: int = 1) -> None:
+    """Train in the folder, from its newest checkpoint on where there is one."""
+    runs = Path(folder)
+    seed_everything(5)
+    checkpoint = newest(runs / "version_0")
+    run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run.new(runs)
+    table: Any = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": folder, "name": ""}}
+    table["init_args"]["version"] = None
+    place_logger(run, table, 1, runs)
+    module, _, name = table["class_path"].rpartition(".")
+    own = getattr(__import__(module, fromlist=[name]), name)(**table["init_args"])
+    last = LastCheckpoint(every_n_steps=1)
+    last.monitor = "val/mse"
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=ExactDDP(60, True, start_method="popen") if devices > 1 else "auto",
+        max_epochs=4,
+        log_every_n_steps=2,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            *callbacks(run, last, BestCheckpoint("val/mse", "min", "loss"), config="a: 1\n"),
+            EarlyStopping("val/mse", patience=3),
+        ],
+        plugins=plugins(run),
+        logger=[run_logger(run), own],
+    )
+    with run.held(trainer):
+        trainer.fit(Regression(), datamodule=Numbers(), ckpt_path=checkpoint, weights_only=True)
