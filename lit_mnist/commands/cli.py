@@ -24,7 +24,7 @@ from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
 from lit_mnist.training.checkpoints import CheckpointWriteError, Interrupted, LastCheckpoint
-from lit_mnist.training.console import quiet, shortened
+from lit_mnist.training.console import quiet, shortened, shown
 from lit_mnist.training.processes import environment_kept, launched, lost
 from lit_mnist.training.progress import ProcessLost, TrainingError
 from lit_mnist.training.run import Run
@@ -200,7 +200,7 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
         if reason:
             parts = cli.trainer.callbacks  # type: ignore[attr-defined]
             last = next((part.path for part in parts if isinstance(part, LastCheckpoint)), None)
-            resume = f"; to resume: python -m lit_mnist fit --ckpt_path {last}{flags}" if last else ""
+            resume = f"; to resume: python -m lit_mnist fit --ckpt_path {shown(last)}{flags}" if last else ""
             raise ProcessLost(f"another process of this run was lost ({reason}){resume}") from error
         if cli.settings.checkpoint and restoring(error):
             raise not_restorable(cli.settings.checkpoint, error) from error

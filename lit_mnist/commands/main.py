@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lit_mnist import __version__
-from lit_mnist.training.console import complain, console, number, shortened
+from lit_mnist.training.console import complain, console, number, shortened, shown
 
 COMMANDS = {
     "fit": "train, with validation after each epoch",
@@ -95,8 +95,8 @@ def run_command(args: list[str]) -> int:
         run(args)
     except Interrupted as stop:
         name = signal.Signals(stop.signum).name
-        resume = f"python -m lit_mnist fit --ckpt_path {stop.checkpoint}{stop.flags}"
-        resume = f"; to resume: {resume}" if stop.checkpoint else "; there is no checkpoint yet, start again"
+        resume = f"python -m lit_mnist fit --ckpt_path {shown(stop.checkpoint)}{stop.flags}" if stop.checkpoint else ""
+        resume = f"; to resume: {resume}" if resume else "; there is no checkpoint yet, start again"
         return complain(f"stopped by {name}{resume}", 128 + stop.signum, everywhere=False)
     except KeyboardInterrupt:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)

@@ -96,7 +96,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, config: str) -> di
         parts.append(OneLineBar())
     if command == "fit" and trainer["enable_model_summary"] is not False:
         parts.append(NetworkSummary())
-    if command != "fit" or not run.folder:
+    if command != "fit" or trainer["fast_dev_run"]:
         own["enable_checkpointing"] = trainer["enable_checkpointing"] or False
     if trainer["logger"] in (None, True, []):
         own["logger"] = logger_of(settings, run, made) if trainer["logger"] != [] else False
@@ -111,8 +111,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, config: str) -> di
 
 
 def fit_parts(settings: Settings, run: Run, made: Any, config: str) -> list[Callback]:
-    keeps = run.folder is not None or settings.own["trainer.fast_dev_run"] is False
-    keeps = keeps and made["trainer"]["enable_checkpointing"] is not False
+    keeps = not made["trainer"]["fast_dev_run"] and made["trainer"]["enable_checkpointing"] is not False
     last: LastCheckpoint = made["checkpoint"]
     parts = callbacks(
         run,
@@ -134,7 +133,8 @@ def score_parts(settings: Settings, run: Run) -> list[Callback]:
     if settings.command == "predict":
         assert settings.checkpoint
         return [PredictionWriter(run.folder or settings.checkpoint.parent, settings.checkpoint.stem)]
-    return [EpochLines(), *([Results(run)] if settings.command == "test" else [])]
+    lines = EpochLines()
+    return [lines, Results(run, lines=lines)] if settings.command == "test" else [lines]
 
 
 def logger_of(settings: Settings, run: Run, made: Any) -> RunLogger | bool:

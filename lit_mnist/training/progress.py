@@ -161,7 +161,7 @@ class EpochLines(Callback):
         self.progress = progress
         self.best = best
         self._best_path = ""
-        self._samples = 0
+        self.samples = self._samples = 0  # of the evaluation: of all processes, once it has ended, and of this one
         self._ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,8 +214,8 @@ class EpochLines(Callback):
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _print_evaluation(self, trainer: Trainer, title: str, metrics: Mapping[str, float]) -> None:
-        samples = sum(every(self._samples))
-        say(trainer, f"{title}: {', '.join(words(metrics, samples))}")
+        self.samples = sum(every(self._samples))
+        say(trainer, f"{title}: {', '.join(words(metrics, self.samples))}")
 
 
 def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:

@@ -19,7 +19,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from .checkpoints import BestCheckpoint, Interrupted
 from .console import PROGRAM
 from .processes import lost
-from .progress import Progress, epoch_metrics
+from .progress import EpochLines, Progress, epoch_metrics
 from .runs import read_results, replaced
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Results(Callback):
         recipe: a name for the settings of a new run.
         command: what was typed.
         settings: plain settings by dotted key, beside those of module and data.
+        lines: which counts the samples of a test.
     """
 
     def __init__(
@@ -97,11 +98,13 @@ class Results(Callback):
         recipe: str = "",
         command: str = "",
         settings: Mapping[str, Any] | None = None,
+        lines: EpochLines | None = None,
     ) -> None:
         self.run = run
         self.progress = progress or Progress()
         self.recipe = recipe
         self.commands = [command]
+        self.lines = lines
         self.settings = dict(settings or {})
         self.parent = run.parent or ""
 
@@ -132,8 +135,9 @@ class Results(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.run.folder and trainer.is_global_zero:
             checkpoint = self.run.checkpoint.name if self.run.checkpoint else None
-            test = {**epoch_metrics(trainer), "checkpoint": checkpoint, "processes": trainer.world_size}
-            update_results(self.run.folder, test=test | conditions(pl_module.device))
+            test = {**epoch_metrics(trainer), "samples": self.lines.samples if self.lines else None}
+            test |= {"checkpoint": checkpoint, "processes": trainer.world_size, **conditions(pl_module.device)}
+            update_results(self.run.folder, test=test)
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         if not (trainer.is_global_zero and self.run.folder):

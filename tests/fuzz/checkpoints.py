@@ -36,8 +36,8 @@ STRINGS = (
     "nan",
     "--x",
 )
-NEEDED = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "lit_mnist_format")
-NEEDED_TO_FIT = ("loops", "optimizer_states", "callbacks")
+NEEDED = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "epoch", "global_step")
+NEEDED_TO_FIT = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "settings", "processes")
 MISSING = object()
 
 

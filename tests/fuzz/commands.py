@@ -24,6 +24,7 @@ ODD += ["/dev/null", "/proc/self/mem", "os.system", "torch.nn.Linear", "lit_mnis
 # flag | values that are right | values that are surely wrong | values of which either may be said
 TABLE = """
 model.layers        | 4 '4x5/2 4+' 4d 2x7v/2  | '' x 0 -1 16x2 '4 pool pool pool pool pool' 8+ 99999 16/3 '4,4' | '4\n4'
+model.network       | digitnet                | x '' MLP null 1                  | mlp
 model.dropout       | 0 0.5                   | -0.1 1 1.5 nan inf x [] null     | 1e-320
 model.activation    | silu relu               | x '' gelu RELU 1 null            |
 model.optimizer     | adamw sgd               | x '' adam 1 null                 |
@@ -38,6 +39,7 @@ model.ema_decay     | 0 0.5                   | 1 -1 nan x                      
 data.rotation       | 0 180 10                | -1 181 nan inf x                 | 1e-320
 data.shift          | 0 28                    | -1 29 nan inf x                  |
 data.scale          | 0 0.9                   | -0.1 1 nan x                     |
+data.name           | mnist                   | x '' MNIST null 1                | idx fashion_mnist
 data.root           | data ./data data/       | '' pipe a.yaml nowhere loop folder ../elsewhere/empty | é ../x
 data.batch_size     | 7 40 60000              | 0 -1 60001 x 1.5 nan null 1000000000000000000000 | 1
 data.val_size       | 0 10                    | -1 60 60000 x 1.5                | 59 1
@@ -133,6 +135,15 @@ export           | 2
 RESULTS = ["[" * 100_000, "null", "[]", "\udcff", "{", '{"fit": 1}', '{"fit": {"recipe": 5, "state": null}}']
 RESULTS += ['{"fit": {"parameters": NaN, "train_seconds": 1e999}}', '{"fit": {"epochs": -1, "metrics": [[]]}}']
 RESULTS += ['{"fit": {"state": "\\ud800", "recipe": {"a": [1]}, "epochs": "9"}}']
+CONFIGS = ["", "null", "[]", "trainer", "trainer: [", "trainer: null", "trainer: 1", "\udcff", "a: &a [*a]", "[" * 5000]
+CONFIGS += [f"trainer:\n  {key}: {value}\n" for key in ("callbacks", "logger") for value in ODD if "\n" not in value]
+CONFIGS += [
+    f"trainer:\n  {key}:\n  - class_path: {path}\n    init_args: {given}\n"
+    for key in ("callbacks", "logger")
+    for path in ("os.system", "pytorch_lightning.callbacks.Timer", "nowhere.Nothing", "lit_mnist.board.Board", "[1]")
+    for given in ("{}", "{nothing: 1}", "null", "{duration: x}")
+]
+CURVES = ["", "\n", "\udcff", "epoch", "epoch\n1,2,3\n", "epoch,epoch\n1,2\n", '"', "a,b\n" * 9, "x" * 200_000, "\0"]
 
 
 def draw(rng: Random, template: Path) -> Case:
@@ -248,10 +259,13 @@ def _slip(rng: Random, case: Case) -> None:
 
 def _odd_folder(rng: Random, case: Case) -> None:
     """Now and then, something odd under lightning_logs/."""
-    if rng.random() > (0.5 if case.args[:1] == ["runs"] else 0.05):
+    resumes = case.args[:1] == ["fit"] and "--ckpt_path" in case.args
+    if rng.random() > (0.5 if case.args[:1] == ["runs"] else 0.3 if resumes else 0.05):
         return
     kind = rng.choice(["results", "results", "results fifo", "checkpoint fifo", "huge", "file"])
-    content = os.fsencode(rng.choice(RESULTS))
+    if resumes:
+        kind = rng.choice([kind, "config", "config", "config fifo", "curve", "curve fifo"])
+    content = os.fsencode(rng.choice(CONFIGS if kind == "config" else CURVES if kind == "curve" else RESULTS))
     number = "9" * rng.choice([4, 30, 200])
 
     def prepare(folder: Path) -> None:
@@ -265,6 +279,13 @@ def _odd_folder(rng: Random, case: Case) -> None:
             (logs / "version_3" / "checkpoints").mkdir(parents=True)
             for name in ("best-epoch=00-accuracy=0.5000", "last-epoch=00-step=000001"):
                 os.mkfifo(logs / "version_3" / "checkpoints" / f"{name}.ckpt")
+        elif kind.startswith(("config", "curve")):
+            path = logs / "version_1" / ("config.yaml" if kind.startswith("config") else "metrics.csv")
+            path.unlink()
+            if kind.endswith("fifo"):
+                os.mkfifo(path)
+            else:
+                path.write_bytes(content)
         elif kind == "huge":
             (logs / f"version_{number}").mkdir()
         else:
@@ -272,6 +293,7 @@ def _odd_folder(rng: Random, case: Case) -> None:
             logs.write_text("no folder\n")
 
     case.prepare.append(prepare)
-    case.note = f"{kind} {content[:60]!r}" if kind == "results" else f"{kind} {number[:5]}" if kind == "huge" else kind
-    if kind in ("checkpoint fifo", "huge", "file") and case.expected != 2:
+    told = kind in ("results", "config", "curve")
+    case.note = f"{kind} {content[:80]!r}" if told else f"{kind} {number[:5]}" if kind == "huge" else kind
+    if not kind.startswith("results") and case.expected != 2:
         case.expected = None

@@ -6,6 +6,7 @@ import faulthandler
 import gc
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -52,7 +53,8 @@ ABOUT_DATA = re.compile(
 DATA_ERROR = re.compile(r"MNIST (could not be fetched|is not complete)|data\.root: cannot write to")
 # What a command may write in a run that is there.
 WRITES = {
-    "fit": r"results\.json|(config|hparams)\.yaml|events\.out\.tfevents\.[^/]*|checkpoints(/(best|last)-[^/]*\.ckpt)?",
+    "fit": r"results\.json|(config|hparams)\.yaml|metrics\.csv|events\.out\.tfevents\.[^/]*"
+    r"|checkpoints(/(best|last)-[^/]*\.ckpt)?",
     "test": r"results\.json|hparams\.yaml|events\.out\.tfevents\.[^/]*\.test|projector_config\.pbtxt"
     r"|\d{5,}(/test(/[^/]*)?)?",
     "predict": r"(predictions|pictures)-[^/]*\.(csv|png)",
@@ -84,7 +86,8 @@ def run(kind: str, seed: int, index: int, template: Path, limit: float, keep: bo
         prepare(folder)
     before = sandbox.snapshot(folder)
     outcome = in_child(lambda: main(case.args), case.args, folder, limit, case.mode)
-    found = problems(case, outcome, before, sandbox.snapshot(folder))
+    after = sandbox.snapshot(folder)
+    found = problems(case, outcome, before, after) + wrong_results(case, outcome, folder, before, after)
     if not keep:
         shutil.rmtree(folder.parent)
     status = {None: "waits", LAUNCHED: "launched"}.get(outcome.status, str(outcome.status))
@@ -271,6 +274,24 @@ def problems(case: Case, outcome: Outcome, before: dict[str, Any], after: dict[s
         wrong = [path for path in changed if not _may_write(path, case.args, before, after)]
     how = {(True, True): "changed", (True, False): "removed", (False, True): "made"}
     found += [f"status {status}, and {how[path in before, path in after]}: {path!r}" for path in wrong[:4]]
+    return found
+
+
+def wrong_results(
+    case: Case, outcome: Outcome, folder: Path, before: dict[str, Any], after: dict[str, Any]
+) -> list[str]:
+    """What is wrong with the runs that a fit has made or trained on: their results.json must say how it ended."""
+    if case.args[:1] != ["fit"] or outcome.status not in (0, 3) or case.mode.startswith("files"):
+        return []
+    made = [path for path in after.keys() - before.keys() if (match := RUN.fullmatch(path)) and not match["file"]]
+    found = [f"a run without results: {run!r}" for run in made if f"{run}/results.json" not in after]
+    if any('"save_dir"' in arg for arg in case.args):  # a logger's own folder
+        found = []
+    expected = {0: "finished", 3: "failed"}[outcome.status]
+    for path in after:
+        if path.endswith("/results.json") and before.get(path) != after[path]:
+            state = json.loads((folder / path).read_text())["fit"]["state"]
+            found += [f"status {outcome.status}, and {path!r} says {state}"] if state != expected else []
     return found
 
 

@@ -18,6 +18,13 @@ FINISHED = [*FIT, "--trainer.max_epochs", "2", "--model.dropout", "0.1"]
 STOPPED = [*FIT, "--trainer.max_epochs", "2", "--model.optimizer", "adamw", "--model.lr", "0.01"]
 STOPPED += ["--model.label_smoothing", "0.1", "--model.ema_decay", "0", "--data.batch_size", "10"]
 STOPPED += ["--checkpoint.every_n_steps", "1"]
+# callbacks and loggers that a resumed run takes over from its config.yaml
+LOGGERS = [
+    {"class_path": name, "init_args": {"save_dir": ".", "name": "lightning_logs"}}
+    for name in ("TensorBoardLogger", "CSVLogger")
+]
+STOPPED += ["--trainer.logger", json.dumps(LOGGERS), "--trainer.callbacks", "LearningRateMonitor"]
+STOPPED += ["--trainer.callbacks+", '{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}']
 STOPPED_AT = 7  # of four steps an epoch: in the middle of the second
 
 WORK = "work"  # the current folder of a case; others lie beside it

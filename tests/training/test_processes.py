@@ -68,7 +68,7 @@ def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], proce
     assert alone("fit", *EXACT) == 0
     outcomes = run(processes, "fit", *EXACT)
     assert [outcome.status for outcome in outcomes] == [0] * processes
-    assert "Epoch 1: validation loss" in outcomes[0].out
+    assert "Epoch 1: train loss" in outcomes[0].out
     assert [outcome.out + outcome.err for outcome in outcomes[1:]] == [""] * (processes - 1)
     assert re.fullmatch(r"Waiting at 127\.0\.0\.1:\d+ for the other processes\n", outcomes[0].err)
     ours, theirs = (Path(f"lightning_logs/version_{version}") for version in (1, 0))
@@ -109,7 +109,7 @@ def test_every_image_is_scored_once(run: Run, alone: Callable[..., int]) -> None
         assert [other.out for other in others] == [""] * (processes - 1)
         test = json.loads(results.read_text())["test"]
         assert test["processes"] == processes
-        assert test["images"] == 100
+        assert test["samples"] == 100
         scores = test["test/accuracy"], pytest.approx(test["test/loss"], rel=1e-6), first.out
         expected = expected or scores
         assert scores == expected
@@ -260,5 +260,5 @@ def test_real_launchers(real_root: Path, folder: Path, launcher: str) -> None:
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Epoch 1: validation loss") == 1
+    assert done.stdout.count("Epoch 1: train loss") == 1
     assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["processes"] == 2
