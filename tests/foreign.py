@@ -26,7 +26,7 @@ STEPS = 7  # an epoch
 
 
 class Regression(LightningModule):
-    """Logs in each way that Lightning has, draws from each generator that there is, and reduces its rate on a plateau."""
+    """Logs in each way that Lightning has, draws from each generator, and reduces its rate on a plateau."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -50,7 +50,9 @@ class Regression(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.log_dict({"rank": self.rank.compute(), "recent": self.recent.compute(), "least": self.range.compute()["min"]})
+        self.log_dict(
+            {"rank": self.rank.compute(), "recent": self.recent.compute(), "least": self.range.compute()["min"]}
+        )
         for metric in (self.rank, self.recent, self.range):
             metric.reset()
 

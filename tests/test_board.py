@@ -85,11 +85,11 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     )
     settings = start.session_start_info.hparams
     assert settings["lr"].number_value == 0.05
-    assert list(settings)[:4] == ["recipe", "lr", "layers", "seed"]
     assert settings["max_epochs"].number_value == 2  # not as it is by default
     assert not {"dropout", "momentum", "accumulate_grad_batches"} & settings.keys()
     assert settings["layers"].string_value == "4x5/2 8/2"
     experiment = plugin_data_pb2.HParamsPluginData.FromString(run.PluginTagToContent("hparams")["_hparams_/experiment"])
+    assert [info.name for info in experiment.experiment.hparam_infos][:4] == ["recipe", "lr", "layers", "seed"]
     columns = {info.name.tag for info in experiment.experiment.metric_infos}
     assert columns == set(board.HPARAM_METRICS) <= scalars.keys()
     assert "hp_metric" not in scalars

@@ -17,7 +17,6 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lit_mnist.board import Board
 from lit_mnist.commands import fit, predict
-from lit_mnist.commands.main import COMMANDS
 from lit_mnist.commands.settings import DEFAULT_SEED, CommandError, Parser, Settings, parse
 from lit_mnist.commands.trainer import Processes, check_processes, place_loggers, the_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
@@ -242,7 +241,6 @@ def run(args: list[str]) -> None:
         TrainingError: the training failed.
         SystemExit: from `--help` and `--print_config`.
     """
-    assert args[0] in COMMANDS
     with quiet(), environment_kept():
         try:
             if args[0] == "export":

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_mnist import __version__
-from lit_mnist.commands.main import OneLineParser
 from lit_mnist.commands.settings import CommandError, plain_settings
 from lit_mnist.data import mnist
 from lit_mnist.module import LitMNIST
 from lit_mnist.training.checkpoints import find_and_read
-from lit_mnist.training.console import shortened, shown
+from lit_mnist.training.console import OneLineParser, shortened, shown
 from lit_mnist.training.results import commit
 from lit_mnist.training.state import StateError, check_weights
 

@@ -5,16 +5,14 @@ Nothing here imports torch: `--version` and `--help` answer at once. The command
 
 from __future__ import annotations
 
-import argparse
 import errno
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from lit_mnist import __version__
-from lit_mnist.training.console import complain, console, number, shortened, shown
+from lit_mnist.training.console import BAD_INPUT, complain, console, number, shortened, shown
 
 COMMANDS = {
     "fit": "train, with validation after each epoch",
@@ -42,7 +40,7 @@ examples:
 `python -m lit_mnist COMMAND --help` lists all settings of a command; `--print_config` prints them as YAML.
 """
 
-BAD_INPUT, FAILED_TRAINING = 2, 3
+FAILED_TRAINING = 3
 OUTPUT_FLAGS = ("-h", "--help", "--version", "--print")
 
 
@@ -108,8 +106,3 @@ def run_command(args: list[str]) -> int:
     except SystemExit as stop:  # --help and --print_config end the parser that way
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
     return 0
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SystemExit(complain(message, BAD_INPUT))

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_mnist.commands.main import BAD_INPUT, OneLineParser
-from lit_mnist.training.console import complain, print_table, shortened
+from lit_mnist.training.console import BAD_INPUT, OneLineParser, complain, print_table, shortened
 from lit_mnist.training.runs import being_trained, number, read_results, section, text, versions
 
 COLUMNS = ("run", "recipe", "parameters", "epochs", "val_accuracy", "test_accuracy", "seconds", "state")

@@ -5,6 +5,7 @@ Nothing here imports torch: `--help` answers at once.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -13,8 +14,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+BAD_INPUT = 2  # exit status
 # callbacks that a user has asked for speak; Lightning itself advertises
 LEVELS = {
     "pytorch_lightning": logging.WARNING,
@@ -56,6 +58,11 @@ def complain(message: str, status: int, everywhere: bool = True) -> int:
         who = f"process {process}: " if process else ""
         print(f"{PROGRAM}: {kind}{who}{message}", file=sys.stderr)
     return status
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(complain(message, BAD_INPUT))
 
 
 def number(*variables: str) -> int:

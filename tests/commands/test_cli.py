@@ -59,7 +59,9 @@ def test_fit_then_validate_test_predict(command: Command, capsys: pytest.Capture
     assert [step for step, _ in board["val/loss"]] == [6, 13]
     assert [epoch for epoch, _ in board["by_epoch/val/accuracy"]] == [0, 1]
     assert [epoch for epoch, _ in board["by_epoch/train/loss"]] == [0, 1]
-    assert [value for _, value in board["val/accuracy"]] == pytest.approx([float(accuracy) / 100 for _, accuracy in lines])
+    assert [value for _, value in board["val/accuracy"]] == pytest.approx(
+        [float(accuracy) / 100 for _, accuracy in lines]
+    )
     assert {"train/loss", "train/accuracy", "train/learning_rate", "train/samples_per_second"} <= board.keys()
 
     # another batch size, another seed: the same held-out images, and the checkpoint's network without saying so
@@ -250,7 +252,9 @@ def test_shipped_configurations(command: Command, path: Path) -> None:
 
 def test_version_and_help_do_without_torch() -> None:
     for flag, expected in (("--version", f"lit_mnist {__version__}\n"), ("--help", "usage: python -m lit_mnist")):
-        code = f"import sys; from lit_mnist.commands.main import main; main([{flag!r}]); assert 'torch' not in sys.modules"
+        code = (
+            f"import sys; from lit_mnist.commands.main import main; main([{flag!r}]); assert 'torch' not in sys.modules"
+        )
         printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert printed.startswith(expected)
 

@@ -10,9 +10,9 @@ from PIL import Image
 from test_cli import TINY, only
 
 from lit_mnist.commands.main import main
+from lit_mnist.commands.predict import CELL, MARGIN, contact_sheet
 from lit_mnist.data import images
 from lit_mnist.data.images import Picture
-from lit_mnist.commands.predict import CELL, MARGIN, contact_sheet
 
 
 def picture(path: Path, colour: int = 0, size: int = 90) -> Path:

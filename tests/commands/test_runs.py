@@ -12,8 +12,7 @@ from lit_mnist.commands.main import main
 from lit_mnist.commands.runs import everything_of
 from lit_mnist.commands.settings import plain_settings, run_settings
 from lit_mnist.training import runs
-from lit_mnist.training.runs import only_process
-from lit_mnist.training.runs import RunError
+from lit_mnist.training.runs import RunError, only_process
 
 
 def checkpoint(run: Path, name: str, age: int = 0) -> Path:
@@ -143,8 +142,6 @@ def test_columns(some_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-2:] == ["version_2,8,0.5", "version_10,8,0.5"]
     assert main(["runs", *where, "--columns", "model.colour"]) == 2
     assert "--columns model.colour: no run has it; allowed are " in capsys.readouterr().err
-
-
 
 
 @pytest.mark.parametrize(

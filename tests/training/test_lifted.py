@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import several
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from tests import several
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCKS = {"train_seconds", "validation_seconds"}

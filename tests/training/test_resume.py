@@ -16,8 +16,8 @@ from pytorch_lightning import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_mnist.commands.main import main
-from lit_mnist.data import datamodule
 from lit_mnist.commands.settings import differences
+from lit_mnist.data import datamodule
 from lit_mnist.module import LitMNIST
 from lit_mnist.training.runs import RunError, only_process
 
@@ -47,7 +47,15 @@ def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def state(run: Path) -> dict[str, Any]:
     (last,) = (run / "checkpoints").glob("last-*.ckpt")
     loaded: dict[str, Any] = torch.load(last, weights_only=True)
-    kept = {"state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "processes", "latest"}
+    kept = {
+        "state_dict",
+        "current_model_state",
+        "averaging_state",
+        "optimizer_states",
+        "lr_schedulers",
+        "processes",
+        "latest",
+    }
     result = {key: loaded[key] for key in kept & loaded.keys()} | {"last": last.name}
     if best := list((run / "checkpoints").glob("best-*.ckpt")):
         callback = next(value for key, value in loaded["callbacks"].items() if key.startswith("BestCheckpoint"))

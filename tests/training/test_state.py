@@ -43,11 +43,17 @@ CHANGES: dict[str, tuple[Change, str]] = {
         "tensor int64",
     ),
     "average": (lambda c: c.update(averaging_state={}), "averaging_state/n_averaged is missing"),
-    "metric": (lambda c: c["processes"][0]["metrics"]["train_metrics.loss"].pop("weight"), "metrics/train_metrics.loss has other states"),
+    "metric": (
+        lambda c: c["processes"][0]["metrics"]["train_metrics.loss"].pop("weight"),
+        "metrics/train_metrics.loss has other states",
+    ),
     "callback": (lambda c: c["callbacks"].pop("Results"), "callbacks/Results is missing"),
     "seconds": (lambda c: c["callbacks"]["Progress"].update(train_seconds=float("nan")), "train_seconds is float nan"),
     "best": (lambda c: best(c).update(kth_best_model_path="nan"), "does not hold together"),
-    "random": (lambda c: c["processes"][0]["random"].update(torch=torch.zeros(5056, dtype=torch.uint8)), "RuntimeError: "),
+    "random": (
+        lambda c: c["processes"][0]["random"].update(torch=torch.zeros(5056, dtype=torch.uint8)),
+        "RuntimeError: ",
+    ),
     "random form": (lambda c: c["processes"][0].update(random={}), "processes/0/random/numpy is missing"),
     "momentum": (
         lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(3)),
