@@ -31,22 +31,22 @@ class LitMNIST(LightningModule):
     """A digit classifier and how it is trained; the defaults are the recipe that `fit` uses when nothing is said.
 
     Args:
-        layers: the network's layers, see the classes in `network`: the convolutions of `digitnet`, the widths of `mlp`.
+        layers: layers of the network: for `digitnet` its convolutions (see `DigitNet`), for `mlp` its widths.
         dropout: probability of dropout after each layer but the last.
-        activation: `relu` or `silu`.
-        optimizer: `sgd` (with `momentum`, Nesterov's form by `nesterov`) or `adamw` (betas 0.9 and 0.99).
-        lr: the highest learning rate of the schedule.
-        momentum: of SGD; AdamW ignores it.
-        nesterov: whether SGD looks ahead (https://proceedings.mlr.press/v28/sutskever13.html).
-        weight_decay: of the weights of convolutions and the last layer; never of biases and batch norm.
-        schedule: how the rate falls after the warm-up: `constant` (not at all), `linear` or `cosine` (to zero).
-        warmup: the share of all steps, 0 to 1, in which the rate rises linearly from a tenth of `lr`.
-        label_smoothing: the share of the target spread evenly over the classes in the loss that is trained on
+        activation: activation after each layer.
+        optimizer: sgd, or adamw with betas 0.9 and 0.99.
+        lr: highest learning rate of the schedule.
+        momentum: momentum of sgd; adamw ignores it.
+        nesterov: whether sgd uses Nesterov momentum (https://proceedings.mlr.press/v28/sutskever13.html).
+        weight_decay: weight decay of convolutions and linear layers, never of biases and batch norm.
+        schedule: how the learning rate falls after the warm-up: not at all, or to zero.
+        warmup: share of all steps, 0 to 1, in which the learning rate rises linearly from a tenth of `lr`.
+        label_smoothing: share of the target that the loss spreads evenly over the classes
             (https://arxiv.org/abs/1512.00567). The metrics `*/loss` are cross-entropy without it, so they compare.
-        ema_decay: validate, test and keep an exponential moving average of the weights with this decay a step;
-            0 turns it off.
-        network: `digitnet`, or another name from `network.NETWORKS`.
-        classes: how many classes the data has. The command line takes it from the data.
+        ema_decay: decay of the exponential moving average of the weights, which is validated, tested and kept; 0 for
+            none.
+        network: name of the network, from `network.NETWORKS`.
+        classes: number of classes. The command line takes it from the data.
 
     Raises:
         ValueError: one line for all the arguments that are out of range.

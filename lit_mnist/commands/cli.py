@@ -16,7 +16,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_mnist.board import Board
-from lit_mnist.commands import fit, predict
+from lit_mnist.commands import COMMANDS, fit, predict
 from lit_mnist.commands.settings import DEFAULT_SEED, CommandError, Parser, Settings, parse
 from lit_mnist.commands.trainer import Processes, check_processes, place_loggers, the_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
@@ -63,7 +63,6 @@ class MNISTCLI(LightningCLI):
                     "sync_batchnorm": True,  # else another number of processes is another training
                 },
                 parser_class=Parser,
-                parser_kwargs={"prog": "python -m lit_mnist"},
                 auto_configure_optimizers=False,
                 # it would put `_instantiator`, code to call, into every checkpoint
                 load_from_checkpoint_support=False,
@@ -91,6 +90,8 @@ class MNISTCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self.own_parser = parser
+        parser.usage = f"python -m lit_mnist {self.command} [options]"
+        parser.description = COMMANDS[self.command][:1].upper() + COMMANDS[self.command][1:] + "."
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data", "model.classes", compute_fn=self._classes, apply_on="instantiate")

@@ -158,9 +158,10 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
+    accuracy = f"{correct}/{len(targets)} ({100 * correct / len(targets):.2f} %)"
     return (
         f"Exported: {shown(output)}, {output.stat().st_size:,} bytes, {metadata['parameters']} parameters;"
-        f" checked on the test set: accuracy {correct}/{len(targets)} ({100 * correct / len(targets):.2f} %), every digit as the checkpoint's,"
+        f" checked on the test set: accuracy {accuracy}, every digit as the checkpoint's,"
         f" probabilities within {difference:.0e}"
     )
 

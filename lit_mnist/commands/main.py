@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_mnist import __version__
+from lit_mnist.commands import COMMANDS
 from lit_mnist.training.console import BAD_INPUT, complain, console, number, shortened, shown
-
-COMMANDS = {
-    "fit": "train, with validation after each epoch",
-    "validate": "score a checkpoint on the held-out training images",
-    "test": "score a checkpoint on the 10,000 test images",
-    "predict": "write a checkpoint's answers for the test images to a CSV",
-    "export": "write a checkpoint's network to an ONNX or PT2 file",
-    "runs": "list the runs under lightning_logs/",
-}
 
 HELP = f"""\
 usage: python -m lit_mnist [-h] [--version] {{{",".join(COMMANDS)}}} ...

@@ -28,7 +28,7 @@ def list_runs(args: Sequence[str]) -> int:
     parser.add_argument(
         "--columns",
         type=lambda names: [name.strip() for name in names.split(",")],
-        help=f"in place of these: of {', '.join(COLUMNS)}, any setting such as model.lr, and any metric such as val/loss",
+        help=f"of {', '.join(COLUMNS)}, any setting such as model.lr, and any metric such as val/loss",
     )
     parser.add_argument("--sort", metavar="COLUMN", help="by a column, the best or largest number last")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")

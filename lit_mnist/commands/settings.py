@@ -22,8 +22,8 @@ from lit_mnist.training.runs import RunError
 from lit_mnist.training.state import TRAINING_ENTRIES, StateError, check_entries, mapping, not_restorable
 
 DEFAULT_SEED = 1
-# What a resumed run takes over of the trainer's settings from its checkpoint. Nothing that jsonargparse would look up as
-# a class, for then a checkpoint could make it import any module; and nothing that is the machine's.
+# What a resumed run takes over of the trainer's settings from its checkpoint. Nothing that jsonargparse would look up
+# as a class, for then a checkpoint could make it import any module; and nothing that is the machine's.
 TRAINER_SETTINGS = frozenset(
     (
         *("max_epochs", "min_epochs", "max_steps", "min_steps", "overfit_batches", "accumulate_grad_batches"),
@@ -274,13 +274,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], epoch_unfinis
 def other_conditions(loaded: Mapping[str, Any]) -> list[str]:
     """What the bits of a run depend on besides its settings, where it is not as it was; a line each."""
     now, lines = conditions(torch.device("cpu")), []
-    before = loaded.get("conditions")
-    for section, keys in (("versions", ("torch", "pytorch-lightning")), ("hardware", ("processor", "threads"))):
-        old = before.get(section) if isinstance(before, dict) else None
-        for key in keys if isinstance(old, dict) else ():
-            if old.get(key) != now[section].get(key):
-                value = shortened(str(old.get(key)), 60)
-                lines.append(f"{key}: {value} -> {now[section].get(key)} (the last bits may differ)")
+    for part, keys in (("versions", ("torch", "pytorch-lightning")), ("hardware", ("processor", "threads"))):
+        before = runs.section(runs.section(loaded, "conditions"), part)
+        for key in keys:
+            if key in before and before[key] != now[part].get(key):
+                old = shortened(str(before[key]), 60)
+                lines.append(f"{key}: {old} -> {now[part].get(key)} (the last bits may differ)")
     return lines
 
 

@@ -51,21 +51,22 @@ class MNISTDataModule(LightningDataModule):
     """MNIST or a set of its form, downloaded once, verified, split, and kept in memory as uint8 tensors.
 
     Args:
-        root: folder of the data; the files lie in `root/MNIST/raw`, as torchvision has them.
-        name: `mnist`, `fashion_mnist`, `kmnist`, `qmnist` (tested on all its 60,000 test images), `emnist_digits`,
-            `emnist_letters`, `emnist_balanced` (these three upright), each in torchvision's folder for it; or `idx`:
-            four files of your own right in `root`, plain or as `.gz`, named as MNIST's are (`train-images-idx3-ubyte`,
-            `train-labels-idx1-ubyte`, `t10k-...`), images of 28x28 bytes, labels from 0. They are only read.
-        batch_size: images a training step, of all processes together.
+        root: folder of the data; MNIST's files lie in `root/MNIST/raw`, as torchvision has them.
+        name: data set: `mnist`, `fashion_mnist`, `kmnist`, `qmnist` (tested on all its 60,000 test images),
+            `emnist_digits`, `emnist_letters`, `emnist_balanced` (these three upright), each in torchvision's folder for
+            it; or `idx`: four files of your own right in `root`, plain or as `.gz`, named as MNIST's are
+            (`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-...`), images of 28x28 bytes, labels from 0.
+            They are only read.
+        batch_size: images in a training step, of all processes together.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
-        split_seed: decides which ones. It is no part of a run's seed: runs with other seeds hold out the same.
-        seed: decides the order of the training batches and their augmentation: step s of epoch e is a function of
+        split_seed: seed of the choice of these. It is no part of a run's seed: runs with other seeds hold out the same.
+        seed: seed of the order and augmentation of the training images: step s of epoch e is a function of
             (seed, e, s). The command line sets it to `seed_everything`.
         download: whether missing or corrupt files may be fetched.
-        rotation: training images are turned by up to so many degrees, drawn uniformly,
-        shift: and shifted by up to so many pixels along each axis,
-        scale: and scaled by a factor within 1 - scale .. 1 + scale.
-        images: pictures of digits, and folders of them, for `predict` in place of MNIST's test set.
+        rotation: degrees by which training images are rotated at most, drawn uniformly.
+        shift: pixels by which training images are shifted along each axis at most, drawn uniformly.
+        scale: share by which training images are scaled up or down at most, drawn uniformly.
+        images: pictures of digits, and folders of them, for `predict` in place of the test set.
 
     Raises:
         ValueError: an argument is out of range.

@@ -219,7 +219,7 @@ class EpochLines(Callback):
 
 
 def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:
-    """Metrics as they are printed: a loss with four digits, an accuracy in percent, of a number of samples as counts."""
+    """Metrics as they are printed: four digits, an accuracy in percent, and as counts where the samples are known."""
     texts = []
     for name, value in sorted(metrics.items(), key=lambda metric: order(metric[0])):
         stage, _, title = name.rpartition("/")

@@ -135,7 +135,7 @@ class Results(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.run.folder and trainer.is_global_zero:
             checkpoint = self.run.checkpoint.name if self.run.checkpoint else None
-            test = {**epoch_metrics(trainer), "samples": self.lines.samples if self.lines else None}
+            test: dict[str, Any] = {**epoch_metrics(trainer), "samples": self.lines.samples if self.lines else None}
             test |= {"checkpoint": checkpoint, "processes": trainer.world_size, **conditions(pl_module.device)}
             update_results(self.run.folder, test=test)
 

@@ -38,7 +38,7 @@ def project(home: str, folder: str, rank: int, devices: int, kill_at: int, port:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}.{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
-    import foreign  # type: ignore[import-not-found]
+    import foreign
 
     if kill_at and rank == devices - 1:
         original, left = foreign.Regression.training_step, [kill_at]
@@ -49,7 +49,7 @@ def project(home: str, folder: str, rank: int, devices: int, kill_at: int, port:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, batch, batch_idx)
 
-        foreign.Regression.training_step = training_step
+        foreign.Regression.training_step = training_step  # type: ignore[method-assign]
     foreign.fit(folder, devices)
 
 
