@@ -22,7 +22,7 @@ from lit_mnist.commands.trainer import Processes, check_processes, place_loggers
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
-from lit_mnist.training.checkpoints import CheckpointWriteError, Interrupted, LastCheckpoint
+from lit_mnist.training.checkpoints import BestCheckpoint, CheckpointWriteError, Interrupted, LastCheckpoint
 from lit_mnist.training.console import quiet, shortened, shown
 from lit_mnist.training.processes import environment_kept, launched, lost
 from lit_mnist.training.progress import ProcessLost, TrainingError
@@ -98,6 +98,7 @@ class MNISTCLI(LightningCLI):
         parser.add_class_arguments(Processes, "processes")
         if self.command == "fit":
             parser.add_class_arguments(LastCheckpoint, "checkpoint")
+            parser.add_class_arguments(BestCheckpoint, "best")
         if self.command in ("fit", "test"):
             parser.add_class_arguments(Board, "board")
 

@@ -9,7 +9,8 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from lit_mnist.commands.settings import CommandError
 from lit_mnist.training.checkpoints import LastCheckpoint
 from lit_mnist.training.console import shown
-from lit_mnist.training.progress import Progress
+from lit_mnist.training.loggers import RunLogger
+from lit_mnist.training.progress import Progress, words
 from lit_mnist.training.results import best_of
 from lit_mnist.training.run import Run
 
@@ -40,15 +41,17 @@ def print_summary(trainer: Trainer, run: Run, folder: Path, flags: str) -> None:
     parts = trainer.callbacks  # type: ignore[attr-defined]
     last = next((part.path for part in parts if isinstance(part, LastCheckpoint)), None) or run.checkpoint
     clock = next(part for part in parts if isinstance(part, Progress)).state_dict()
-    done = f"{trainer.current_epoch} epochs, {trainer.global_step} steps"
+    done = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}, {trainer.global_step} steps"
     seconds = clock["train_seconds"] + clock["validation_seconds"]
     best = best_of(trainer)
-    best_score = next((v for key, v in (best or {}).items() if key != "checkpoint"), None)
-    rows = {"Trained": f"{done}, {minutes(seconds)}" + (f"; best accuracy {best_score:.2%}" if best_score else "")}
-    if not run.started:
+    score = words({name: value for name, value in (best or {}).items() if name != "checkpoint"})
+    rows = {"Trained": f"{done}, {minutes(seconds)}{f'; best {score[0]}' if score else ''}"}
+    if trainer.global_step == run.loaded.get("global_step"):
         print(f"Nothing to train: this run has finished ({done}).")
         rows = {}
-    rows |= {"The run": shown(folder), "Look at it": f"tensorboard --logdir {shown(folder.parent)}"}
+    rows["The run"] = shown(folder)
+    if any(isinstance(logger, RunLogger) for logger in trainer.loggers):
+        rows["Look at it"] = f"tensorboard --logdir {shown(folder.parent)}"
     if last:
         tested = folder / "checkpoints" / best["checkpoint"] if best else last
         by_steps = 0 < trainer.max_steps <= trainer.global_step

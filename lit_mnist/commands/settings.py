@@ -144,13 +144,14 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
     before = settings_of(loaded, settings.command)
     before = {key: value for key, value in before.items() if key in settings.defaults}
     settings.parser.set_defaults(before)
-    text, names = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else ("", "")
+    text, names = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else ("", [])
     try:
         settings.config = parser.parse_args([args[0], *(["--config", text] if text else []), *args[1:]])
     except CommandError as error:
         raise CommandError(f"{error} (in the run's config.yaml or a flag)" if text else str(error)) from error
-    if names:
-        settings.changes.append(f"From the run's config.yaml: {names}")
+    given = f"{settings.own['trainer.callbacks']} {settings.own['trainer.logger']}"
+    if names := [name for name in names if name in given]:  # a flag may have put others in their place
+        settings.changes.append(f"From the run's config.yaml: {', '.join(names)}")
     try:  # jsonargparse 4.53 takes defaults as they are
         settings.parser.validate(settings.own, skip_unset=False)
     except (TypeError, ValueError, KeyError) as error:
@@ -201,7 +202,7 @@ def settings_of(checkpoint: Mapping[str, Any], command: str) -> dict[str, Any]:
     return settings
 
 
-def classes_of(run: Path | None) -> tuple[str, str]:
+def classes_of(run: Path | None) -> tuple[str, list[str]]:
     """The callbacks and loggers that a run was configured with, as YAML for `--config`, and their names.
 
     They name classes, so they come from the run's config.yaml alone, as from any that a user gives: never from a
@@ -212,7 +213,7 @@ def classes_of(run: Path | None) -> tuple[str, str]:
     """
     path = run / "config.yaml" if run else None
     if not (path and path.is_file()):
-        return "", ""
+        return "", []
     try:
         config = yaml.safe_load(path.read_text())
         trainer = mapping(mapping(config, "config.yaml").get("trainer", {}), "trainer")
@@ -222,9 +223,9 @@ def classes_of(run: Path | None) -> tuple[str, str]:
     found = {key: trainer[key] for key in ("callbacks", "logger") if trainer.get(key) not in (None, True, [])}
     names = []
     for part in (part for value in found.values() for part in (value if isinstance(value, list) else [value])):
-        name = str(part.get("class_path")).rpartition(".")[2] if isinstance(part, dict) else f"logger {part}".lower()
+        name = str(part.get("class_path")).rpartition(".")[2] if isinstance(part, dict) else str(part)
         names.append(shortened(name, 60))
-    return (yaml.safe_dump({"trainer": found}) if found else ""), ", ".join(names)
+    return (yaml.safe_dump({"trainer": found}) if found else ""), names
 
 
 def run_settings(settings: Mapping[str, Any]) -> dict[str, int | float | str | bool | None]:
@@ -234,7 +235,7 @@ def run_settings(settings: Mapping[str, Any]) -> dict[str, int | float | str | b
         for key, value in settings.items()
         if type(key) is str
         and type(value) in (int, float, str, bool, type(None))
-        and (key.startswith(("checkpoint.", "board.")) or key.removeprefix("trainer.") in TRAINER_SETTINGS)
+        and (key.startswith(("checkpoint.", "best.", "board.")) or key.removeprefix("trainer.") in TRAINER_SETTINGS)
     }
 
 

@@ -17,7 +17,7 @@ from lit_mnist.board import HPARAM_METRICS, Board
 from lit_mnist.commands.console import NetworkSummary, OneLineBar
 from lit_mnist.commands.predict import PredictionWriter
 from lit_mnist.commands.settings import TRAINER_SETTINGS, CommandError, Settings, run_settings
-from lit_mnist.training.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_mnist.training.checkpoints import LastCheckpoint
 from lit_mnist.training.console import interactive
 from lit_mnist.training.loggers import TEST_SUFFIX, RunLogger
 from lit_mnist.training.processes import ExactDDP, launched
@@ -100,6 +100,10 @@ def trainer_settings(settings: Settings, run: Run, made: Any, config: str) -> di
         own["enable_checkpointing"] = trainer["enable_checkpointing"] or False
     if trainer["logger"] in (None, True, []):
         own["logger"] = logger_of(settings, run, made) if trainer["logger"] != [] else False
+    loggers = own.get("logger", trainer["logger"])
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, RunLogger) and command == "fit":
+            logger.shown, logger.shown_metrics = hyperparameters(settings), HPARAM_METRICS
     if trainer["profiler"] is None:
         own["profiler"] = Unprofiled()
     given = trainer["plugins"] or []
@@ -116,7 +120,7 @@ def fit_parts(settings: Settings, run: Run, made: Any, config: str) -> list[Call
     parts = callbacks(
         run,
         last if keeps else None,
-        BestCheckpoint() if keeps and settings.own["data.val_size"] > 0 else None,
+        made["best"] if keeps and settings.own["data.val_size"] > 0 else None,
         settings=run_settings(dict(settings.own.items())),
         config=config,
         recipe=settings.recipe,
@@ -147,9 +151,7 @@ def logger_of(settings: Settings, run: Run, made: Any) -> RunLogger | bool:
         logger = run_logger(run, filename_suffix=TEST_SUFFIX)
         logger.tested_step = settings.loaded["global_step"]
         return logger
-    logger = run_logger(run)
-    logger.shown, logger.shown_metrics = hyperparameters(settings), HPARAM_METRICS
-    return logger
+    return run_logger(run)
 
 
 def hyperparameters(settings: Settings) -> dict[str, Any]:

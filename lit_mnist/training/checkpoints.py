@@ -152,14 +152,19 @@ class BestCheckpoint(ModelCheckpoint):
     Of equal scores, the one with the lower loss is the better: on a small held-out set many are equal.
 
     Args:
-        monitor: the score, as the module logs it.
-        mode: `max` where the greatest is the best, else `min`.
-        loss: what decides between equal scores.
+        monitor: validation score that decides which checkpoint is the best, as the module logs it.
+        mode: `max` where the greatest score is the best, else `min`.
+        loss: loss that decides between equal scores, the lower the better.
+
+    Raises:
+        ValueError: another mode.
     """
 
     run: Run
 
     def __init__(self, monitor: str = "val/accuracy", mode: str = "max", loss: str = "val/loss") -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"best.mode must be min or max, got {mode}")
         self.title = monitor.rpartition("/")[2]
         super().__init__(
             filename=f"best-epoch={{epoch:02d}}-{self.title}={{{monitor}:.4f}}",

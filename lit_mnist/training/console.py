@@ -138,6 +138,7 @@ def quiet() -> Iterator[None]:
             ".*does not have many workers.*",  # batches come from memory
             ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
             ".*smaller than the logging interval.*",
+            ".*Previous log files in this directory will be deleted.*",  # they are kept
             ".*callbacks used to create the checkpoint need to be provided.*",  # only fit writes checkpoints
             ".*Total length of `.*` across ranks is zero.*",  # data.val_size is 0, or no picture shows a digit
             ".*You requested to overfit but.*",

@@ -30,23 +30,6 @@ PATIENCE = 5  # seconds between the failure of a process and the end of the othe
 set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
 
 
-class Processes:
-    """How processes work together.
-
-    Args:
-        timeout: seconds that one waits for another until it is taken for lost. One that ends is noticed at once; this
-            is for machines that vanish and links that are cut. Before the training starts it is half an hour.
-
-    Raises:
-        ValueError: it is no positive number.
-    """
-
-    def __init__(self, timeout: float = 120.0) -> None:
-        if not 0 < timeout <= 86_400:
-            raise ValueError(f"processes.timeout must be a number of seconds in (0, 86400], got {timeout}")
-        self.timeout = timeout
-
-
 class ExactDDP(DDPStrategy):
     """DDPStrategy whose steps are those of one process, up to rounding: the loss is the mean over the whole batch,
     though parts of it differ in size, sums come out the same in a resumed run, and a lost process is waited for a

@@ -196,7 +196,7 @@ class EpochLines(Callback):
         metrics = epoch_metrics(trainer)
         values = {k: v for k, v in metrics.items() if not k.startswith("train/") or k == "train/loss"}
         path = self.best.best_model_path if self.best else ""
-        mark = ", the best so far" if path != self._best_path else ""
+        mark = " (best)" if path != self._best_path else ""
         self._best_path = path
         say(trainer, f"Epoch {epoch}: {', '.join(words(values))}, {self.progress.epoch_seconds:.1f} s{mark}")
 
@@ -229,8 +229,8 @@ def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:
             number, correct = f"{100 * value:.2f} %", value * samples
             if samples and abs(correct - round(correct)) < 1e-3 * samples**0.5:
                 number = f"{round(correct)}/{samples} ({number})"
-        stage = stage.replace("val", "validation") if not samples else ""
-        texts.append(f"{stage} {'average loss' if samples and title == 'loss' else title} {number}".strip())
+        title = "average loss" if samples and title == "loss" else title
+        texts.append(f"{'' if samples else stage} {title} {number}".strip())
     return texts
 
 

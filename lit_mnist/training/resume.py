@@ -58,7 +58,9 @@ class RunStart(Callback):
             )
         if loaded and steps[0] != (loaded["epoch"], loaded["global_step"]):
             raise StateError(f"loops/fit_loop is at epoch and step {steps[0]}, and the rest of it elsewhere")
-        self.resume.restore(trainer, pl_module)
+        changed = self.resume.restore(trainer, pl_module)
+        if loaded.get("stopped") is True and not changed and self._repeats():
+            trainer.should_stop = True  # a callback had ended this run, and nothing says that it is to go on
         problem: OSError | RunError | None = None
         try:
             if trainer.is_global_zero and self.run.folder:
@@ -76,6 +78,11 @@ class RunStart(Callback):
         if reason := next(filter(None, every(str(problem or ""))), ""):  # all end with it, and none waits for another
             raise problem or RunError(f"another process could not write to the run: {reason}")
         self.run.started = True
+
+    def _repeats(self) -> bool:
+        """Whether the run is resumed with the settings that it had."""
+        path = self.run.folder / "config.yaml" if self.run.folder and self.run.continues else None
+        return every(path is not None and path.is_file() and path.read_text() == self.config)[0]
 
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:
@@ -170,14 +177,17 @@ class ExactResume(Callback):
         if trainer.global_rank > 0:  # dropout of its own on each process
             torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * trainer.global_rank) % 2**63)
 
-    def restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def restore(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Restore what Lightning does not, all but the random state.
+
+        Returns:
+            Whether settings of optimizers and schedules differ from those of the checkpoint.
 
         Raises:
             StateError: something does not have the form that it must have.
         """
         if not self._resumed:
-            return
+            return False
         loaded, rank = self.run.loaded, trainer.global_rank
         changed = apply_settings(trainer, loaded.get("asked"), self._fresh)
         for name, value in mapping(loaded.get("pending", {}), "pending").items():
@@ -194,8 +204,7 @@ class ExactResume(Callback):
             states = [mapping(part["metrics"].get(name), f"metrics/{name}") for part in own]
             restore_metric(metric, list(filter(None, states)), f"metrics/{name}")
         restore_logged(trainer, pl_module, [part["logged"] for part in own])
-        if loaded.get("stopped") is True and not changed and loaded.get("settings") == self.settings:
-            trainer.should_stop = True  # a callback had ended this run
+        return changed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the last hook before the first batch: whatever was drawn on the way here does not count

@@ -132,6 +132,8 @@ def callbacks(
         Results(run, progress, recipe, command, settings),
         resume,
     ]
+    if best and last:
+        last.monitor = str(best.monitor)
     for keeper in (best, last):
         if keeper:
             keeper.run = run

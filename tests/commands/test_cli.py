@@ -35,7 +35,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_fit_then_validate_test_predict(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("fit", *TINY) == 0
     out = capsys.readouterr().out
-    line = r"^Epoch (\d): train loss \d\.\d{4}, validation loss \d\.\d{4}, validation accuracy (\d+\.\d\d) %, \d+\.\d s"
+    line = r"^Epoch (\d): train loss \d\.\d{4}, val loss \d\.\d{4}, val accuracy (\d+\.\d\d) %, \d+\.\d s"
     lines = re.findall(line, out, re.M)
     assert [epoch for epoch, _ in lines] == ["0", "1"]
     best_accuracy = max(float(accuracy) / 100 for _, accuracy in lines)

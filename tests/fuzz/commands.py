@@ -48,6 +48,9 @@ data.download       | false true              | x 2 null                        
 seed_everything     | 0 4294967295            | -1 4294967296 x 1.5 nan null     | true
 checkpoint.every_seconds | 0 0.5              | -1 x                             | nan inf
 checkpoint.every_n_steps | 1 3                | -1 x 1.5                         | 18446744073709551616
+best.monitor        | val/loss val/accuracy   |                                  | x '' null train/loss 1
+best.mode           | max min                 | x '' null                        |
+best.loss           | val/loss                |                                  | x '' null
 board.every_n_epochs | 1 2                    | -1 x 1.5                         | 18446744073709551616
 board.histograms    | true false              | x 2                              |
 processes.timeout   | 5 86400                 | 0 -1 nan inf 86401 x             | 1e-320
@@ -182,7 +185,7 @@ def _of_lightning(rng: Random, command: str, good: str) -> Case:
         args += ["--data.images", image, *more]
         # beside a good picture, one that shows nothing is told in its row
         bad, unsure = bad or (wrong and not (more and image in ("text.png", "empty.png", "blank.png"))), True
-    belongs = {"checkpoint": ("fit", "resume"), "board": ("fit", "resume", "test")}
+    belongs = {"checkpoint": ("fit", "resume"), "best": ("fit", "resume"), "board": ("fit", "resume", "test")}
     flags = sorted({*FLAGS, *TRAINER} - {f for f in FLAGS if command not in belongs.get(f.split(".")[0], (command,))})
     for flag in rng.sample(flags, rng.choice([0, 1, 1, 1, 2, 2, 3]) if fresh else rng.choice([0, 0, 1, 1, 2])):
         right, wrong_values, either = FLAGS.get(flag, [[], [], NUMBERS])
