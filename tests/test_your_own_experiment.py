@@ -223,6 +223,7 @@ def test_a_callback(copy: Path) -> None:
     assert before["epochs"] < 5
     printed = run(copy, small(again))
     assert "From the run's config.yaml: EarlyStopping\n" in printed
-    assert results(copy)["fit"]["epochs"] == before["epochs"]  # it had been stopped
+    assert "Nothing to train: this run has finished" in printed  # it had been stopped
+    assert results(copy)["fit"]["epochs"] == before["epochs"]
     config = yaml.safe_load((copy / "lightning_logs/version_0/config.yaml").read_text())
     assert config["trainer"]["callbacks"][0]["class_path"].endswith("EarlyStopping")

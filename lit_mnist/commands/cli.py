@@ -18,7 +18,14 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from lit_mnist.board import Board
 from lit_mnist.commands import COMMANDS, fit, predict
 from lit_mnist.commands.settings import DEFAULT_SEED, CommandError, Parser, Settings, parse
-from lit_mnist.commands.trainer import Processes, check_processes, place_loggers, the_run, trainer_settings
+from lit_mnist.commands.trainer import (
+    Processes,
+    check_network,
+    check_processes,
+    place_loggers,
+    the_run,
+    trainer_settings,
+)
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
@@ -28,7 +35,7 @@ from lit_mnist.training.processes import environment_kept, launched, lost
 from lit_mnist.training.progress import ProcessLost, TrainingError
 from lit_mnist.training.run import Run
 from lit_mnist.training.runs import RunError
-from lit_mnist.training.state import StateError, check_weights, not_restorable, restoring
+from lit_mnist.training.state import not_restorable, restoring
 
 __all__ = ["CommandError", "Interrupted", "ProcessLost", "TrainingError", "run"]
 
@@ -138,16 +145,7 @@ class MNISTCLI(LightningCLI):
         if settings.checkpoint:
             if self.trainer.is_global_zero:
                 print("\n".join([f"Checkpoint: {settings.checkpoint}", *settings.changes]), flush=True)
-            self._check_weights()
-
-    def _check_weights(self) -> None:
-        try:
-            check_weights(self.model, self.settings.loaded["state_dict"])
-        except StateError as error:
-            raise CommandError(
-                f"--ckpt_path {self.settings.checkpoint}: its weights do not fit the network of model.layers:"
-                f" {self.settings.own.get('model.layers')} ({error})"
-            ) from error
+            check_network(settings, self.model)
 
     # LightningCLI calls these four in place of the trainer's methods: checkpoints load with weights_only=True.
 

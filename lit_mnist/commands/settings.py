@@ -72,6 +72,7 @@ class Settings:
         recipe: a name for them.
         checkpoint: the file that `--ckpt_path` means, and what it holds.
         changes: what differs from the checkpoint's run, a line each.
+        unchanged: whether none of its settings does.
     """
 
     command: str
@@ -83,6 +84,7 @@ class Settings:
     checkpoint: Path | None = None
     loaded: dict[str, Any] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    unchanged: bool = True
 
     @property
     def own(self) -> Any:
@@ -144,14 +146,16 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
     before = settings_of(loaded, settings.command)
     before = {key: value for key, value in before.items() if key in settings.defaults}
     settings.parser.set_defaults(before)
-    text, names = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else ("", [])
+    found = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else {}
+    text = yaml.safe_dump({"trainer": found}) if found else ""
     try:
         settings.config = parser.parse_args([args[0], *(["--config", text] if text else []), *args[1:]])
     except CommandError as error:
         raise CommandError(f"{error} (in the run's config.yaml or a flag)" if text else str(error)) from error
-    given = f"{settings.own['trainer.callbacks']} {settings.own['trainer.logger']}"
-    if names := [name for name in names if name in given]:  # a flag may have put others in their place
-        settings.changes.append(f"From the run's config.yaml: {', '.join(names)}")
+    now = yaml.safe_load(settings.parser.dump(settings.own, skip_none=False))["trainer"]
+    kept = [name for key in found if now[key] == found[key] for name in names_of(found[key])]
+    if kept:  # a flag may have put others in their place
+        settings.changes.append(f"From the run's config.yaml: {', '.join(kept)}")
     try:  # jsonargparse 4.53 takes defaults as they are
         settings.parser.validate(settings.own, skip_unset=False)
     except (TypeError, ValueError, KeyError) as error:
@@ -165,7 +169,9 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
                 )
     if settings.command == "fit":
         progress = loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        settings.changes += differences(before, settings.own, not progress["is_last_batch"])
+        changed = differences(before, settings.own, not progress["is_last_batch"])
+        settings.unchanged = not changed and now["callbacks"] == found.get("callbacks")
+        settings.changes += changed
         settings.changes += other_conditions(loaded)
 
 
@@ -202,8 +208,8 @@ def settings_of(checkpoint: Mapping[str, Any], command: str) -> dict[str, Any]:
     return settings
 
 
-def classes_of(run: Path | None) -> tuple[str, list[str]]:
-    """The callbacks and loggers that a run was configured with, as YAML for `--config`, and their names.
+def classes_of(run: Path | None) -> dict[str, Any]:
+    """The callbacks and loggers that a run was configured with, where it was.
 
     They name classes, so they come from the run's config.yaml alone, as from any that a user gives: never from a
     checkpoint, which may be somebody else's.
@@ -213,19 +219,21 @@ def classes_of(run: Path | None) -> tuple[str, list[str]]:
     """
     path = run / "config.yaml" if run else None
     if not (path and path.is_file()):
-        return "", []
+        return {}
     try:
         config = yaml.safe_load(path.read_text())
         trainer = mapping(mapping(config, "config.yaml").get("trainer", {}), "trainer")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split()), 120)
         raise CommandError(f"{path}: the run's settings cannot be read ({reason})") from error
-    found = {key: trainer[key] for key in ("callbacks", "logger") if trainer.get(key) not in (None, True, [])}
-    names = []
-    for part in (part for value in found.values() for part in (value if isinstance(value, list) else [value])):
-        name = str(part.get("class_path")).rpartition(".")[2] if isinstance(part, dict) else str(part)
-        names.append(shortened(name, 60))
-    return (yaml.safe_dump({"trainer": found}) if found else ""), names
+    return {key: trainer[key] for key in ("callbacks", "logger") if trainer.get(key) not in (None, True, [])}
+
+
+def names_of(configured: Any) -> list[str]:
+    """The names of configured classes."""
+    parts = configured if isinstance(configured, list) else [configured]
+    paths = [str(part.get("class_path")) if isinstance(part, dict) else f"logger {part}".lower() for part in parts]
+    return [shortened(path.rpartition(".")[2], 60) for path in paths]
 
 
 def run_settings(settings: Mapping[str, Any]) -> dict[str, int | float | str | bool | None]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
@@ -25,7 +25,7 @@ from lit_mnist.training.progress import EpochLines
 from lit_mnist.training.results import Results, conditions
 from lit_mnist.training.run import Run, callbacks, place_logger, plugins, run_logger
 from lit_mnist.training.runs import RunError, run_folder, section
-from lit_mnist.training.state import ENTRIES
+from lit_mnist.training.state import ENTRIES, StateError, check_weights
 
 NOT_SHOWN = {"root", "download", "images"}  # in the tab HParams: where data lies
 
@@ -56,7 +56,7 @@ def the_run(settings: Settings) -> Run:
     if settings.own["trainer.fast_dev_run"]:
         return Run(None, checkpoint, loaded)
     if checkpoint and settings.continues:
-        return Run.resumed(checkpoint, loaded)
+        return Run.resumed(checkpoint, loaded, settings.unchanged)
     try:
         return Run.new(settings.runs, checkpoint, loaded)
     except RunError as error:
@@ -198,6 +198,16 @@ def check_processes(settings: Settings, trainer: Trainer, data: LightningDataMod
     batch_size = data.hparams["batch_size"]
     if batch_size < asked:
         raise CommandError(f"data.batch_size must be at least the number of processes, {asked}, got {batch_size}")
+
+
+def check_network(settings: Settings, model: LightningModule) -> None:
+    try:
+        check_weights(model, settings.loaded["state_dict"])
+    except StateError as error:
+        raise CommandError(
+            f"--ckpt_path {settings.checkpoint}: its weights do not fit the network of model.layers:"
+            f" {settings.own.get('model.layers')} ({error})"
+        ) from error
 
 
 class Unprofiled(PassThroughProfiler):

@@ -92,24 +92,7 @@ class MNISTDataModule(LightningDataModule):
         self.root, self.download = root, download
         self.images = images
         self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
-        problems = [
-            f"data.{argument} must be {allowed}, got {value}"
-            for argument, value, allowed, ok in (
-                ("root", root, "a folder", bool(root)),
-                ("name", name, f"one of {', '.join(mnist.SETS)}", name in mnist.SETS),
-                ("batch_size", batch_size, "in 1..60000", 1 <= batch_size <= 60_000),
-                ("val_size", val_size, "in 0..59999", 0 <= val_size <= 59_999),
-                ("split_seed", split_seed, "an integer from 0", split_seed >= 0),
-                ("seed", seed, "an integer from 0", seed >= 0),
-                ("rotation", rotation, "in 0..180 degrees", 0 <= rotation <= 180),
-                ("shift", shift, "in 0..28 pixels", 0 <= shift <= 28),
-                ("scale", scale, "in [0, 1)", 0 <= scale < 1),
-                ("images", images, "at least one file or folder", images != []),
-            )
-            if not ok
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_ranges(self.hparams, root, images)
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -199,3 +182,29 @@ class MNISTDataModule(LightningDataModule):
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+
+def check_ranges(hp: Any, root: str, images: list[str] | None) -> None:
+    """Check the arguments of MNISTDataModule.
+
+    Raises:
+        ValueError: one line for all that are out of range.
+    """
+    problems = [
+        f"data.{argument} must be {allowed}, got {value}"
+        for argument, value, allowed, ok in (
+            ("root", root, "a folder", bool(root)),
+            ("name", hp.name, f"one of {', '.join(mnist.SETS)}", hp.name in mnist.SETS),
+            ("batch_size", hp.batch_size, "in 1..60000", 1 <= hp.batch_size <= 60_000),
+            ("val_size", hp.val_size, "in 0..59999", 0 <= hp.val_size <= 59_999),
+            ("split_seed", hp.split_seed, "an integer from 0", hp.split_seed >= 0),
+            ("seed", hp.seed, "an integer from 0", hp.seed >= 0),
+            ("rotation", hp.rotation, "in 0..180 degrees", 0 <= hp.rotation <= 180),
+            ("shift", hp.shift, "in 0..28 pixels", 0 <= hp.shift <= 28),
+            ("scale", hp.scale, "in [0, 1)", 0 <= hp.scale < 1),
+            ("images", images, "at least one file or folder", images != []),
+        )
+        if not ok
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -59,7 +59,7 @@ class RunStart(Callback):
         if loaded and steps[0] != (loaded["epoch"], loaded["global_step"]):
             raise StateError(f"loops/fit_loop is at epoch and step {steps[0]}, and the rest of it elsewhere")
         changed = self.resume.restore(trainer, pl_module)
-        if loaded.get("stopped") is True and not changed and self._repeats():
+        if loaded.get("stopped") is True and not changed and self.run.unchanged:
             trainer.should_stop = True  # a callback had ended this run, and nothing says that it is to go on
         problem: OSError | RunError | None = None
         try:
@@ -78,11 +78,6 @@ class RunStart(Callback):
         if reason := next(filter(None, every(str(problem or ""))), ""):  # all end with it, and none waits for another
             raise problem or RunError(f"another process could not write to the run: {reason}")
         self.run.started = True
-
-    def _repeats(self) -> bool:
-        """Whether the run is resumed with the settings that it had."""
-        path = self.run.folder / "config.yaml" if self.run.folder and self.run.continues else None
-        return every(path is not None and path.is_file() and path.read_text() == self.config)[0]
 
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:

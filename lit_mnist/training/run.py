@@ -29,6 +29,7 @@ class Run:
         checkpoint: what it begins with; None for nothing.
         loaded: the content of that checkpoint.
         origin: the run that the checkpoint belongs to; None where it lies in no run's folder.
+        unchanged: whether it is resumed with the settings that it had; then one that a callback had stopped stays so.
         made: the last folder above `folder` that was there before; None where `folder` was there itself.
     """
 
@@ -36,6 +37,7 @@ class Run:
     checkpoint: Path | None = None
     loaded: Mapping[str, Any] = field(default_factory=dict)
     origin: Path | None = None
+    unchanged: bool = True
     made: Path | None = None
     started: bool = False
 
@@ -57,10 +59,10 @@ class Run:
         return run
 
     @classmethod
-    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any]) -> Run:
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
         """The run that a checkpoint belongs to, in its own folder."""
         folder = run_folder(checkpoint)
-        return cls(folder, checkpoint, loaded, folder)
+        return cls(folder, checkpoint, loaded, folder, unchanged)
 
     @property
     def continues(self) -> bool:
