@@ -135,14 +135,15 @@ def scores(root: str, options: argparse.Namespace) -> Any:
     rows = [
         (
             entry["test"]["processes"],
+            entry["test"]["samples"],
             f"{100 * entry['test']['test/accuracy']:.2f}",
-            f"{entry['test']['test/loss']:.9f}",
+            f"{entry['test']['test/loss']:.7g}",
             entry["validated"].partition(": ")[2],
             "yes" if entry["digits"] == record[0]["digits"] else "no",
         )
         for entry in record
     ]
-    head = ("processes", "accuracy, %", "loss", "validation", "the same 10,000 digits predicted")
+    head = ("processes", "test images", "accuracy, %", "loss", "validation", "the same 10,000 digits predicted")
     table(head, *rows)
     return [{**entry["test"], "validated": entry["validated"]} for entry in record]
 

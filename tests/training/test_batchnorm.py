@@ -1,4 +1,4 @@
-"""Synchronised batch norm on a CPU, on one process; tests/test_processes.py has several."""
+"""Synchronised batch norm on a CPU, on one process; tests/training/test_processes.py has several."""
 
 from collections.abc import Iterator
 
@@ -13,6 +13,8 @@ from lit_mnist.training.batchnorm import SyncBatchNorm2d, SynchronizedBatchNorm
 
 @pytest.fixture
 def group() -> Iterator[None]:
+    if torch.distributed.is_initialized():  # DDP on one process leaves its own, as it does in a user's program
+        torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
