@@ -1,6 +1,6 @@
 """Kill the real program with SIGKILL at random moments, resume it, and compare with the run that was never killed.
 
-    python benchmarks/kill.py                       # 60 kills over three recipes: minutes
+    python benchmarks/kill.py            # 60 kills over three recipes and a foreign module (tests/foreign.py): minutes
     python benchmarks/kill.py --kills 3 smoke
 
 Each trial starts `python -m lit_mnist fit` on real MNIST with a shortened recipe, kills it at a random (seeded) moment
@@ -42,6 +42,7 @@ RECIPES = {
     "default": SHORT,
     "seed": ["--config", str(REPOSITORY / "configs" / "seed.yaml"), *SHORT],
     "smoke": ["--config", str(REPOSITORY / "configs" / "smoke.yaml"), *SHORT],
+    "foreign": [],  # lit_mnist/training in another project, under another name
 }
 # one thread a process: two trials run side by side, and sums come out in one order
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -49,6 +50,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 def start(folder: Path, flags: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lit_mnist", "fit", *flags]
+    if not flags:
+        if not (folder / "machinery").exists():
+            shutil.copytree(REPOSITORY / "lit_mnist" / "training", folder / "machinery")
+            shutil.copy(REPOSITORY / "tests" / "foreign.py", folder)
+        command = [sys.executable, "-c", "from foreign import fit; fit('lightning_logs')"]
     return subprocess.Popen(
         command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -118,7 +124,7 @@ def trial(recipe: str, number: int, flags: list[str], expected: Any, seconds: fl
         for _ in range(moment.randint(1, 4)):
             killed = kill_somewhere(start(folder, next_flags), folder, seconds, moment)
             if list(folder.glob("lightning_logs/version_0/checkpoints/last-*.ckpt")):
-                next_flags = ["--ckpt_path", "last", *flags[-2:]]  # the data's folder
+                next_flags = ["--ckpt_path", "last", *flags[-2:]] if flags else []  # the data's folder
                 kills += killed
             else:
                 # killed before there was anything to resume: a newcomer would start again
@@ -162,13 +168,9 @@ def main() -> int:
     table, failed = [], False
     with Progress() as progress, ThreadPoolExecutor(2) as pool:
         for recipe in settings.recipes:
-            flags = [
-                *RECIPES[recipe],
-                "--trainer.accelerator",
-                "cpu",
-                "--data.root",
-                str(Path(settings.root).resolve()),
-            ]
+            flags = RECIPES[recipe]
+            if flags:
+                flags = [*flags, "--trainer.accelerator", "cpu", "--data.root", str(Path(settings.root).resolve())]
             with tempfile.TemporaryDirectory() as name:
                 process = start(Path(name), flags)
                 while not event_files(Path(name)) and process.poll() is None:
