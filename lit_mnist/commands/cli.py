@@ -188,7 +188,11 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except (RunError, CommandError, TrainingError, DataError, CheckpointWriteError, MisconfigurationException):
+    except MisconfigurationException as error:
+        if cli.run.started:  # what only the training can show, such as a score that the module does not log
+            raise TrainingError(f"training stopped: {shortened(' '.join(str(error).split()), 300)}") from error
+        raise
+    except (RunError, CommandError, TrainingError, DataError, CheckpointWriteError):
         raise
     except Interrupted as stop:
         stop.flags = flags
@@ -207,8 +211,9 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
             raise CommandError(shortened(str(error), 300)) from error  # what a callback needs
         if not cli.run.started:
             raise
-        if isinstance(error, OSError):
-            raise TrainingError(stopped(error)) from error
+        cause = error.__cause__ if isinstance(error, ValueError) else error  # TensorBoardLogger 2.6 wraps it
+        if isinstance(cause, OSError):
+            raise TrainingError(stopped(cause)) from error
         if isinstance(error, RuntimeError) and innermost(error).startswith("pytorch_lightning."):
             # what only the training can show, such as a callback that asks for a metric that there is not
             raise TrainingError(f"training stopped: {shortened(str(error), 300)}") from error

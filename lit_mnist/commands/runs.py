@@ -45,7 +45,7 @@ def list_runs(args: Sequence[str]) -> int:
         return complain(f"--root_dir {shortened(str(options.root_dir))}: {error.strerror}", BAD_INPUT)
     known = {name for run in everything for name in run} | set(COLUMNS)
     columns = options.columns or [*COLUMNS, *differing(everything)]
-    for flag, names in (("--columns", columns), ("--sort", [options.sort] if options.sort else [])):
+    for flag, names in (("--columns", columns), ("--sort", [options.sort] if options.sort is not None else [])):
         if unknown := [name for name in names if name not in known]:
             message = f"{flag} {shortened(unknown[0])}: no run has it; allowed are {', '.join(sorted(known))}"
             return complain(shortened(message, 1500), BAD_INPUT)

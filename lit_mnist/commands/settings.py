@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_mnist.training import runs
@@ -121,7 +123,7 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
     recipe = "+".join(Path(config).stem for config in configs) or "default"
     settings = Settings(typed[0], typed, own, defaults=own.get_defaults(), recipe=recipe)
     try:
-        settings.config = parser.parse_args(args)
+        settings.config = without_enums(parser.parse_args(args))
     except (CommandError, UnicodeDecodeError, RecursionError) as error:  # jsonargparse does not say which file
         raise CommandError(f"{error} (in {' or '.join([*configs, 'a flag'])})" if configs else str(error)) from error
     wanted = settings.own.get("ckpt_path")
@@ -148,8 +150,10 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
     settings.parser.set_defaults(before)
     found = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else {}
     text = yaml.safe_dump({"trainer": found}) if found else ""
+    if settings.command == "fit" and settings.continues and checkpoint and not config_of(checkpoint).is_file():
+        settings.changes.append(f"There is no {config_of(checkpoint)}: callbacks and loggers are those given now")
     try:
-        settings.config = parser.parse_args([args[0], *(["--config", text] if text else []), *args[1:]])
+        settings.config = without_enums(parser.parse_args([args[0], *(["--config", text] if text else []), *args[1:]]))
     except CommandError as error:
         raise CommandError(f"{error} (in the run's config.yaml or a flag)" if text else str(error)) from error
     now = yaml.safe_load(settings.parser.dump(settings.own, skip_none=False))["trainer"]
@@ -227,6 +231,20 @@ def classes_of(run: Path | None) -> dict[str, Any]:
         reason = shortened(" ".join(str(error).split()), 120)
         raise CommandError(f"{path}: the run's settings cannot be read ({reason})") from error
     return {key: trainer[key] for key in ("callbacks", "logger") if trainer.get(key) not in (None, True, [])}
+
+
+def config_of(checkpoint: Path) -> Path:
+    return (runs.run_folder(checkpoint) or Path()) / "config.yaml"
+
+
+def without_enums(value: Any) -> Any:
+    """Settings whose defaults are members of enumerations, such as Timer's, as plain values: YAML has only these."""
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            setattr(value, key, without_enums(inner))
+    elif isinstance(value, list):
+        value[:] = map(without_enums, value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def names_of(configured: Any) -> list[str]:

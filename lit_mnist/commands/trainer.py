@@ -174,8 +174,8 @@ def check_processes(settings: Settings, trainer: Trainer, data: LightningDataMod
         CommandError: not so.
     """
     asked, (processes, machines) = trainer.world_size, launched()
-    before = len(settings.loaded.get("processes", [0]))
-    if settings.command == "fit" and settings.checkpoint and before != asked:
+    before = len(settings.loaded["processes"]) if settings.command == "fit" and settings.checkpoint else asked
+    if before != asked:
         settings.changes.append(f"processes: {before} -> {asked} (the same batches, but the last bits may differ)")
     if processes * machines not in (1, asked):
         raise CommandError(

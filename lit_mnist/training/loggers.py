@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from .console import shortened
 from .processes import is_first
 from .runs import RunError, replaced
 
@@ -100,7 +101,7 @@ class RunCSVLogger(CSVLogger):
         kept = path.with_name(
             ".metrics.csv.kept"
         )  # there alone, where a kill came between the removal and the last line
-        header, content = read_csv(path if path.is_file() else kept)
+        header, content = read_csv(path if path.exists() else kept)
         if rows and content:
             with replaced(kept) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=header)
@@ -134,12 +135,22 @@ FILE_LOGGERS: dict[str, type[RunLogger | RunCSVLogger]] = {
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    if not path.is_file():
+    """The header and the rows of a table; nothing of one that is not there.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    if not path.exists():
         return [], []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        content = list(reader)
-        return list(reader.fieldnames or []), content
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            content = list(reader)
+            return list(reader.fieldnames or []), content
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"{path}: the run's metrics cannot be read ({shortened(str(error), 100)})") from error
 
 
 def curves(loggers: Iterable[Logger]) -> list[dict[str, int]]:
@@ -178,6 +189,12 @@ def open_loggers(
     Raises:
         RunError: a file of the user's would be overwritten.
     """
+    tables = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunCSVLogger) and is_first()]
+    for folder in tables:  # before any of them is changed
+        read_csv(folder / "metrics.csv")
+        found = [name for name in ("metrics.csv", "hparams.yaml") if (folder / name).exists()]
+        if found and not continues:
+            raise RunError(f"{folder / found[0]}: that file exists; give trainer.logger another place")
     for number, logger in enumerate(trainer.loggers):
         sizes = lengths(checkpoint, number)
         if isinstance(logger, RunLogger):
@@ -187,9 +204,6 @@ def open_loggers(
                 copy_curve(event_files(origin), Path(logger.log_dir), sizes)
             logger.open()
         elif isinstance(logger, RunCSVLogger) and is_first():
-            found = [name for name in ("metrics.csv", "hparams.yaml") if Path(logger.log_dir, name).exists()]
-            if found and not continues:
-                raise RunError(f"{Path(logger.log_dir, found[0])}: that file exists; give trainer.logger another place")
             before = origin / "metrics.csv" if origin else None
             if before and not continues and before.is_file():
                 Path(logger.log_dir).mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def restore_metric(metric: Metric, states: list[Any], path: str) -> None:
 def on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [on_device(part, device) for part in value]
-    return value.to(device) if isinstance(value, Tensor) else value
+    return value.detach().to(device) if isinstance(value, Tensor) else value
 
 
 def logged_state(trainer: Trainer) -> list[dict[str, Any]]:

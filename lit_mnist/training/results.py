@@ -160,6 +160,7 @@ class Results(Callback):
             "model": dict(pl_module.hparams),
             "data": dict(data.hparams) if data else {},
             "settings": self.settings,
+            "loggers": [logger.version for logger in trainer.loggers],
             "processes": trainer.world_size,
             **conditions(pl_module.device),
         }

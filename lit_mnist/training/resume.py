@@ -13,12 +13,13 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoints import FORMAT, FORMAT_ENTRY
+from .console import shortened
 from .loggers import curves, open_loggers
 from .metrics import counted, logged_as_ever, logged_state, metric_states, pending, restore_logged, restore_metric
 from .processes import ExactDDP, every, smallest_part
 from .results import conditions
 from .runs import RunError, replaced
-from .state import StateError, check, check_callbacks, check_state, mapping, plain
+from .state import StateError, check, check_callbacks, check_state, described, mapping, plain, same_length
 
 if TYPE_CHECKING:
     from .run import Run
@@ -79,6 +80,12 @@ class RunStart(Callback):
             raise problem or RunError(f"another process could not write to the run: {reason}")
         self.run.started = True
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.resume.begin(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.resume.begin(trainer, pl_module)
+
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     """Refuse what could not be resumed exactly, or is not the same on several processes.
@@ -129,6 +136,7 @@ class ExactResume(Callback):
         self.settings = settings
         self._fresh: dict[str, Any] = {}
         self._resumed = False
+        self._logged: list[Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
@@ -152,7 +160,6 @@ class ExactResume(Callback):
         checkpoint["pending"] = pending(trainer)
         if trainer.is_global_zero:
             checkpoint["curves"] = curves(trainer.loggers)
-            checkpoint["loggers"] = [logger.version for logger in trainer.loggers]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         check_callbacks(trainer, checkpoint)
@@ -186,10 +193,12 @@ class ExactResume(Callback):
         loaded, rank = self.run.loaded, trainer.global_rank
         changed = apply_settings(trainer, loaded.get("asked"), self._fresh)
         for name, value in mapping(loaded.get("pending", {}), "pending").items():
-            check(0.0, value if value == value else 0.0, f"pending/{name}")
+            if type(name) is not str or type(value) not in (int, float):
+                raise StateError(f"pending/{shortened(str(name))} is {described(value)}, expected a number")
         latest = mapping(loaded.get("latest", {}), "latest")
         for name, value in latest.items():
-            check(torch.tensor(0.0), value.float() if isinstance(value, torch.Tensor) else value, f"latest/{name}")
+            if type(name) is not str or not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
+                raise StateError(f"latest/{shortened(str(name))} is {described(value)}, expected a tensor of a number")
         trainer.callback_metrics.update({name: value.to(pl_module.device) for name, value in latest.items()})
         parts = loaded["processes"]
         # on another number of processes the first has all that was counted
@@ -198,7 +207,9 @@ class ExactResume(Callback):
         for name, metric in counted(pl_module).items():
             states = [mapping(part["metrics"].get(name), f"metrics/{name}") for part in own]
             restore_metric(metric, list(filter(None, states)), f"metrics/{name}")
-        restore_logged(trainer, pl_module, [part["logged"] for part in own])
+        self._logged = [part["logged"] for part in own]
+        restore_logged(trainer, pl_module, self._logged)  # whether it can be; the metrics are not to be seen yet
+        trainer.fit_loop.epoch_loop._results.clear()
         return changed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,15 +218,15 @@ class ExactResume(Callback):
         if self._resumed and rank < len(parts):
             set_random_state(parts[rank]["random"], pl_module.device)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before each step, and at the end of an epoch: let the epoch's logged values go on at the first of these."""
         if trainer.global_step == 0:
             # Lightning 2.6 resumes a checkpoint of step 0 with this counter of the loggers' steps at 1
             trainer.fit_loop.epoch_loop._batches_that_stepped = 0
-        if self._first_is_done:
-            logged_as_ever(trainer)
-        self._first_is_done = True
-
-    _first_is_done = False
+        logged_as_ever(trainer)
+        if self._logged is not None:
+            restore_logged(trainer, pl_module, self._logged)
+            self._logged = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged_as_ever(trainer)
@@ -282,11 +293,15 @@ def apply_settings(trainer: Trainer, before: Any, now: dict[str, Any]) -> bool:
     """
     before = mapping(before, "asked")
     check({"groups": [], "schedules": []}, before, "asked")
+    same_length(now["groups"], before["groups"], "asked/groups")
+    same_length(now["schedules"], before["schedules"], "asked/schedules")
+    for number, groups in enumerate(now["groups"]):
+        same_length(groups, before["groups"][number], f"asked/groups/{number}")
     differs = False
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     olds, news = ([g for groups in side["groups"] for g in groups] for side in (before, now))
-    for group, old, new in zip(groups, olds, news, strict=False):
-        old = mapping(old, "asked/groups")
+    for group, old, new in zip(groups, olds, news, strict=True):
+        old = plain_values(mapping(old, "asked/groups"))
         changed = {key: value for key, value in new.items() if old.get(key) != value}
         differs |= bool(changed)
         if "initial_lr" in changed and plain(old.get("lr")) and old["lr"]:
@@ -294,8 +309,8 @@ def apply_settings(trainer: Trainer, before: Any, now: dict[str, Any]) -> bool:
             changed.pop("lr", None)
         for key, value in changed.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-    for config, old, new in zip(trainer.lr_scheduler_configs, before["schedules"], now["schedules"], strict=False):
-        scheduler, old = config.scheduler, mapping(old, "asked/schedules")
+    for config, old, new in zip(trainer.lr_scheduler_configs, before["schedules"], now["schedules"], strict=True):
+        scheduler, old = config.scheduler, plain_values(mapping(old, "asked/schedules"))
         changed = {key: value for key, value in new.items() if old.get(key) != value}
         changed.pop("_last_lr", None)
         differs |= bool(changed)

@@ -17,7 +17,7 @@ from .processes import is_first
 from .progress import EpochLines, Progress
 from .results import Results
 from .resume import ExactResume, RunStart
-from .runs import RunError, claim_version, discard, newest, only_process, run_folder
+from .runs import RunError, claim_version, discard, newest, only_process, read_results, run_folder, section
 
 
 @dataclass
@@ -167,13 +167,14 @@ def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
     """
     if not (run.folder and "class_path" in logger and "version" in logger["init_args"]):
         return
-    settings = logger["init_args"]
-    kept = run.loaded.get("loggers") if run.continues else None
-    versions = kept if isinstance(kept, list) else []
-    if settings["version"] is None and number < len(versions) and isinstance(versions[number], (str, int)):
-        settings["version"] = versions[number]
+    settings, given = logger["init_args"], logger["init_args"]["version"]
+    if given is None and run.continues:  # not from the checkpoint: it becomes a folder's name
+        kept = section(read_results(run.folder), "fit").get("loggers")
+        settings["version"] = kept[number] if isinstance(kept, list) and number < len(kept) else None
     if ours := FILE_LOGGERS.get(logger["class_path"]):
         logger["class_path"] = f"{ours.__module__}.{ours.__qualname__}"
         root = Path(settings["save_dir"] or ".", settings["name"] or "")
-        if settings["version"] is None and root.resolve() == runs.resolve():
+        if given is None and root.resolve() == runs.resolve():
             settings["version"] = run.folder.name
+        if "default_hp_metric" in settings:
+            settings["default_hp_metric"] = False  # which would be logged once more by every resume
