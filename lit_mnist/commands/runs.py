@@ -47,8 +47,8 @@ def list_runs(args: Sequence[str]) -> int:
     columns = options.columns or [*COLUMNS, *differing(everything)]
     for flag, names in (("--columns", columns), ("--sort", [options.sort] if options.sort is not None else [])):
         if unknown := [name for name in names if name not in known]:
-            message = f"{flag} {shortened(unknown[0])}: no run has it; allowed are {', '.join(sorted(known))}"
-            return complain(shortened(message, 1500), BAD_INPUT)
+            allowed = f"{', '.join(COLUMNS)}, settings such as model.lr, and metrics such as val/loss"
+            return complain(f"{flag} {shortened(unknown[0], 80)}: no run has it; allowed are {allowed}", BAD_INPUT)
     if options.sort and options.sort != "run":
         everything.sort(key=lambda run: place(run.get(options.sort)))
     rows = [{name: run.get(name) for name in columns} for run in everything]

@@ -148,7 +148,7 @@ def test_columns(some_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "reason"),
     [
         (["--root_dir", "nowhere"], "--root_dir nowhere: there is no folder lightning_logs in it"),
-        (["--sort", "colour"], "--sort colour: no run has it; allowed are epochs, "),
+        (["--sort", "colour"], "--sort colour: no run has it; allowed are run, recipe, "),
         (["--best"], "unrecognized arguments: --best"),
     ],
 )
