@@ -2,11 +2,20 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import LightningModule, Trainer
 
-from lit_mnist.training.checkpoints import CheckpointWriteError, DurableCheckpointIO, LastCheckpoint, read_checkpoint
+from lit_mnist.training.checkpoints import (
+    BestCheckpoint,
+    CheckpointWriteError,
+    DurableCheckpointIO,
+    LastCheckpoint,
+    read_checkpoint,
+)
+from lit_mnist.training.run import Run
 from lit_mnist.training.runs import RunError
 
 
@@ -71,3 +80,40 @@ def test_loading_is_with_weights_only_whatever_is_asked_for(tmp_path: Path) -> N
 def test_bad_intervals() -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.every_seconds"):
         LastCheckpoint(every_seconds=-1)
+
+
+def test_of_equal_scores_the_lower_loss_is_the_better(tmp_path: Path) -> None:
+    class Scored(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.layer(batch).sum()
+
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            scores = [(0.5, 3.0), (0.5, 1.0), (0.5, 2.0), (0.4, 0.1), (0.6, 5.0), (0.6, 4.0), (0.6, 6.0)]
+            accuracy, loss = scores[self.current_epoch]
+            self.log_dict({"val/accuracy": accuracy, "val/loss": loss})
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    kept = []
+    for epochs in (1, 2, 3, 4, 5, 7):
+        best = BestCheckpoint()
+        best.run = Run(tmp_path / str(epochs))
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[best],
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader: Any = torch.utils.data.DataLoader(torch.ones(2, 1))  # type: ignore[arg-type]
+        trainer.fit(Scored(), loader, loader)
+        kept.append([path.name for path in (tmp_path / str(epochs)).rglob("*.ckpt")])
+    names = ["0", "1", "1", "1", "4", "5"]
+    assert kept == [[f"best-epoch=0{name}-accuracy=0.{6 if name > '3' else 5}000.ckpt"] for name in names]

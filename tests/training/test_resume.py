@@ -349,6 +349,19 @@ def test_a_second_interrupt_stops_at_once(command: Command, monkeypatch: pytest.
         signal.signal(signal.SIGINT, before)
 
 
+def test_other_conditions_are_reported(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*SETTINGS) == 0
+    (last,) = Path("lightning_logs/version_0/checkpoints").glob("last-*")
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["conditions"]["hardware"] |= {"threads": 99, "processor": "abacus"}
+    torch.save(checkpoint, last)
+    capsys.readouterr()
+    assert command("--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    out = capsys.readouterr().out
+    assert f"threads: 99 -> {torch.get_num_threads()} (the last bits may differ)\n" in out
+    assert re.search(r"^processor: abacus -> .+ \(the last bits may differ\)$", out, re.M)
+
+
 def test_what_the_user_sets_wins_and_is_told(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*SETTINGS) == 0
     capsys.readouterr()
