@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
-from lit_mnist.module import Batch, LitMNIST
+from lit_mnist.module import Batch
 from lit_mnist.training.loggers import RunLogger
 from lit_mnist.training.processes import joined
 
@@ -97,7 +97,7 @@ class TrainingBoard(Callback):
                 writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        if batch_idx == 0 and (writer := self.board.due(trainer)):
+        if batch_idx == 0 and shows_pictures(batch) and (writer := self.board.due(trainer)):
             writer.add_image("train/images", grid(batch[0][:32], columns=8, zoom=2), trainer.global_step)
 
     def on_before_optimizer_step(
@@ -122,20 +122,30 @@ class TrainingBoard(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (writer := self.board.due(trainer)):
             return
-        assert isinstance(pl_module, LitMNIST)
-        step = trainer.global_step - 1
-        kernels = next((p for p in pl_module.network.parameters() if p.ndim == 4), None)
+        step, network = trainer.global_step - 1, network_of(pl_module)
+        kernels = next((p for p in network.parameters() if p.ndim == 4), None)
         if kernels is not None:
             writer.add_image("filters/first layer", filters(kernels.detach()), step)
         if self.board.histograms:
-            for name, parameter in pl_module.network.named_parameters():
+            for name, parameter in network.named_parameters():
                 writer.add_histogram(f"weights/{name}", parameter.detach(), step)
         if trainer.current_epoch == 0:
-            network = deepcopy(pl_module.network).cpu().eval()  # a copy: tracing it must not touch the one in training
             # a network that cannot be traced goes without its graph; attention takes another way with gradients
             with warnings.catch_warnings(), suppress(Exception), torch.no_grad():
                 warnings.simplefilter("ignore")  # torch 2.15 calls its own tracer deprecated
+                network = deepcopy(network).cpu().eval()  # tracing must not touch the one in training
                 writer.add_graph(network, torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+
+
+def shows_pictures(batch: Any) -> bool:
+    """Whether a batch is images (B, 1, H, W) and their classes (B,): of another experiment it may be anything."""
+    if not (isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        return False
+    return bool(batch[0].ndim == 4 and batch[0].shape[1] == 1)
+
+
+def network_of(pl_module: LightningModule) -> torch.nn.Module:
+    return getattr(pl_module, "network", pl_module)
 
 
 def is_logged(step: int, trainer: Trainer) -> bool:
@@ -153,7 +163,8 @@ class ValidationBoard(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        if self.board.turn(trainer) and trainer.loggers and isinstance(outputs, Tensor):
+        logits = isinstance(outputs, Tensor) and outputs.ndim == 2
+        if self.board.turn(trainer) and trainer.loggers and logits and shows_pictures(batch):
             self._answers.append((batch[0], outputs, batch[1]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,6 +175,8 @@ class ValidationBoard(Callback):
         if not (writer and answers):
             return
         images, logits, targets = answers
+        if targets.ndim != 1 or int(targets.max()) >= logits.shape[1]:
+            return  # of something else than these classes
         probabilities, step, classes = logits.softmax(1), trainer.global_step - 1, logits.shape[1]
         counts = multiclass_confusion_matrix(logits, targets, classes)
         matrix = confusion(counts, cell=max(12, min(44, 2400 // classes)))
@@ -189,8 +202,7 @@ class TestBoard(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._answers, self._features, self._hook = [], None, None
         if trainer.loggers:
-            assert isinstance(pl_module, LitMNIST)
-            linear = [module for module in pl_module.network.modules() if isinstance(module, torch.nn.Linear)]
+            linear = [part for part in network_of(pl_module).modules() if isinstance(part, torch.nn.Linear)]
             if linear:
                 self._hook = linear[-1].register_forward_pre_hook(self._keep)
 
@@ -200,7 +212,7 @@ class TestBoard(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        if self._features is not None and len(self._features) == len(batch[0]):
+        if self._features is not None and shows_pictures(batch) and len(self._features) == len(batch[0]):
             self._answers.append((batch[0], self._features, batch[1]))
         self._features = None
 

@@ -214,6 +214,8 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, ValueError) else error  # TensorBoardLogger 2.6 wraps it
         if isinstance(cause, OSError):
             raise TrainingError(stopped(cause)) from error
+        if isinstance(error, ValueError):  # of the experiment's own code: with the place where it was raised
+            raise RuntimeError(f"the training failed: {error}") from error
         if isinstance(error, RuntimeError) and innermost(error).startswith("pytorch_lightning."):
             # what only the training can show, such as a callback that asks for a metric that there is not
             raise TrainingError(f"training stopped: {shortened(str(error), 300)}") from error

@@ -110,7 +110,7 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
     images, targets = mnist.load(root, train=False, name=name)
     settings = plain_settings("model", checkpoint["hyper_parameters"])
     try:
-        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})  # type: ignore[arg-type]
+        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})
     except Exception as error:  # a setting of another kind fails wherever it is used first
         raise CommandError(
             f"--ckpt_path {checkpoint_name}: its settings make no network ({shortened(str(error))})"

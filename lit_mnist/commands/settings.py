@@ -31,7 +31,8 @@ TRAINER_SETTINGS = frozenset(
         *("max_epochs", "min_epochs", "max_steps", "min_steps", "overfit_batches", "accumulate_grad_batches"),
         *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_n_steps"),
         *("val_check_interval", "check_val_every_n_epoch", "gradient_clip_val", "gradient_clip_algorithm"),
-        *("precision", "deterministic", "sync_batchnorm"),
+        *("precision", "deterministic", "sync_batchnorm", "max_time", "reload_dataloaders_every_n_epochs"),
+        *("detect_anomaly", "use_distributed_sampler"),
     )
 )
 # Changing these would make another run of it, not a continuation.
@@ -195,7 +196,7 @@ def check_training_state(settings: Settings) -> None:
         settings.changes.append(
             "A new run: that checkpoint is not the newest state of its run, which stays as it is"
             if runs.run_folder(path)
-            else "A new run: that checkpoint lies in no run's folder"
+            else "A new run: that checkpoint lies in no run's folder; callbacks and loggers are those given now"
         )
 
 
@@ -230,7 +231,7 @@ def classes_of(run: Path | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split()), 120)
         raise CommandError(f"{path}: the run's settings cannot be read ({reason})") from error
-    return {key: trainer[key] for key in ("callbacks", "logger") if trainer.get(key) not in (None, True, [])}
+    return {key: trainer[key] for key in ("callbacks", "logger", "plugins") if trainer.get(key) not in (None, True, [])}
 
 
 def config_of(checkpoint: Path) -> Path:
@@ -265,14 +266,22 @@ def run_settings(settings: Mapping[str, Any]) -> dict[str, int | float | str | b
     }
 
 
-def plain_settings(prefix: str, settings: Any) -> dict[str, int | float | str | bool]:
-    """Those of a mapping's entries that are plain numbers, strings and booleans, as dotted command-line keys.
+def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
+    """Those of a mapping's entries that are plain numbers, strings and booleans, None or lists of them, as dotted
+    command-line keys.
 
     Whatever else a checkpoint may name, classes above all, stays out.
     """
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(is_plain, value))
+        return type(value) in (int, float, str, bool, type(None))
+
     if not isinstance(settings, dict):
         return {}
-    return {f"{prefix}.{key}": value for key, value in settings.items() if type(value) in (int, float, str, bool)}
+    named = {key: value for key, value in settings.items() if type(key) is str and not key.startswith("_")}
+    return {f"{prefix}.{key}": value for key, value in named.items() if is_plain(value)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], epoch_unfinished: bool) -> list[str]:

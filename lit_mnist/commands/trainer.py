@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
@@ -187,6 +187,8 @@ def check_processes(settings: Settings, trainer: Trainer, data: LightningDataMod
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):  # which change the settings within fit
             raise CommandError(f"trainer.callbacks must have no {type(callback).__name__}: set the value it found")
+        if isinstance(callback, StochasticWeightAveraging):  # whose state Lightning 2.6 cannot take back
+            raise CommandError("trainer.callbacks must have no StochasticWeightAveraging: use model.ema_decay")
     if not isinstance(trainer.strategy, ExactDDP):
         return
     environment = trainer.strategy.cluster_environment

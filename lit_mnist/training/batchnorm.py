@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .runs import RunError
+
 
 class SynchronizedBatchNorm(TorchSyncBatchNorm):
     """Lightning's plugin behind `sync_batchnorm`; on a CPU, where torch 2.15 has no such layer, with one of its own."""
@@ -23,6 +25,13 @@ class SynchronizedBatchNorm(TorchSyncBatchNorm):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
             return model  # nothing to synchronise, and the bits of a run without DDP
         for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not (
+                type(module) is nn.BatchNorm2d and module.affine and module.momentum
+            ):
+                raise RunError(
+                    f"trainer.sync_batchnorm: on CPUs BatchNorm2d with its defaults can be synchronised, got {module};"
+                    " with trainer.sync_batchnorm false each process normalises by its own samples, another training"
+                )
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncBatchNorm2d  # the same parameters, hooks and names
         return model

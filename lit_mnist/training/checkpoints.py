@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .console import PROGRAM, shortened
 from .processes import every
-from .runs import RunError, find_checkpoint, replaced, versions
+from .runs import RunError, find_checkpoint, own_checkpoints, replaced, versions
 from .state import ENTRIES, StateError, check_entries, fill, not_restorable
 
 if TYPE_CHECKING:
@@ -114,11 +115,18 @@ class DurableCheckpointIO(TorchCheckpointIO):
     from there without flushing: a kill in the middle leaves half a file.
     """
 
+    def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
+        self.loaded = loaded or {}  # by path: checkpoints that were read before
+        self.readable: bool = False  # whether one that was written could be read again
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         content = io.BytesIO()  # in memory first: a full disk then is a plain OSError
         torch.save(checkpoint, content)
+        if not self.readable:
+            check_readable(checkpoint, content)
+            self.readable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -135,15 +143,41 @@ class DurableCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             raise CheckpointWriteError(error.errno, error.strerror, str(path)) from error
 
-    def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
-        self.loaded = loaded or {}  # by path: checkpoints that were read before
-
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if str(path) in self.loaded:
             return dict(self.loaded[str(path)])
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+def check_readable(checkpoint: Mapping[str, Any], content: io.BytesIO) -> None:
+    """Check that what is written can be loaded with `weights_only=True`.
+
+    Raises:
+        RunError: it holds something else than tensors and plain values; the message names the entry.
+    """
+
+    def problem(written: io.BytesIO) -> str:
+        written.seek(0)
+        try:
+            torch.load(written, weights_only=True)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    if not problem(content):
+        return
+    for name, value in checkpoint.items():
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            part = io.BytesIO()
+            torch.save(inner, part)
+            if reason := problem(part):
+                kind = (re.findall(r"GLOBAL (\S+)|class (\S+)", reason) or [("", "")])[0]
+                raise RunError(
+                    f"a checkpoint could not be loaded again: in {name}/{key} there is something else than tensors,"
+                    f" numbers, strings and booleans {shortened(' '.join(filter(None, kind)), 80)}".rstrip()
+                )
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -233,7 +267,7 @@ class BestCheckpoint(ModelCheckpoint):
         # ModelCheckpoint 2.6 keeps the file that a run was resumed from, as a second best for ever
         if trainer.is_global_zero and self.best_model_path:
             best = Path(self.best_model_path)
-            for older in best.parent.glob(f"best-epoch=*-{self.title}=*.ckpt"):
+            for older in own_checkpoints(best.parent.parent, "best"):
                 if older.name != best.name:
                     older.unlink(missing_ok=True)
 
@@ -319,7 +353,9 @@ class LastCheckpoint(Checkpoint):
         self._step = trainer.global_step
         # Not where gradients accumulate: they are in no checkpoint. And not before a validation or after the last batch
         # of an epoch: Lightning 2.6 resumes from there after the validation, and leaves it out.
-        if not stepped or trainer.is_last_batch or validation_may_follow(trainer, batch_idx):
+        # And not after the very last step, before the end of its epoch.
+        done = 0 < trainer.max_steps <= trainer.global_step
+        if not stepped or done or trainer.is_last_batch or validation_may_follow(trainer, batch_idx):
             return
         due = bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
         # processes have clocks and signals of their own, and asking each other in every step would take time
@@ -371,7 +407,7 @@ class LastCheckpoint(Checkpoint):
         path = self.run.folder / "checkpoints" / f"{name}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            for older in [*path.parent.glob("last-epoch=*-step=*.ckpt"), *path.parent.glob(".*.ckpt.*.tmp")]:
+            for older in [*own_checkpoints(self.run.folder, "last"), *path.parent.glob(".*.ckpt.*.tmp")]:
                 if older.name != path.name:
                     older.unlink(missing_ok=True)
         self.path = path

@@ -92,8 +92,8 @@ class RunCSVLogger(CSVLogger):
             raise AttributeError(CLOSED)
         return super().experiment
 
-    def open(self, rows: int = 0) -> None:
-        """Begin to write, after the first rows of the file that is there."""
+    def open(self, rows: int | None = None) -> None:
+        """Begin to write after the first rows of the file that is there; after all of them, where it is not said."""
         if self.opened or not is_first():
             return
         self.opened = True
@@ -102,14 +102,14 @@ class RunCSVLogger(CSVLogger):
             ".metrics.csv.kept"
         )  # there alone, where a kill came between the removal and the last line
         header, content = read_csv(path if path.exists() else kept)
-        if rows and content:
+        if content:
             with replaced(kept) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=header)
                 writer.writeheader()
-                writer.writerows(content[:rows])
+                writer.writerows(content if rows is None else content[:rows])
         experiment = self.experiment
         experiment.log_hparams(self._waiting)
-        if rows and content:
+        if content:
             kept.replace(path)
             experiment.metrics_keys = header
 
@@ -153,26 +153,25 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise RunError(f"{path}: the run's metrics cannot be read ({shortened(str(error), 100)})") from error
 
 
-def curves(loggers: Iterable[Logger]) -> list[dict[str, int]]:
-    """How long the files of each logger are, in bytes or in rows, by name; nothing for one that keeps no files."""
-    lengths: list[dict[str, int]] = []
+def curves(loggers: Iterable[Logger]) -> dict[str, dict[str, int]]:
+    """How long the files of each logger are, in bytes or in rows, by the logger's class and the file's name."""
+    found: dict[str, dict[str, int]] = {}
     for logger in loggers:
         logger.save()  # onto the disk first
         if isinstance(logger, RunLogger):
-            lengths.append({path.name: path.stat().st_size for path in event_files(Path(logger.log_dir))})
+            found["events"] = {path.name: path.stat().st_size for path in event_files(Path(logger.log_dir))}
         elif isinstance(logger, RunCSVLogger):
-            lengths.append({"metrics.csv": len(read_csv(Path(logger.log_dir, "metrics.csv"))[1])})
-        else:
-            lengths.append({})
-    return lengths
+            found["tables"] = {"metrics.csv": len(read_csv(Path(logger.log_dir, "metrics.csv"))[1])}
+    return found
 
 
-def lengths(checkpoint: Mapping[str, Any], number: int) -> dict[str, int]:
-    """Those of one logger, as a checkpoint has them."""
+def lengths(checkpoint: Mapping[str, Any], kind: str) -> dict[str, int] | None:
+    """Those of one kind of files, as a checkpoint has them; None where its run kept no such files."""
     every = checkpoint.get("curves")
-    own = every[number] if isinstance(every, list) and number < len(every) else {}
-    items = own.items() if isinstance(own, dict) else ()
-    return {name: size for name, size in items if type(name) is str and type(size) is int and size >= 0}
+    own = every.get(kind) if isinstance(every, dict) else None
+    if not isinstance(own, dict):
+        return None
+    return {name: size for name, size in own.items() if type(name) is str and type(size) is int and size >= 0}
 
 
 def open_loggers(
@@ -195,12 +194,14 @@ def open_loggers(
         found = [name for name in ("metrics.csv", "hparams.yaml") if (folder / name).exists()]
         if found and not continues:
             raise RunError(f"{folder / found[0]}: that file exists; give trainer.logger another place")
-    for number, logger in enumerate(trainer.loggers):
-        sizes = lengths(checkpoint, number)
+    for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
-            if continues and is_first():
+            sizes = lengths(checkpoint, "events")
+            if sizes is None or not is_first():
+                pass  # what the checkpoint does not know is left as it is
+            elif continues:
                 rewind(event_files(Path(logger.log_dir)), sizes, written)
-            elif origin and is_first():
+            elif origin:
                 copy_curve(event_files(origin), Path(logger.log_dir), sizes)
             logger.open()
         elif isinstance(logger, RunCSVLogger) and is_first():
@@ -208,7 +209,8 @@ def open_loggers(
             if before and not continues and before.is_file():
                 Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(before, Path(logger.log_dir, before.name))
-            logger.open(sizes.get("metrics.csv", 0))
+            rows = lengths(checkpoint, "tables")
+            logger.open(rows.get("metrics.csv") if rows else None)
 
 
 def event_files(folder: Path) -> list[Path]:

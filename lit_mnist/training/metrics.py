@@ -19,7 +19,25 @@ LOG_SETTINGS = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx
 
 
 def counted(module: LightningModule) -> dict[str, Metric]:
-    return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
+    """All metrics of a module by name, also those in plain lists and dictionaries, and those of callbacks."""
+    found = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
+    holders: dict[str, Any] = dict(module.named_modules())
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    holders |= {f"callback {number}": callback for number, callback in enumerate(callbacks)}
+    known = {id(metric) for metric in found.values()}
+    for place, holder in holders.items():
+        if isinstance(holder, Metric) or type(holder).__module__.startswith(("torch", "pytorch_lightning.")):
+            continue
+        for name, value in vars(holder).items():
+            parts = (
+                value.items()
+                if isinstance(value, dict)
+                else enumerate(value if isinstance(value, (list, tuple)) else [value])
+            )
+            for key, part in parts:
+                if isinstance(part, Metric) and id(part) not in known:
+                    found[f"{place}.{name}.{key}"] = part
+    return found
 
 
 def metric_states(trainer: Trainer, module: LightningModule) -> dict[str, dict[str, Any]]:

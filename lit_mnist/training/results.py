@@ -76,7 +76,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 def update_results(folder: Path, **sections: Any) -> None:
     """Put sections into `folder/results.json`, leaving its others as they are."""
     with replaced(folder / "results.json") as partial:
-        partial.write_text(json.dumps({**read_results(folder), **sections}, indent=2) + "\n")
+        partial.write_text(json.dumps({**read_results(folder), **sections}, indent=2, default=str) + "\n")
 
 
 class Results(Callback):

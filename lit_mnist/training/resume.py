@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, ProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torchmetrics.wrappers import MetricTracker
 
 from .checkpoints import FORMAT, FORMAT_ENTRY
 from .console import shortened
@@ -57,7 +60,8 @@ class RunStart(Callback):
                 "--ckpt_path: the processes have read different checkpoints, of these epochs and steps:"
                 f" {', '.join(map(str, steps))}; give all machines the same file"
             )
-        if loaded and steps[0] != (loaded["epoch"], loaded["global_step"]):
+        epochs = {loaded["epoch"], loaded["epoch"] + 1} if loaded else set()  # saved at an epoch's end, it is the next
+        if loaded and not (steps[0][0] in epochs and steps[0][1] == loaded["global_step"]):
             raise StateError(f"loops/fit_loop is at epoch and step {steps[0]}, and the rest of it elsewhere")
         changed = self.resume.restore(trainer, pl_module)
         if loaded.get("stopped") is True and not changed and self.run.unchanged:
@@ -100,6 +104,8 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
                 f"train_dataloader gives a {type(loader).__name__}, which has no state_dict and load_state_dict: a run"
                 " could not be resumed within an epoch; torchdata's StatefulDataLoader has them"
             )
+    if any(isinstance(part, MetricTracker) for part in module.modules()):
+        raise RunError("a MetricTracker grows as it goes, and could not be restored; log its metric instead")
     for hook, instead in TOO_LATE.items():
         if is_overridden(hook, module):
             raise RunError(
@@ -191,6 +197,10 @@ class ExactResume(Callback):
         if not self._resumed:
             return False
         loaded, rank = self.run.loaded, trainer.global_rank
+        within = not loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] and loaded["global_step"]
+        if within:
+            start_epoch_again(trainer, pl_module)
+            reload(trainer, loaded["loops"]["fit_loop"])
         changed = apply_settings(trainer, loaded.get("asked"), self._fresh)
         for name, value in mapping(loaded.get("pending", {}), "pending").items():
             if type(name) is not str or type(value) not in (int, float):
@@ -234,6 +244,26 @@ class ExactResume(Callback):
             # Lightning 2.6 keeps no metrics, and so leaves ReduceLROnPlateau out at the end of a resumed epoch; here
             # they are restored
             trainer.fit_loop.restarting = False
+
+
+def start_epoch_again(trainer: Trainer, module: LightningModule) -> None:
+    """Call what sets up an epoch: Lightning 2.6 does not where it resumes within one. Metrics are restored after it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        theirs = not type(callback).__module__.startswith(("pytorch_lightning.", f"{__package__}."))
+        if (theirs and not isinstance(callback, ProgressBar)) or isinstance(callback, GradientAccumulationScheduler):
+            callback.on_train_epoch_start(trainer, module)
+    module.on_train_epoch_start()
+
+
+def reload(trainer: Trainer, loop: Mapping[str, Any]) -> None:
+    """Give loaders their states once more: Lightning 2.6 does not where `configure_optimizers` has read
+    `trainer.estimated_stepping_batches` (issue 20550). A DataLoader keeps the iterator that it was asked for before.
+    """
+    loaders = trainer.train_dataloader
+    states = loop["state_dict"].get("combined_loader", [])
+    for loader, state in zip(loaders if isinstance(loaders, (list, tuple)) else [loaders], states, strict=False):
+        if not isinstance(loader, DataLoader):
+            loader.load_state_dict(state)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -304,7 +334,7 @@ def apply_settings(trainer: Trainer, before: Any, now: dict[str, Any]) -> bool:
         old = plain_values(mapping(old, "asked/groups"))
         changed = {key: value for key, value in new.items() if old.get(key) != value}
         differs |= bool(changed)
-        if "initial_lr" in changed and plain(old.get("lr")) and old["lr"]:
+        if "lr" in changed and now["schedules"] and plain(old.get("lr")) and old["lr"]:
             group["lr"] *= new["lr"] / float(old["lr"])
             changed.pop("lr", None)
         for key, value in changed.items():

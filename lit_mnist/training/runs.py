@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from .console import shortened
 
 VERSION = re.compile(r"version_(\d+)")
+# of the checkpoints that a run keeps; a user's own may lie beside them
+OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-epoch=\d{2,}-step=\d{6,}(-.+)?\.ckpt"}
 
 
 class RunError(ValueError):
@@ -154,7 +156,7 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
     """
     if wanted in ("best", "last"):
         for run in versions(runs):
-            if found := newest(run, f"{wanted}-*.ckpt"):
+            if found := newest(run, wanted):
                 return found
         hint = "" if wanted == "last" else " (a run that holds out no validation images has only a last one)"
         raise RunError(f"--ckpt_path {wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
@@ -174,10 +176,15 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
     )
 
 
-def newest(run: Path, pattern: str = "last-*.ckpt") -> Path | None:
-    """The newest of a run's checkpoints of this name."""
-    found = [path for path in (run / "checkpoints").glob(pattern) if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+def own_checkpoints(run: Path, kind: str) -> list[Path]:
+    """Those that a run keeps as its `best` or `last`."""
+    found = (run / "checkpoints").glob(f"{kind}-*.ckpt")
+    return [path for path in found if re.fullmatch(OURS[kind], path.name) and path.is_file()]
+
+
+def newest(run: Path, kind: str = "last") -> Path | None:
+    """The newest of a run's own checkpoints of this kind."""
+    return max(own_checkpoints(run, kind), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -10,12 +10,13 @@ from pytorch_lightning import Trainer
 def total_steps(trainer: Trainer) -> int:
     """How many optimizer steps the whole fit takes.
 
-    Not `trainer.estimated_stepping_batches`: in Lightning 2.6 reading that sets up the train loader before a
-    checkpoint's loader state is there, and a resumed epoch starts over (Lightning's issue 20550).
+    In a schedule's function of the step, where `trainer.estimated_stepping_batches` would compute it anew each time.
 
     Raises:
         ValueError: the fit has no end.
     """
+    if trainer.num_training_batches == float("inf"):  # asked for in `configure_optimizers`
+        return int(trainer.estimated_stepping_batches)
     steps_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     limits = [steps_an_epoch * trainer.max_epochs] if trainer.max_epochs and trainer.max_epochs > 0 else []
     limits += [trainer.max_steps] if trainer.max_steps > 0 else []

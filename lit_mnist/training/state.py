@@ -173,8 +173,8 @@ def check(fresh: Any, loaded: Any, path: str) -> None:
         for key, value in fresh.items():
             check(value, loaded[key], f"{path}/{key}")
     elif isinstance(fresh, (list, tuple)) and fresh:
-        for number, value in enumerate(loaded):
-            check(fresh[0], value, f"{path}/{number}")
+        for number, value in enumerate(loaded):  # a longer one has grown
+            check(fresh[number] if len(loaded) == len(fresh) else fresh[0], value, f"{path}/{number}")
 
 
 def check_weights(module: LightningModule, weights: Mapping[str, Any]) -> None:

@@ -36,9 +36,9 @@ def test_claims_the_next_number(tmp_path: Path) -> None:
 
 def test_best_and_last_are_of_the_newest_run_that_has_one(tmp_path: Path) -> None:
     best = checkpoint(tmp_path / "version_9", "best-epoch=01-accuracy=0.9900.ckpt")
-    checkpoint(tmp_path / "version_9", "last-epoch=02-accuracy=0.9800.ckpt")
-    checkpoint(tmp_path / "version_10", "last-epoch=00.ckpt", age=50)
-    last = checkpoint(tmp_path / "version_10", "last-epoch=01.ckpt", age=20)
+    checkpoint(tmp_path / "version_9", "last-epoch=02-step=000900-accuracy=0.9800.ckpt")
+    checkpoint(tmp_path / "version_10", "last-epoch=00-step=000001.ckpt", age=50)
+    last = checkpoint(tmp_path / "version_10", "last-epoch=01-step=000002.ckpt", age=20)
     (tmp_path / "version_11").mkdir()
     assert runs.find_checkpoint("best", tmp_path) == best
     assert runs.find_checkpoint("last", tmp_path) == last

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchmetrics import MeanMetric
 
 from lit_mnist.commands.main import main
 from lit_mnist.commands.settings import differences
@@ -190,6 +191,87 @@ def kill_and_compare(
     run = Path("lightning_logs/version_0")
     assert_same(state(run), state(uninterrupted))
     assert curve(run) == curve(uninterrupted)
+
+
+def sequential(module: LitMNIST) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    parts = [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def one_cycle(module: LitMNIST) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters())
+    steps = int(module.trainer.estimated_stepping_batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def by_epoch(module: LitMNIST) -> None:
+    module.network.requires_grad_(True)
+    if module.current_epoch:
+        module.network.features[0].requires_grad_(False)  # type: ignore[operator, index]
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 8, 11, 14])
+@pytest.mark.parametrize(
+    ("hook", "function"),
+    [("configure_optimizers", sequential), ("configure_optimizers", one_cycle), ("on_train_epoch_start", by_epoch)],
+)
+def test_other_modules(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hook: str, function: Any, step: int
+) -> None:
+    monkeypatch.setattr(LitMNIST, hook, function)
+    kill_and_compare(command, monkeypatch, tmp_path, SETTINGS, step)
+
+
+def test_metrics_wherever_they_are(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = LitMNIST.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if "extra" not in vars(self):
+            object.__setattr__(self, "extra", {"mean": MeanMetric()})
+        loss = step(self, batch, batch_idx)
+        self.extra["mean"].update(loss.detach())
+        return loss
+
+    def setup(self: Any, stage: str) -> None:
+        object.__setattr__(self, "extra", {"mean": MeanMetric()})
+
+    def on_train_epoch_end(self: Any) -> None:
+        self._log(self.train_metrics)
+        self.log("train/mean", self.extra["mean"].compute())
+        self.extra["mean"].reset()
+
+    for hook in (training_step, setup, on_train_epoch_end):
+        monkeypatch.setattr(LitMNIST, hook.__name__, hook)
+    kill_and_compare(command, monkeypatch, tmp_path, SETTINGS, 11)
+    assert len(curve(Path("lightning_logs/version_0"))["train/mean"]) == 2
+
+
+def test_what_could_not_be_read_again_is_refused(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on_save_checkpoint(self: LitMNIST, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"where": Path("here")}
+
+    monkeypatch.setattr(LitMNIST, "on_save_checkpoint", on_save_checkpoint)
+    assert command(*SETTINGS) == 2
+    error = capsys.readouterr().err
+    assert "a checkpoint could not be loaded again: in mine/where there is something else than tensors" in error
+    assert error.count("\n") == 1
+
+
+def test_a_users_own_checkpoints_stay(command: Command) -> None:
+    own = """[{"class_path": "ModelCheckpoint", "init_args": {"filename": "last-{epoch}-{step}", "save_top_k": -1,
+               "every_n_train_steps": 3}}, {"class_path": "ModelCheckpoint", "init_args": {
+               "filename": "best-{epoch}-{step}", "monitor": "val/loss"}}]"""
+    assert command(*SETTINGS, "--trainer.callbacks", own) == 0
+    assert command("--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    names = {path.name for path in Path("lightning_logs/version_0/checkpoints").iterdir()}
+    assert {f"last-epoch={(step - 1) // 7}-step={step}.ckpt" for step in (3, 6, 9, 12, 15, 18, 21)} <= names
+    assert len([name for name in names if name.startswith("best-epoch=0")]) == 1
+    assert len([name for name in names if re.match(r"last-epoch=\d\d", name)]) == 1
 
 
 @pytest.mark.parametrize("step", [3, 13])

@@ -138,14 +138,14 @@ def test_pipes_and_devices_are_not_waited_for(
     assert command("fit", *TINY) == 0
     pipes = Path("lightning_logs/version_1/checkpoints")
     pipes.mkdir(parents=True)
-    for name in ("best-epoch=00.ckpt", "last-epoch=00.ckpt", "../results.json"):
+    for name in ("best-epoch=00-accuracy=0.5000.ckpt", "last-epoch=00-step=000001.ckpt", "../results.json"):
         os.mkfifo(pipes / name)
     (Path("lightning_logs/version_0/results.json")).unlink()
     os.mkfifo("lightning_logs/version_0/results.json")
     for name in ("test", "validate", "predict"):
         assert command(name, "--ckpt_path", "best") == 0  # that of version_0
-        assert command(name, "--ckpt_path", str(pipes / "best-epoch=00.ckpt")) == 2
-        assert "best-epoch=00.ckpt: that file is not a regular file" in capsys.readouterr().err
+        assert command(name, "--ckpt_path", str(pipes / "best-epoch=00-accuracy=0.5000.ckpt")) == 2
+        assert "best-epoch=00-accuracy=0.5000.ckpt: that file is not a regular file" in capsys.readouterr().err
     assert command("fit", "--ckpt_path", "/dev/zero") == 2
     assert main(["export", "--ckpt_path", "/dev/zero", "--output", "a.pt2"]) == 2
     assert main(["runs", "--format", "csv"]) == 0
