@@ -130,7 +130,7 @@ def fit_parts(settings: Settings, run: Run, made: Any, config: str) -> list[Call
     if not run.origin:  # a resumed run has its texts
         described = json.dumps(conditions(torch.device("cpu")), indent=4)
         board.texts = {"command": f"python -m lit_mnist {shlex.join(settings.args)}", "conditions": described}
-    return [*parts[:1], *board.callbacks(), *parts[1:]]
+    return [*parts[:4], *board.callbacks(), *parts[4:]]  # after the clock, whose time they are not
 
 
 def score_parts(settings: Settings, run: Run) -> list[Callback]:
