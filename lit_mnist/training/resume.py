@@ -49,7 +49,8 @@ class RunStart(Callback):
         self.written = run.checkpoint.stat().st_mtime_ns if run.checkpoint else 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.run.folder, self.run.made = trainer.strategy.broadcast((self.run.folder, self.run.made))
+        # not who made it: the first process alone may remove it again
+        self.run.folder = trainer.strategy.broadcast(self.run.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_exactness(trainer, pl_module)
