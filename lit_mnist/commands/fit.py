@@ -32,6 +32,11 @@ def fit(trainer: Trainer, run: Run, model: LightningModule, data: LightningDataM
         raise CommandError(
             "nothing to train: trainer.max_epochs, trainer.max_steps and trainer.limit_train_batches leave no step"
         )
+    if run.made and trainer.global_step == run.loaded.get("global_step"):
+        run.started = False  # nothing of its own is in the folder
+        raise CommandError(
+            "nothing to train: that checkpoint's run has finished; a larger trainer.max_epochs trains on"
+        )
     if trainer.is_global_zero and run.folder:
         print_summary(trainer, run, run.folder, flags)
 

@@ -335,6 +335,17 @@ def test_an_earlier_checkpoint_begins_a_new_run(
     assert [path.name for path in old.parent.iterdir() if path.name > "version_1"] == []
 
 
+def test_a_copy_of_a_finished_run_makes_none(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*SETTINGS) == 0
+    (last,) = Path("lightning_logs/version_0/checkpoints").glob("last-*")
+    shutil.copy(last, "copy.ckpt")
+    assert command("--ckpt_path", "copy.ckpt") == 2
+    assert "nothing to train: that checkpoint's run has finished" in capsys.readouterr().err
+    assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
+    assert command("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "3") == 0
+    assert json.loads(Path("lightning_logs/version_1/results.json").read_text())["fit"]["epochs"] == 3
+
+
 def test_killed_again_and_again(command: Command, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = SETTINGS
     for calls in (10, 1, 1, 3):  # twice before the first step
