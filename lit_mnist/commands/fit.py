@@ -28,14 +28,12 @@ def fit(trainer: Trainer, run: Run, model: LightningModule, data: LightningDataM
     """
     with run.held(trainer):
         trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    if run.made and trainer.global_step == run.loaded.get("global_step"):
+        run.started = False  # nothing of its own is in the folder
+        raise CommandError("nothing to train: that checkpoint's run has finished; a larger trainer.max_epochs goes on")
     if not (run.started or run.continues or trainer.fast_dev_run):  # type: ignore[attr-defined]
         raise CommandError(
             "nothing to train: trainer.max_epochs, trainer.max_steps and trainer.limit_train_batches leave no step"
-        )
-    if run.made and trainer.global_step == run.loaded.get("global_step"):
-        run.started = False  # nothing of its own is in the folder
-        raise CommandError(
-            "nothing to train: that checkpoint's run has finished; a larger trainer.max_epochs trains on"
         )
     if trainer.is_global_zero and run.folder:
         print_summary(trainer, run, run.folder, flags)
