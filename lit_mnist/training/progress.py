@@ -141,7 +141,9 @@ def diverged(trainer: Trainer, name: str, value: float) -> str:
 def epoch_metrics(trainer: Trainer) -> dict[str, float]:
     """The latest values of the metrics of whole epochs; on one name each, not also as `..._epoch`."""
     # as many digits as 32 bits hold
-    found = {name: float(f"{value:.7g}") for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    found = {
+        name: float(f"{value.item():.7g}") for name, value in trainer.callback_metrics.items() if value.numel() == 1
+    }
     return {
         name: value
         for name, value in found.items()

@@ -22,7 +22,7 @@ from .metrics import counted, logged_as_ever, logged_state, metric_states, pendi
 from .processes import ExactDDP, every, smallest_part
 from .results import conditions
 from .runs import RunError, replaced
-from .state import StateError, check, check_callbacks, check_state, described, mapping, plain, same_length
+from .state import StateError, check, check_callbacks, check_state, described, mapping, plain, same_length, tensor_form
 
 if TYPE_CHECKING:
     from .run import Run
@@ -156,7 +156,9 @@ class ExactResume(Callback):
         checkpoint["conditions"] = conditions(pl_module.device)
         checkpoint["stopped"] = trainer.should_stop
         checkpoint["latest"] = {
-            name: value.detach().cpu() for name, value in trainer.callback_metrics.items() if value.numel() == 1
+            name: torch.tensor(value.item(), dtype=value.dtype)
+            for name, value in trainer.callback_metrics.items()
+            if value.numel() == 1
         }
         own = {
             "random": random_state(pl_module.device),
@@ -208,7 +210,8 @@ class ExactResume(Callback):
                 raise StateError(f"pending/{shortened(str(name))} is {described(value)}, expected a number")
         latest = mapping(loaded.get("latest", {}), "latest")
         for name, value in latest.items():
-            if type(name) is not str or not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
+            form = tensor_form(value)[1:] if isinstance(value, torch.Tensor) and not value.is_complex() else None
+            if type(name) is not str or form != tensor_form(torch.tensor(0.0))[1:]:
                 raise StateError(f"latest/{shortened(str(name))} is {described(value)}, expected a tensor of a number")
         trainer.callback_metrics.update({name: value.to(pl_module.device) for name, value in latest.items()})
         parts = loaded["processes"]
