@@ -29,7 +29,13 @@ from lit_mnist.commands.trainer import (
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.mnist import DataError
 from lit_mnist.module import LitMNIST
-from lit_mnist.training.checkpoints import BestCheckpoint, CheckpointWriteError, Interrupted, LastCheckpoint
+from lit_mnist.training.checkpoints import (
+    BestCheckpoint,
+    CheckpointWriteError,
+    Interrupted,
+    LastCheckpoint,
+    callback_of,
+)
 from lit_mnist.training.console import quiet, shortened, shown
 from lit_mnist.training.processes import environment_kept, launched, lost
 from lit_mnist.training.progress import ProcessLost, TrainingError
@@ -201,9 +207,9 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
         if (reason := lost(error)) and not torch.distributed.is_initialized():
             raise ProcessLost(f"the processes could not be joined: {reason}") from error
         if reason:
-            parts = cli.trainer.callbacks  # type: ignore[attr-defined]
-            last = next((part.path for part in parts if isinstance(part, LastCheckpoint)), None)
-            resume = f"; to resume: python -m lit_mnist fit --ckpt_path {shown(last)}{flags}" if last else ""
+            last = callback_of(cli.trainer, LastCheckpoint)
+            path = shown(last.path) if last and last.path else ""
+            resume = f"; to resume: python -m lit_mnist fit --ckpt_path {path}{flags}" if path else ""
             raise ProcessLost(f"another process of this run was lost ({reason}){resume}") from error
         if cli.settings.checkpoint and restoring(error):
             raise not_restorable(cli.settings.checkpoint, error) from error

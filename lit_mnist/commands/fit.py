@@ -7,7 +7,7 @@ from pathlib import Path
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 from lit_mnist.commands.settings import CommandError
-from lit_mnist.training.checkpoints import LastCheckpoint
+from lit_mnist.training.checkpoints import LastCheckpoint, callback_of
 from lit_mnist.training.console import shown
 from lit_mnist.training.loggers import RunLogger
 from lit_mnist.training.progress import Progress, words
@@ -41,9 +41,9 @@ def fit(trainer: Trainer, run: Run, model: LightningModule, data: LightningDataM
 
 def print_summary(trainer: Trainer, run: Run, folder: Path, flags: str) -> None:
     """Once the progress bar, which wraps long lines, is gone."""
-    parts = trainer.callbacks  # type: ignore[attr-defined]
-    last = next((part.path for part in parts if isinstance(part, LastCheckpoint)), None) or run.checkpoint
-    clock = next(part for part in parts if isinstance(part, Progress)).state_dict()
+    keeper, progress = callback_of(trainer, LastCheckpoint), callback_of(trainer, Progress)
+    assert progress
+    last, clock = (keeper.path if keeper else None) or run.checkpoint, progress.state_dict()
     done = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}, {trainer.global_step} steps"
     seconds = clock["train_seconds"] + clock["validation_seconds"]
     best = best_of(trainer)

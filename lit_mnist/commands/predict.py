@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.data.images import Picture, grey_levels, is_deep
+from lit_mnist.training.checkpoints import callback_of
 from lit_mnist.training.console import print_table, shown
 from lit_mnist.training.processes import joined
 from lit_mnist.training.runs import replaced
@@ -32,7 +33,8 @@ def predict(trainer: Trainer, checkpoint: Path | None, model: LightningModule, d
         ValueError: there is no answer.
     """
     trainer.predict(model, datamodule=data, ckpt_path=checkpoint, weights_only=True, return_predictions=False)
-    writer = next(part for part in trainer.callbacks if isinstance(part, PredictionWriter))  # type: ignore[attr-defined]
+    writer = callback_of(trainer, PredictionWriter)
+    assert writer
     writer.join()
     if not trainer.is_global_zero:
         return

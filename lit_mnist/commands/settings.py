@@ -157,10 +157,6 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
         settings.config = without_enums(parser.parse_args([args[0], *(["--config", text] if text else []), *args[1:]]))
     except CommandError as error:
         raise CommandError(f"{error} (in the run's config.yaml or a flag)" if text else str(error)) from error
-    now = yaml.safe_load(settings.parser.dump(settings.own, skip_none=False))["trainer"]
-    kept = [name for key in found if now[key] == found[key] for name in names_of(found[key])]
-    if kept:  # a flag may have put others in their place
-        settings.changes.append(f"From the run's config.yaml: {', '.join(kept)}")
     try:  # jsonargparse 4.53 takes defaults as they are
         settings.parser.validate(settings.own, skip_unset=False)
     except (TypeError, ValueError, KeyError) as error:
@@ -173,6 +169,10 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
                     " would be scored"
                 )
     if settings.command == "fit":
+        now = yaml.safe_load(settings.parser.dump(settings.own, skip_none=False))["trainer"]
+        kept = [name for key in found if now[key] == found[key] for name in names_of(found[key])]
+        if kept:  # a flag may have put others in their place
+            settings.changes.append(f"From the run's config.yaml: {', '.join(kept)}")
         progress = loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         changed = differences(before, settings.own, not progress["is_last_batch"])
         settings.unchanged = not changed and now["callbacks"] == found.get("callbacks")

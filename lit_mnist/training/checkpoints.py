@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
@@ -30,9 +30,15 @@ from .state import ENTRIES, StateError, check_entries, fill, not_restorable
 if TYPE_CHECKING:
     from .run import Run
 
-# Goes up when a checkpoint can no longer be read by the versions before, or this one cannot read theirs.
-FORMAT, OLDEST_FORMAT = 2, 2
+C = TypeVar("C", bound=Callback)
+
+FORMAT = 2  # goes up when the versions before and this one cannot read each other's checkpoints
 FORMAT_ENTRY = f"{PROGRAM}_format"
+
+
+def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
+    """The trainer's first callback of a class."""
+    return next((part for part in trainer.callbacks if isinstance(part, kind)), None)  # type: ignore[attr-defined]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(f"--ckpt_path {path}: that file is no checkpoint of {PROGRAM}")
     version = checkpoint.get(FORMAT_ENTRY, FORMAT)
     fill({"hyper_parameters": {}, "datamodule_hyper_parameters": {}}, checkpoint)  # of those that have saved none
-    if type(version) is not int or not OLDEST_FORMAT <= version <= FORMAT:
+    if type(version) is not int or version != FORMAT:
         newer = type(version) is int and version > FORMAT
         raise RunError(
             f"--ckpt_path {path}: that checkpoint has the format {shortened(repr(version), 40)}, and this version reads"

@@ -98,9 +98,7 @@ class RunCSVLogger(CSVLogger):
             return
         self.opened = True
         path = Path(self.log_dir, "metrics.csv")
-        kept = path.with_name(
-            ".metrics.csv.kept"
-        )  # there alone, where a kill came between the removal and the last line
+        kept = path.with_name(".metrics.csv.kept")  # there alone after a kill between the removal and the last line
         header, content = read_csv(path if path.exists() else kept)
         if content:
             with replaced(kept) as partial, partial.open("w", newline="") as file:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from .checkpoints import BestCheckpoint, Interrupted
+from .checkpoints import BestCheckpoint, Interrupted, callback_of
 from .console import PROGRAM
 from .processes import lost
 from .progress import EpochLines, Progress, epoch_metrics
@@ -169,7 +169,7 @@ class Results(Callback):
 
 def best_of(trainer: Trainer) -> dict[str, Any] | None:
     """The best checkpoint so far and its score."""
-    for part in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(part, BestCheckpoint) and part.best_model_path and part.best_model_score is not None:
-            return {"checkpoint": Path(part.best_model_path).name, str(part.monitor): float(part.best_model_score)}
+    best = callback_of(trainer, BestCheckpoint)
+    if best and best.best_model_path and best.best_model_score is not None:
+        return {"checkpoint": Path(best.best_model_path).name, str(best.monitor): float(best.best_model_score)}
     return None

@@ -11,7 +11,7 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from .batchnorm import SynchronizedBatchNorm
-from .checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint, stop_on_signals
+from .checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint, callback_of, stop_on_signals
 from .loggers import FILE_LOGGERS, RunLogger
 from .processes import is_first
 from .progress import EpochLines, Progress
@@ -82,13 +82,12 @@ class Run:
             RunError: another process has it.
             Interrupted: the training was stopped.
         """
-        last = next((part for part in trainer.callbacks if isinstance(part, LastCheckpoint)), None)  # type: ignore[attr-defined]
         with ExitStack() as held:
             if trainer.is_global_zero and self.folder:
                 held.enter_context(only_process(self.folder))
                 if self.checkpoint and not self.checkpoint.is_file():
                     raise RunError(f"--ckpt_path {self.checkpoint}: another process resumed it just now")
-            held.enter_context(stop_on_signals(last))
+            held.enter_context(stop_on_signals(callback_of(trainer, LastCheckpoint)))
             yield
 
     def discard_unused(self) -> None:

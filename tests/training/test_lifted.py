@@ -15,6 +15,7 @@ import pytest
 import several
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import assert_same
 
 REPOSITORY = Path(__file__).parents[2]
 CLOCKS = {"train_seconds", "validation_seconds"}
@@ -95,22 +96,6 @@ def outcome(run: Path) -> dict[str, Any]:
         rows = [{key: value for key, value in row.items() if "per_second" not in key} for row in csv.DictReader(file)]
     files = sorted(str(path.relative_to(run)) for path in run.rglob("*.ckpt"))
     return {"state": loaded, "curves": curves, "rows": rows, "files": files}
-
-
-def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
-    assert type(ours) is type(theirs), path
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), path
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{path}/{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), path
-        for index, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{path}/{index}")
-    else:
-        assert ours == theirs or ours != ours, path
 
 
 @pytest.mark.parametrize(("devices", "kills"), [(1, (3, 5, 8, 14)), (1, (1, 2, 7, 7, 7)), (2, (4, 12))])
