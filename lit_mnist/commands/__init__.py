@@ -6,5 +6,6 @@ COMMANDS = {
     "test": "score a checkpoint on the 10,000 test images",
     "predict": "write a checkpoint's answers for the test images to a CSV",
     "export": "write a checkpoint's network to an ONNX or PT2 file",
+    "sweep": "compare settings over several seeds, by a study file",
     "runs": "list the runs under lightning_logs/",
 }

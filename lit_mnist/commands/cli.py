@@ -43,7 +43,7 @@ from lit_mnist.training.run import Run
 from lit_mnist.training.runs import RunError
 from lit_mnist.training.state import not_restorable, restoring
 
-__all__ = ["CommandError", "Interrupted", "ProcessLost", "TrainingError", "run"]
+__all__ = ["MNISTCLI", "CommandError", "Interrupted", "ProcessLost", "TrainingError", "errors_told"]
 
 DEFAULT_EPOCHS = 6
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -246,22 +246,12 @@ def innermost(error: BaseException) -> str:
     return modules(error)[-1]
 
 
-def run(args: list[str]) -> None:
-    """Run the command `args[0]` with the flags that follow.
-
-    Raises:
-        CommandError: the input cannot be used.
-        TrainingError: the training failed.
-        SystemExit: from `--help` and `--print_config`.
-    """
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Bring whatever a command raises to `CommandError`, for input that cannot be used, and `TrainingError`."""
     with quiet(), environment_kept():
         try:
-            if args[0] == "export":
-                from lit_mnist.commands.export import main
-
-                main(args[1:])
-            else:
-                MNISTCLI(args)
+            yield
         except DataError as error:
             raise CommandError(str(error)) from error
         except (ValueError, MisconfigurationException) as error:  # this project's and Lightning's for what users set

@@ -75,14 +75,14 @@ def run_command(args: list[str]) -> int:
 
     try:
         Path.cwd()
-        from lit_mnist.commands.cli import CommandError, Interrupted, ProcessLost, TrainingError, run
+        from lit_mnist.commands.cli import CommandError, Interrupted, ProcessLost, TrainingError
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:  # torch asks for the current folder while it is imported
         return complain(f"the current folder cannot be used: {error.strerror}", BAD_INPUT)
 
     try:
-        run(args)
+        start(args)
     except Interrupted as stop:
         name = signal.Signals(stop.signum).name
         resume = f"python -m lit_mnist fit --ckpt_path {shown(stop.checkpoint)}{stop.flags}" if stop.checkpoint else ""
@@ -98,3 +98,28 @@ def run_command(args: list[str]) -> int:
     except SystemExit as stop:  # --help and --print_config end the parser that way
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
     return 0
+
+
+def start(args: list[str]) -> None:
+    """Run the command `args[0]` with the flags that follow; its file is imported now, and may need packages of its own.
+
+    Raises:
+        CommandError: the input cannot be used.
+        TrainingError: the training failed.
+        SystemExit: from `--help` and `--print_config`.
+    """
+    from lit_mnist.commands.cli import MNISTCLI, CommandError, errors_told
+
+    with errors_told():
+        if args[0] == "export":
+            from lit_mnist.commands.export import main
+
+            main(args[1:])
+        elif args[0] == "sweep":
+            try:
+                from lit_mnist.commands.sweep import sweep
+            except ModuleNotFoundError as error:
+                raise CommandError(f"sweep needs {error.name}: pip install 'lit_mnist[sweep]'") from error
+            sweep(args[1:])
+        else:
+            MNISTCLI(args)

@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
     """The training failed on its own account; checkpoints written before stay as they are."""
 
 
+class Diverged(TrainingError):  # noqa: N818, it is said of a training
+    """The loss or a weight is no finite number any more."""
+
+
 class ProcessLost(TrainingError):  # noqa: N818, it is said of another one
     """Another process of this run ended or cannot be reached."""
 
@@ -107,7 +111,7 @@ class Progress(Callback):
             self.validation_seconds += self._stop_clock(pl_module)
             for name, value in epoch_metrics(trainer).items():
                 if name.endswith("loss") and not math.isfinite(value):
-                    raise TrainingError(diverged(trainer, name, value))
+                    raise Diverged(diverged(trainer, name, value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds += self._stop_clock(pl_module)
@@ -118,7 +122,7 @@ class Progress(Callback):
         losses = (value for name, value in epoch_metrics(trainer).items() if name.endswith("loss"))
         sound = all(bool(torch.isfinite(parameter).all()) for parameter in pl_module.parameters())
         if not (sound and all(map(math.isfinite, losses))):
-            raise TrainingError(diverged(trainer, "the loss or a weight", math.nan))
+            raise Diverged(diverged(trainer, "the loss or a weight", math.nan))
 
     def _check_finite(self, trainer: Trainer) -> float:
         """The latest step's loss over all processes, which thus find out together that it is not finite."""
@@ -127,7 +131,7 @@ class Progress(Callback):
         loss = float(trainer.strategy.reduce(self._loss.detach().clone(), reduce_op="mean"))
         loss *= trainer.accumulate_grad_batches  # by which Lightning divides it
         if not math.isfinite(loss):
-            raise TrainingError(diverged(trainer, "train/loss_step", loss))
+            raise Diverged(diverged(trainer, "train/loss_step", loss))
         return loss
 
 
