@@ -4,21 +4,20 @@
 
 Both give float (128, 1, 28, 28), shuffled, from MNIST's 60,000 training images, in one process without workers: ours by
 `TensorBatches` and `normalise`, the other by `DataLoader` over torchvision's `MNIST` with `ToTensor` and `Normalize`.
-They take turns in one run, because timings on shared machines drift. Prints a table and appends the figures with their
-conditions to results/input_path.jsonl.
+They take turns in one run, because timings on shared machines drift. Prints a table; with `--record` the
+figures are appended with their conditions to results/input_path.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from records import add_flag, append
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -26,10 +25,8 @@ from torchvision import datasets, transforms
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD, normalise
-from lit_mnist.training.results import conditions
 
 BATCH_SIZE = 128
-RESULTS = Path(__file__).parent / "results" / "input_path.jsonl"
 
 
 def images_per_second(batches: Iterable[Any], limit: int, raw: bool) -> float:
@@ -46,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", default="data", help="folder of the data (data)")
     parser.add_argument("--rounds", type=int, default=7, help="how often both are measured, in turns (7)")
+    add_flag(parser, "input_path")
     settings = parser.parse_args()
 
     mnist.prepare(settings.root)
@@ -70,10 +68,8 @@ def main() -> None:
         print(f"{label:<28}{statistics.median(rates[name]):>12,.0f}{low:>12,.0f}{high:>12,.0f}")
     print(f"{'ratio within a round':<28}{statistics.median(ratios):>12.1f}{min(ratios):>12.1f}{max(ratios):>12.1f}")
 
-    RESULTS.parent.mkdir(exist_ok=True)
     record = {"batch_size": BATCH_SIZE, **rates, "median_ratio": statistics.median(ratios)}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps({**record, **conditions(torch.device("cpu"))}) + "\n")
+    append(settings, record)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ of its training, or now and then of its start, resumes it with `--ckpt_path last
 then lets it end. A kill counts where it left a checkpoint to resume; one before the first checkpoint means a start from
 scratch, and has a column of its own. Every tensor of its last checkpoint (weights, averaged weights, optimizer,
 random state, best score) and every scalar of its curve but the timings is compared with the uninterrupted run's. Prints
-a table, appends a line a trial to results/kill.jsonl, and ends with status 1 where anything differed.
+a table, and ends with status 1 where anything differed; with `--record` a line for each trial is appended
+to results/kill.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -27,6 +27,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import torch
+from records import add_flag, append
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -34,7 +35,6 @@ from lit_mnist.data import mnist
 from lit_mnist.training.results import conditions
 
 REPOSITORY = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "kill.jsonl"
 TIMINGS = {"train/samples_per_second"}
 SHORT = ["--trainer.max_epochs", "3", "--trainer.limit_train_batches", "40", "--trainer.log_every_n_steps", "3"]
 SHORT += ["--trainer.enable_model_summary", "false", "--data.val_size", "1000", "--checkpoint.every_seconds", "0.2"]
@@ -157,6 +157,7 @@ def main() -> int:
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), help=f"of {', '.join(RECIPES)} (all)")
     parser.add_argument("--kills", type=int, default=60, help="at least so many, over all recipes (60)")
     parser.add_argument("--root", default=str(REPOSITORY / "data"), help="folder of the data")
+    add_flag(parser, "kill")
     settings = parser.parse_args()
     if unknown := set(settings.recipes) - set(RECIPES):
         parser.error(f"unknown recipes {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
@@ -187,8 +188,7 @@ def main() -> int:
                 number += 2
                 for result in (future.result() for future in pair):
                     trials.append(result)
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps({"recipe": recipe, **result, **where}) + "\n")
+                    append(settings, {"recipe": recipe, **result}, where)
                     for name in result["different"]:
                         progress.console.print(f"{recipe}: {name} differs", markup=False)
                 progress.update(task, completed=min(share, sum(result["kills"] for result in trials)))

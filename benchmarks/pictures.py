@@ -5,17 +5,17 @@
 Takes the first 1,000 test images of MNIST, makes pictures of them as people have them (other sizes, inverted, off
 centre, on paper in uneven light, with noisy strokes), and brings each back into MNIST's form as `predict --data.images`
 does. And scikit-learn's `load_digits`: 1,797 other people's digits of 8x8 pixels, of which the network has seen none.
-Prints a table and appends it with its conditions to results/pictures.jsonl.
+Prints a table; with `--record` it is appended with its conditions to results/pictures.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from records import add_flag, append
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
@@ -24,9 +24,7 @@ from torch.nn import functional as F
 from lit_mnist import LitMNIST
 from lit_mnist.data import images, mnist
 from lit_mnist.training.checkpoints import read_checkpoint
-from lit_mnist.training.results import conditions
 
-RESULTS = Path(__file__).parent / "results" / "pictures.jsonl"
 COUNT = 1000
 
 
@@ -90,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--root", default="data", help="folder of the data (data)")
+    add_flag(parser, "pictures")
     settings = parser.parse_args()
     read_checkpoint(settings.checkpoint)
     model = LitMNIST.load_from_checkpoint(settings.checkpoint, map_location="cpu", weights_only=True)
@@ -115,10 +114,8 @@ def main() -> None:
     print(f"\n{'pictures':<20}{'correct':>12}{'accuracy %':>12}")
     for name, (right, count) in rows.items():
         print(f"{name:<20}{f'{right}/{count}':>12}{100 * right / count:>12.2f}")
-    RESULTS.parent.mkdir(exist_ok=True)
     record = {"checkpoint": settings.checkpoint.name, "model": dict(model.hparams), "correct": rows}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps({**record, **conditions(torch.device("cpu"))}) + "\n")
+    append(settings, record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ machines    two machines: network namespaces joined by a veth pair, torchrun wit
             cut in the middle of a run, and the run resumed; its weights are compared with those of a run that was left
             alone. Needs root and the command `ip`.
 
-Prints tables in Markdown and appends every value with its conditions to results/processes.jsonl.
+Prints tables in Markdown; with `--record` every value is appended with its conditions to results/processes.jsonl.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from time import monotonic, sleep
 from typing import Any
 
 import torch
+from records import add_flag, append
 from rich.progress import track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_mnist.data import mnist
-from lit_mnist.training.results import conditions
 
-RESULTS = Path(__file__).parent / "results" / "processes.jsonl"
 QUIET = ["--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0", "--trainer.accelerator", "cpu"]
 CORES = os.cpu_count() or 1
 PROGRAM = [sys.executable, "-m", "lit_mnist"]
@@ -314,6 +313,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of throughput (5)")
     parser.add_argument("--steps", type=int, help="an epoch: all of agreement, 200 of throughput, 150 of machines")
     parser.add_argument("--root", default="data", help="folder of the data (data)")
+    add_flag(parser, "processes")
     options = parser.parse_args()
     if unknown := set(options.measures) - set(MEASURES):
         parser.error(f"unknown measures {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
@@ -321,9 +321,7 @@ def main() -> None:
     mnist.prepare(root)
     for name in options.measures or MEASURES:
         values = MEASURES[name](root, options)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps({"measure": name, "values": values, **conditions(torch.device("cpu"))}) + "\n")
+        append(options, {"measure": name, "values": values})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ than 60,000 images are MNIST's repeated, each repetition moved by the augmentati
 system's account of the process: at its peak, and before the training for what Python and the packages take. With
 `--mapped` the images lie in a file, of which the system keeps in memory what it has room for.
 
-Prints a table and appends every value with its conditions to results/size.jsonl.
+Prints a table; with `--record` every value is appended with its conditions to results/size.jsonl.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from records import add_flag, append
 from torch import Tensor
 
 from lit_mnist.commands.main import main as lit_mnist
 from lit_mnist.data import mnist
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import seeded_generator
-from lit_mnist.training.results import conditions
 
-RESULTS = Path(__file__).parent / "results" / "size.jsonl"
 SIZES = (10_000, 20_000, 40_000, 60_000, 8_000_000)
 STEP = 10_000  # images are made so many at a time
 
@@ -100,6 +99,7 @@ def main() -> None:
     parser.add_argument("--mapped", action="store_true", help="images in a file instead of in memory")
     parser.add_argument("--root", default="data", help="folder of the data (data)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    add_flag(parser, "size")
     options = parser.parse_args()
     root = str(Path(options.root).resolve())
     if options.here:
@@ -115,9 +115,7 @@ def main() -> None:
         columns = f"{row['images']:,}", f"{row['data_mb']:,}", f"{row['peak_mb']:,}", f"{row['before_mb']:,}"
         numbers = f"{row['steps']:,}", f"{row['train_seconds']:,.1f}", f"{row['images_per_second']:,.0f}"
         print("| " + " | ".join((*columns, *numbers)) + " |", flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps({**row, **conditions(torch.device("cpu"))}) + "\n")
+        append(options, row)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ startup   from the start of `python -m lit_mnist fit` until its first step, over
 peak      the training's multiplications and additions a second, as a share of the best large matrix product.
 predict   images a second: the network alone, and the command with its CSV.
 
-What is compared takes turns within one run, because timings on shared machines drift. Prints tables and appends every
-value with its conditions to results/speed.jsonl.
+What is compared takes turns within one run, because timings on shared machines drift. Prints tables; with `--record`
+every value is appended with its conditions to results/speed.jsonl.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from accuracy import run as accuracy_run
+from records import add_flag, append
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,10 +52,8 @@ from lit_mnist.commands.main import main as lit_mnist
 from lit_mnist.data import mnist
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD
-from lit_mnist.training.results import conditions
 
 REPOSITORY = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 QUIET = ["--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
 BASELINE_EPOCHS = 20
 
@@ -402,6 +401,7 @@ def main() -> None:
     parser.add_argument("measures", nargs="*", help=f"of {', '.join(MEASURES)} (all)")
     parser.add_argument("--rounds", type=int, help="how often each is measured, in turns (5 to 7)")
     parser.add_argument("--root", default="data", help="folder of the data (data)")
+    add_flag(parser, "speed")
     settings = parser.parse_args()
     if unknown := set(settings.measures) - set(MEASURES):
         parser.error(f"unknown measures {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
@@ -410,9 +410,7 @@ def main() -> None:
     for name in settings.measures or MEASURES:
         measure, rounds = MEASURES[name]
         values = measure(root, settings.rounds or rounds)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps({"measure": name, **values, **conditions(torch.device("cpu"))}) + "\n")
+        append(settings, {"measure": name, **values})
 
 
 if __name__ == "__main__":
