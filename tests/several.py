@@ -90,7 +90,7 @@ def _one(rank: int, flags: list[str], folder: str, files: Any, variables: dict[s
     torch.set_num_threads(1)
     mnist.FILES = files
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
-    if rank:
+    if rank and any(name in variables for name in ("LOCAL_RANK", "SLURM_LOCALID")):
         mnist.prepare = _forbidden  # type: ignore[assignment]  # the first alone fetches data
     if death:
         original = LitMNIST.training_step

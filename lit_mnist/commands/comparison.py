@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy.stats import ttest_rel
 
-from lit_mnist.commands.study import Study
+from lit_mnist.commands.study import Study, as_flag
 from lit_mnist.training.console import interactive, print_table, shown
 from lit_mnist.training.results import conditions
 from lit_mnist.training.runs import replaced
@@ -89,13 +89,7 @@ def named(setting: Mapping[str, Any]) -> str:
 
 
 def shortest(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else json.dumps(value)
-        if value in (None, True, False)
-        else str(value)
-    )
+    return f"{value:.4g}" if isinstance(value, float) else as_flag(value)
 
 
 def scale(plan: Study) -> tuple[float, str, str]:
@@ -341,10 +335,10 @@ class Display:
                 continue
             self.told.add(trial.number)
             what = f"{named(trial.params)}, seed {trial.user_attrs['seed']}"
-            if trial.value is None:
+            if trial.state != TrialState.COMPLETE:
                 result = f"given up ({trial.user_attrs.get('reason')})"
             else:
-                value = shown_value(self.plan, trial.value)
+                value = shown_value(self.plan, trial.value or 0.0)
                 result = f"{self.plan.compare} {value} in {trial.user_attrs['seconds']:.1f} s"
             self.say(f"[{done}/{self.total}] {what}: {result}{self.outlook(whole, done)}")
         self.bar.update(self.task, completed=done)

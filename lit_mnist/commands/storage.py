@@ -28,7 +28,7 @@ class JournalLock(JournalFileOpenLock):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = FileLock(f"{path}.lock")
+        self.lock = FileLock(f"{path}.held")  # .lock is the name of Optuna's
 
     def acquire(self) -> bool:
         self.lock.acquire()
@@ -56,20 +56,27 @@ def opened(storage: str | None, folder: Path) -> BaseStorage:
             hidden = make_url(storage).render_as_string(hide_password=True)
         except Exception:
             hidden = storage.partition("://")[0] + "://..."
-        try:
-            return RDBStorage(storage, engine_kwargs={"pool_pre_ping": True})
-        except Exception as error:  # SQLAlchemy's, a driver's, or an import's
-            reason = shortened(" ".join(str(error.__cause__ or error).split()), 200)
-            raise CommandError(f"--storage {hidden}: that database cannot be used ({reason})") from error
+        for patience in (True, True, True, False):
+            try:
+                return RDBStorage(storage, engine_kwargs={"pool_pre_ping": True})
+            except Exception as error:  # SQLAlchemy's, a driver's, or an import's
+                reason = shortened(" ".join(str(error.__cause__ or error).split()), 200)
+                if patience and ("already exists" in reason or "duplicate" in reason):
+                    sleep(LOOK_SECONDS)  # another worker makes the tables at this moment
+                    continue
+                raise CommandError(f"--storage {hidden}: that database cannot be used ({reason})") from error
     path = Path(storage) if storage else folder / "journal.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        with path.open("rb") as file:
+            if file.read(10) not in (b"", b'{"op_code"'):  # of which it would be a pity
+                raise ValueError("it begins in another way")
         return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
     except OSError as error:
         raise CommandError(f"--storage {path}: {error.strerror}") from error
     except Exception as error:  # whatever Optuna makes of a line that is none of its own
-        reason = shortened(f"{type(error).__name__}: {error}", 120)
+        reason = shortened(str(error) or type(error).__name__, 120)
         raise CommandError(f"--storage {path}: that file is no journal of trials ({reason})") from error
 
 

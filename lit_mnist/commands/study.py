@@ -21,7 +21,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lit_mnist.commands.cli import MNISTCLI
+from lit_mnist.commands.cli import MNISTCLI, refusals
 from lit_mnist.commands.settings import CommandError, Parser, parse
 from lit_mnist.training.console import shortened
 from lit_mnist.training.runs import read_results, section
@@ -261,12 +261,16 @@ class Check(MNISTCLI):
 
     def made(self, flags: list[str]) -> Any:
         """Its model and data."""
-        config = parse(self.parser, self.own_parser, ["fit", *flags]).config
-        return self.parser.instantiate_classes(config)["fit"]
+        with refusals():
+            config = parse(self.parser, self.own_parser, ["fit", *flags]).config
+            return self.parser.instantiate_classes(config)["fit"]
 
 
-def distributions(study: Study, where: str) -> dict[str, BaseDistribution]:
+def distributions(study: Study, where: str, places: list[str]) -> dict[str, BaseDistribution]:
     """The values that each setting may take, every one of them tried on the parser of `fit`.
+
+    Args:
+        places: flags that say where the data lies.
 
     Raises:
         CommandError: there is no such setting, or it does not take such a value.
@@ -275,11 +279,10 @@ def distributions(study: Study, where: str) -> dict[str, BaseDistribution]:
 
     def tried(flags: list[str], what: str) -> Any:
         try:
-            check.made(flags)
+            check.made([*flags, *places])
             return check.parsed(flags)
-        except (ValueError, OSError) as error:
-            reason = shortened(" ".join(str(error).split()), 300)
-            raise CommandError(f"{where}: {what}{reason}") from error
+        except CommandError as error:
+            raise CommandError(f"{where}: {what}{error}") from error
 
     for name in study.settings:
         known = name == CONFIG or (name.partition(".")[0] in PARTS and name in check.own_parser.get_defaults())
@@ -287,7 +290,7 @@ def distributions(study: Study, where: str) -> dict[str, BaseDistribution]:
             reason = NOT_SWEPT.get(name, "there is no such setting; `fit --help` lists all, such as model.lr")
             raise CommandError(f"{where}: settings.{shortened(name)}: {reason}")
     base = tried(study.flags({}), "")
-    if study.compare.startswith("val/") and not base["data.val_size"] and "data.val_size" not in study.settings:
+    if study.compare.startswith("val/") and not base["data.val_size"] and "data.val_size" not in study.varied:
         raise CommandError(
             f"{where}: {study.compare} needs held-out images, and data.val_size is 0; or compare train/loss"
         )

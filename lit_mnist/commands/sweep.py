@@ -119,9 +119,9 @@ class Sweep:
         self.runs = self.root / "lightning_logs"
         self.folder = self.runs / "sweeps" / options.name
         self.host, self.worker = platform.node(), uuid.uuid4().hex[:12]
-        self.space = distributions(plan, where)
-        self.combinations = grid(self.space) if plan.sampler == "grid" else []
         described = plan.described()
+        self.space = distributions(plan, where, self.places)
+        self.combinations = grid(self.space) if plan.sampler == "grid" else []
         try:
             (self.folder / "workers").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -331,9 +331,9 @@ class Sweep:
     def _refused(self, flags: list[str]) -> str:
         """Why a setting cannot be trained, which may lie in a combination of values."""
         try:
-            network = self.check.made(flags)["model"]
-        except ValueError as error:
-            return shortened(" ".join(str(error).split()), 100)
+            network = self.check.made([*flags, *self.places])["model"]
+        except CommandError as error:
+            return shortened(str(error), 100)
         parameters, most = sum(p.numel() for p in network.parameters()), self.plan.max_parameters
         return f"{parameters:,} parameters are more than {most:,}" if 0 < most < parameters else ""
 
@@ -456,14 +456,16 @@ def run_workers(sweep: Sweep, args: list[str], display: Display) -> None:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             processes.append(process)
     lost: set[int] = set()
+    going = True
     try:
-        while any(process.poll() is None for process in processes):
+        while going:
+            sleep(0.3)
+            going = any(process.poll() is None for process in processes)
             display.update(sweep.trials())
             for worker, process in enumerate(processes):
-                if process.poll() and worker not in lost:
+                if process.returncode and worker not in lost:
                     lost.add(worker)
                     display.say(f"worker {worker} {ended(process.returncode, logs[worker])}")
-            sleep(0.3)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -519,13 +521,13 @@ def run(args: list[str]) -> None:
             going.work(display)
         elif options.workers:
             run_workers(going, args, display)
-    settled = going.settled()
-    if options.workers and not settled:
-        raise TrainingError("the study has not come to its end, and no worker is left; start it again to go on")
-    missing: list[str] = []
-    if options.test and settled:
-        with redirect_stdout(display.log):
-            missing = going.test()
+        settled = going.settled()
+        if options.workers and not settled:
+            raise TrainingError("the study has not come to its end, and no worker is left; start it again to go on")
+        missing: list[str] = []
+        if options.test and settled:
+            with redirect_stdout(display.log):
+                missing = going.test()
     comparison.report(plan, going.table(), options.name, Path(options.output or going.folder), settled)
     if missing:
         raise TrainingError(f"--test could not score all: {'; '.join(missing)}")

@@ -27,8 +27,8 @@ from lit_mnist.data import mnist
 
 BASE = """\
 trainer: {max_epochs: 2, log_every_n_steps: 1}
-model: {layers: 8x5/2, ema_decay: 0.0}
-data: {val_size: 100, batch_size: 50}
+model: {layers: 8x5/2 16/2, ema_decay: 0.0}
+data: {val_size: 100, batch_size: 25}
 checkpoint: {every_n_steps: 1}
 """
 STUDY = "base: base.yaml\nsettings:\n  model.lr: [0.05, 0.2]\nseeds: 2\n"
@@ -89,7 +89,7 @@ def test_each_trial_is_a_run_and_the_table_is_of_their_results(
         assert row["mean"] == statistics.mean(expected.values())
         assert row["std"] == statistics.stdev(expected.values())
         assert (row["best"], row["worst"]) == (max(expected.values()), min(expected.values()))
-        assert row["parameters"] == 8 * 25 + 16 + 80 + 10
+        assert row["parameters"] == 8 * 25 + 16 + 16 * 72 + 32 + 170
     means = [row["mean"] for row in found["settings_tried"]]
     assert means == sorted(means, reverse=True)
     folder = Path("lightning_logs", "sweeps", "study")
@@ -109,13 +109,21 @@ def test_each_trial_is_a_run_and_the_table_is_of_their_results(
 def test_a_killed_study_goes_on_and_ends_as_one_that_was_not(
     study: Callable[..., int], tiny_root: Path, tmp_path: Path
 ) -> None:
-    assert study() == 0
-    for steps in (3, 5, 9):  # a trial has 12 steps
+    assert study(STUDY, "--workers", "0") == 0
+    assert killed(tmp_path / "whole", tiny_root, 1)[0].status == 0
+    for steps in (5, 20, 30):  # a trial has 24 steps
         assert killed(tmp_path / "killed", tiny_root, 1, steps)[0].status == -signal.SIGKILL
     assert killed(tmp_path / "killed", tiny_root, 1)[0].status == 0
-    assert main([*SWEEP, "--workers", "0", "--root_dir", str(tmp_path / "killed")]) == 0
-    assert rows(results(folder=tmp_path / "killed")) == rows(results())
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert len(list((tmp_path / "killed" / "lightning_logs").glob("version_*"))) == 4  # each went on in its own run
+
+
+def outcome(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """The table of a study in this folder."""
+    assert main([*SWEEP, "--workers", "0", "--root_dir", str(folder), *flags]) == 0
+    found = rows(results(folder=folder))
+    assert all(row["n"] == row["trials"][-1]["seed"] for row in found)  # of all seeds
+    return found
 
 
 def killed(
@@ -133,23 +141,22 @@ def killed(
 def test_another_worker_takes_up_the_trial_of_a_killed_one(
     study: Callable[..., int], tiny_root: Path, tmp_path: Path
 ) -> None:
-    assert study() == 0
-    outcomes = killed(tmp_path / "two", tiny_root, 2, step=5)
-    assert [outcome.status for outcome in outcomes] == [0, -signal.SIGKILL]
-    assert main([*SWEEP, "--workers", "0", "--root_dir", str(tmp_path / "two")]) == 0
-    assert rows(results(folder=tmp_path / "two")) == rows(results())
+    assert study(STUDY, "--workers", "0") == 0
+    assert killed(tmp_path / "one", tiny_root, 1)[0].status == 0
+    ended = killed(tmp_path / "two", tiny_root, 2, step=5)
+    assert [one.status for one in ended] == [0, -signal.SIGKILL]
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
     assert len(list((tmp_path / "two" / "lightning_logs").glob("version_*"))) == 4
 
 
 def test_workers_share_a_database(study: Callable[..., int], tiny_root: Path, tmp_path: Path) -> None:
     text = STUDY.replace("seeds: 2", "seeds: 3\nheartbeat: 0.5")
     with postgres.server() as url:
-        assert study(text) == 0
-        outcomes = killed(tmp_path / "three", tiny_root, 3, step=5, storage=url)
-        assert [outcome.status for outcome in outcomes] == [0, 0, -signal.SIGKILL]
-        flags = ["--storage", url, "--root_dir", str(tmp_path / "three")]
-        assert main([*SWEEP, "--workers", "0", *flags]) == 0
-    assert rows(results(folder=tmp_path / "three")) == rows(results())
+        assert study(text, "--workers", "0") == 0
+        assert killed(tmp_path / "one", tiny_root, 1)[0].status == 0
+        ended = killed(tmp_path / "three", tiny_root, 3, step=5, storage=url)
+        assert [one.status for one in ended] == [0, 0, -signal.SIGKILL]
+        assert outcome(tmp_path / "three", "--storage", url) == outcome(tmp_path / "one")
     assert len(list((tmp_path / "three" / "lightning_logs").glob("version_*"))) == 6
 
 
@@ -157,7 +164,8 @@ def test_a_worker_on_another_machine_is_given_up_after_its_heartbeat(study: Call
     assert study(STUDY + "heartbeat: 0.2\n") == 0
     folder = Path("lightning_logs", "sweeps", "study")
     going = optuna.load_study(
-        study_name="study", storage=JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+        study_name="study",
+        storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"), JournalLock(folder / "journal.log"))),
     )
     attributes = {"sample": 0, "seed": 3, "worker": "far", "host": "elsewhere", "run": "version_9", "id": "unknown"}
     one = going.get_trials()[0]
@@ -172,7 +180,7 @@ def test_a_worker_on_another_machine_is_given_up_after_its_heartbeat(study: Call
 
 
 def test_several_workers_are_started_and_one_that_fails_is_told(
-    study: Callable[..., int], command: Callable[..., int], tiny_root: Path, capsys: pytest.CaptureFixture[str]
+    study: Callable[..., int], tiny_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tiny_root / "MNIST" / "raw"
     base = BASE.replace("data: {", "data: {name: idx, ")  # processes of their own know nothing of the tiny set
@@ -183,23 +191,26 @@ def test_several_workers_are_started_and_one_that_fails_is_told(
     assert len(runs()) == 4
     out = capsys.readouterr().out
     assert out.count("val/accuracy") == 4 + 1
-    Path("study.yaml").write_text(STUDY.replace("seeds: 2", "seeds: 3"))
-    assert main([*SWEEP, "--data.root", "nowhere", "--workers", "2"]) == 3
+    broken = Path("broken")
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 7\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken.absolute()))
+    assert study(STUDY.replace("seeds: 2", "seeds: 3"), "--workers", "2", "--data.root", str(raw)) == 3
     captured = capsys.readouterr()
-    assert "worker 1 ended with status 2" in captured.out
+    assert "worker 1 ended with status 7: it is broken" in captured.out
     assert "the study has not come to its end" in captured.err
 
 
 def test_what_is_drawn_does_not_depend_on_kills(study: Callable[..., int], tiny_root: Path, tmp_path: Path) -> None:
     ranges = "{model.lr: {low: 0.01, high: 0.5, log: true}, data.batch_size: {low: 40, high: 60}}"
     text = f"base: base.yaml\nsettings: {ranges}\nseeds: 2\nsampler: tpe\nsamples: 3\n"
-    assert study(text) == 0
+    assert study(text, "--workers", "0") == 0
+    assert killed(tmp_path / "whole", tiny_root, 1)[0].status == 0
     assert killed(tmp_path / "killed", tiny_root, 1, 9)[0].status == -signal.SIGKILL
-    assert killed(tmp_path / "killed", tiny_root, 1, 21)[0].status == -signal.SIGKILL
+    assert killed(tmp_path / "killed", tiny_root, 1, 45)[0].status == -signal.SIGKILL
     assert killed(tmp_path / "killed", tiny_root, 1)[0].status == 0
-    assert main([*SWEEP, "--workers", "0", "--root_dir", str(tmp_path / "killed")]) == 0
-    assert rows(results(folder=tmp_path / "killed")) == rows(results())
-    drawn = [(row["model.lr"], row["data.batch_size"]) for row in results()["settings_tried"]]
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    drawn = [(row["model.lr"], row["data.batch_size"]) for row in outcome(tmp_path / "whole")]
     assert len(set(drawn)) == 3
     assert all(0.01 <= lr <= 0.5 and 40 <= size <= 60 for lr, size in drawn)
 
@@ -218,15 +229,15 @@ def test_poor_settings_are_given_up(study: Callable[..., int], capsys: pytest.Ca
     assert study(text) == 0
     found = {(row["model.lr"], row["model.layers"]): row for row in results()["settings_tried"]}
     assert {key[0] for key, row in found.items() if row["n"] == 2} <= set(lrs[:5])
-    assert found[1e-6, "8x5/2"]["given_up"].startswith("pruned in epoch 0 at ")
+    assert found[1e-6, "8x5/2"]["given_up"].startswith("pruned in epoch ")
     assert "training failed at step" in found[1e20, "8x5/2"]["given_up"]
-    assert found[0.1, "64x5/2"]["given_up"] == "2,458 parameters are more than 1,000"
+    assert found[0.1, "64x5/2"]["given_up"] == "2,378 parameters are more than 1,000"
     assert all(row["n"] == 0 for row in found.values() if row["given_up"])
     best = results()["settings_tried"][0]
     kept = {path.parents[1].name for path in Path("lightning_logs").glob("*/checkpoints/*.ckpt")}
     assert kept == {trial["run"] for trial in best["trials"]}
     out = capsys.readouterr().out
-    assert "given up (pruned in epoch 0" in out
+    assert "given up (pruned in epoch " in out
     stopped = {json.loads(path.read_text())["fit"]["state"] for path in Path().glob("lightning_logs/*/results.json")}
     assert stopped == {"finished", "interrupted", "failed"}
 
@@ -273,7 +284,7 @@ def test_recipes_are_compared_as_well(study: Callable[..., int]) -> None:
     text = "settings: {config: [base.yaml, other.yaml], model.lr: 0.1}\nseeds: 1\ncompare: val/loss\nof: last\n"
     assert study(text) == 0
     table = results()["settings_tried"]
-    assert {row["config"]: row["parameters"] for row in table} == {"base.yaml": 306, "other.yaml": 158}
+    assert {row["config"]: row["parameters"] for row in table} == {"base.yaml": 1570, "other.yaml": 886}
     losses = [row["mean"] for row in table]
     assert losses == sorted(losses)
     for row in table:
@@ -322,9 +333,12 @@ def test_a_study_may_grow_and_not_change(study: Callable[..., int], capsys: pyte
         ("settings: {model.lr: {low: 2, high: 1, step: 1}}", "settings.model.lr: low must not be above high"),
         (
             "sampler: random\nsamples: 2\nsettings: {model.dropout: {low: 0, high: 0.5, log: true}}",
-            "`low` value must be",
+            "`low > 0` must hold",
         ),
-        ("settings: {config: [nowhere.yaml]}", "base nowhere.yaml: that recipe cannot be read"),
+        (
+            "settings: {config: [nowhere.yaml]}",
+            "base nowhere.yaml: that recipe cannot be read",
+        ),
         ("base: nowhere.yaml", "base nowhere.yaml: that recipe cannot be read (No such file"),
         ("seeds: 0", "seeds must be a number from 1 or a list of different seeds, got 0"),
         ("seeds: [1, 1]", "seeds must be a number from 1"),
@@ -356,7 +370,7 @@ def test_bad_studies(text: str, reason: str, study: Callable[..., int], capsys: 
         (["--name", "../up"], "--name must be letters"),
         (["--storage", "mysql+nothing://user:secret@host/db"], "that database cannot be used"),
         (["--storage", "base.yaml"], "--storage base.yaml: that file is no journal of trials"),
-        (["--storage", "missing/."], "--storage missing: "),
+        (["--storage", "/proc/journal"], "--storage /proc/journal: "),
     ],
 )
 def test_bad_flags(
