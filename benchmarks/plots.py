@@ -25,16 +25,28 @@ DOCS = Path(__file__).parent.parent / "docs"
 BASELINE = 99.44
 
 
-def recipes() -> dict[str, list[dict[str, Any]]]:
-    """The tested runs of each recipe as its file has it: those with the settings of the newest."""
+def recipes() -> dict[str, dict[str, Any]]:
+    """Parameters, epochs and every test accuracy of each recipe: of the studies `sweep --output results/seeds-NAME`,
+    and before there were such of the runs in accuracy.jsonl with the settings of the newest.
+    """
     records = [json.loads(line) for line in (RESULTS / "accuracy.jsonl").read_text().splitlines()]
     where = {"--trainer.accelerator", "cpu"}  # no setting of the recipe
     plain = [record for record in records if record["test"] and not set(record["flags"]) - where]
     newest = {record["recipe"]: record["settings"] for record in plain}
-    return {
-        name: [record for record in plain if record["recipe"] == name and record["settings"] == settings]
-        for name, settings in newest.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for record in plain:
+        if newest[record["recipe"]] == record["settings"]:
+            fit = {name: record["fit"][name] for name in ("parameters", "epochs")}
+            found.setdefault(record["recipe"], {**fit, "accuracy": []})["accuracy"].append(
+                record["test"]["test/accuracy"]
+            )
+    for path in sorted(RESULTS.glob("seeds-*/results.json")):
+        study = json.loads(path.read_text())
+        (row,) = study["settings_tried"]
+        fit = {"parameters": row["parameters"], "epochs": row["epochs"]}
+        accuracy = [trial["test/accuracy"] for trial in row["trials"]]
+        found[study["study"].removeprefix("seeds-")] = {**fit, "accuracy": accuracy}
+    return found
 
 
 def speed(measure: str) -> dict[str, Any]:
@@ -88,10 +100,9 @@ def main() -> None:
     baseline_seconds = statistics.median(epoch["epoch_seconds"] for epoch in epochs)
     first, by_parameters = plt.subplots(figsize=(7, 4.5))
     second, by_seconds = plt.subplots(figsize=(7, 4.5))
-    for number, (name, records) in enumerate(sorted(runs.items())):
-        accuracy = [100 * record["test"]["test/accuracy"] for record in records]
+    for number, (name, fit) in enumerate(sorted(runs.items())):
+        accuracy = [100 * value for value in fit["accuracy"]]
         errors = [100 - value for value in accuracy]
-        fit = records[0]["fit"]
         seconds = statistics.median(epoch_seconds[name]) * fit["epochs"]
         scatter(by_parameters, name, fit["parameters"], errors, f"C{number}")
         scatter(by_seconds, name, seconds, accuracy, f"C{number}")

@@ -43,6 +43,7 @@ class Setting:
     seconds: list[float] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     parameters: int = 0
+    epochs: int = 0
     reason: str = ""
     test: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -70,7 +71,7 @@ def table(plan: Study, trials: Sequence[FrozenTrial], tested: Mapping[str, Any])
             assert trial.value is not None
             setting.values[seed] = trial.value
             setting.seconds.append(attributes["seconds"])
-            setting.parameters = attributes["parameters"]
+            setting.parameters, setting.epochs = attributes["parameters"], attributes["epochs"]
             if f"test {sample} {seed}" in tested:
                 setting.test[seed] = tested[f"test {sample} {seed}"]
         if "run" in attributes:
@@ -157,7 +158,11 @@ def as_row(plan: Study, setting: Setting) -> dict[str, Any]:
     row |= {"mean": setting.mean if values else None, "std": spread(values) if values else None, "best": best}
     row |= {"worst": min(values, key=lambda value: plan.sign * value, default=None)}
     row |= {"seconds": round(statistics.mean(setting.seconds), 3) if values else None}
-    row |= {"parameters": setting.parameters or None, "given_up": setting.reason or None}
+    row |= {
+        "parameters": setting.parameters or None,
+        "epochs": setting.epochs or None,
+        "given_up": setting.reason or None,
+    }
     for name in next(iter(setting.test.values()), {}):
         tested = [metrics[name] for metrics in setting.test.values()]
         row |= {name: statistics.mean(tested), f"{name} std": spread(tested), f"{name} n": len(tested)}
@@ -186,7 +191,7 @@ def print_settings(plan: Study, table: Sequence[Setting]) -> None:
 def report(plan: Study, table: list[Setting], name: str, folder: Path, settled: bool) -> None:
     """Print what a study came to, and write it to a folder as CSV, JSON and PNG."""
     counted = sum(setting.n for setting in table)
-    of = f"of the {'best checkpoint' if plan.of == 'best' else 'last epoch'}"
+    of = f"of the {'best checkpoint' if plan.of == 'best' and plan.compare.startswith('val/') else 'last epoch'}"
     print(f"\n{name}: {plan.compare}{scale(plan)[2] and ', %'} {of}, {counted} trials{'' if settled else ' so far'}\n")
     print_settings(plan, table)
     words = in_words(plan, table)

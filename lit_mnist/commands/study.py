@@ -138,7 +138,7 @@ class Study:
     def value_of(self, run: Path) -> float | None:
         """What a run that ended came to; None where it logged no such metric."""
         fit = section(read_results(run), "fit")
-        best = section(fit, "best").get(self.compare) if self.of == "best" else None
+        best = section(fit, "best").get(self.compare) if self.of == "best" else None  # only of held-out images
         value = best if best is not None else section(fit, "metrics").get(self.compare)
         return value if isinstance(value, float) and math.isfinite(value) else None
 

@@ -356,6 +356,7 @@ class Sweep:
             fit = section(read_results(run), "fit")
             trial.set_user_attr("seconds", fit["train_seconds"])
             trial.set_user_attr("parameters", fit["parameters"])
+            trial.set_user_attr("epochs", fit["epochs"])
         if reason:
             trial.set_user_attr("reason", reason)
         # one without a value is among the worst to a sampler, which learns nothing from FAIL

@@ -155,14 +155,17 @@ def logger_of(settings: Settings, run: Run, made: Any) -> RunLogger | bool:
 
 
 def hyperparameters(settings: Settings) -> dict[str, Any]:
-    """What the tab HParams shows of a run: its most telling settings first, then what is not as it is by default."""
+    """What the tab HParams shows of a run: its most telling settings first, then what is not as it is by default or was
+    given as a flag, as all trials of a study have it.
+    """
     before = section(section(settings.loaded, "callbacks"), "Results").get("recipe")
     shown = {"recipe": before or settings.recipe, "lr": settings.own.get("model.lr")}
     shown |= {"layers": settings.own.get("model.layers"), "seed": settings.own["seed_everything"]}
     for key, value in settings.own.items():
         part, _, name = key.partition(".")
         telling = part in ("model", "data") or name in TRAINER_SETTINGS
-        if telling and name not in NOT_SHOWN and value != settings.defaults.get(key):
+        given = value != settings.defaults.get(key) or any(arg.startswith(f"--{key}=") for arg in settings.args)
+        if telling and name not in NOT_SHOWN and given:
             shown.setdefault(name, value)
     return shown
 

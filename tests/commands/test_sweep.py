@@ -14,6 +14,7 @@ import optuna
 import postgres
 import pytest
 import several
+from conftest import REPOSITORY
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -447,3 +448,12 @@ def test_help_and_a_missing_package(study: Callable[..., int], capsys: pytest.Ca
         2,
         "lit_mnist: error: sweep needs optuna: pip install 'lit_mnist[sweep]'\n",
     )
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "sweeps").iterdir()), ids=lambda path: path.stem)
+def test_the_studies_of_this_repository(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["sweep", "--config", str(path), "--workers", "0", "--root_dir", str(tmp_path)]) == 0
+    assert f"{path.stem}: " in capsys.readouterr().out
