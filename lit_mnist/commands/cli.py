@@ -43,7 +43,7 @@ from lit_mnist.training.run import Run
 from lit_mnist.training.runs import RunError
 from lit_mnist.training.state import not_restorable, restoring
 
-__all__ = ["MNISTCLI", "CommandError", "Interrupted", "ProcessLost", "TrainingError", "errors_told", "refusals"]
+__all__ = ["MNISTCLI", "CommandError", "Interrupted", "ProcessLost", "TrainingError", "errors_told"]
 
 DEFAULT_EPOCHS = 6
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -131,11 +131,15 @@ class MNISTCLI(LightningCLI):
         place_loggers(self.settings, self.run)
 
     def instantiate_classes(self) -> None:
-        with refusals():
+        try:
             self.config_init = self.parser.instantiate_classes(self.config)
             made = self.config_init[self.command]
             self.datamodule, self.model = made["data"], made["model"]
             self.trainer = self.trainer_class(**trainer_settings(self.settings, self.run, made, self.config_text))
+        except Exception as error:  # Lightning checks with whatever comes: a package that is missing, SLURM's variables
+            # a DataError from a link comes wrapped in jsonargparse's words
+            reason = error.__cause__ if isinstance(error.__cause__, DataError) else error
+            raise CommandError(shortened(" ".join(str(reason).split()), 300)) from reason
 
     def after_instantiate_classes(self) -> None:
         settings = self.settings
@@ -173,17 +177,6 @@ class MNISTCLI(LightningCLI):
         assert isinstance(datamodule, MNISTDataModule)
         with failures(self):
             predict.predict(self.trainer, self.settings.checkpoint, model, datamodule)
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Bring whatever says that settings cannot be used to a `CommandError`."""
-    try:
-        yield
-    except Exception as error:  # Lightning checks with whatever comes: a package that is missing, SLURM's variables
-        # a DataError from a link comes wrapped in jsonargparse's words
-        reason = error.__cause__ if isinstance(error.__cause__, DataError) else error
-        raise CommandError(shortened(" ".join(str(reason).split()), 300)) from error
 
 
 def data_flags(data: Any) -> str:

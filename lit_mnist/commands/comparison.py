@@ -28,11 +28,13 @@ from lit_mnist.training.runs import replaced
 
 @dataclass
 class Setting:
-    """A setting and its trials; `values`, `seconds` and `runs` are of those that ended, in the order of the seeds.
+    """A setting and its trials.
 
     Args:
         sample: its number in the study.
-        values: what was compared, by seed.
+        values: what was compared, by seed, of the trials that came to their end, in the order of the seeds.
+        seconds: of their training, by seed.
+        runs: where they lie, and those of other trials.
         reason: why it was given up; empty where it was not.
         test: metrics on the test set, by seed.
     """
@@ -40,8 +42,8 @@ class Setting:
     sample: int
     params: dict[str, Any]
     values: dict[int, float] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    runs: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)
     parameters: int = 0
     epochs: int = 0
     reason: str = ""
@@ -66,16 +68,19 @@ def table(plan: Study, trials: Sequence[FrozenTrial], tested: Mapping[str, Any])
     found: dict[int, Setting] = {}
     for trial in sorted(trials, key=lambda trial: plan.all_seeds.index(trial.user_attrs["seed"])):
         sample, seed, attributes = trial.user_attrs["sample"], trial.user_attrs["seed"], trial.user_attrs
+        if set(plan.varied) - trial.params.keys():
+            continue  # it is being drawn
         setting = found.setdefault(sample, Setting(sample, trial.params))
         if trial.state == TrialState.COMPLETE:
             assert trial.value is not None
             setting.values[seed] = trial.value
-            setting.seconds.append(attributes["seconds"])
-            setting.parameters, setting.epochs = attributes["parameters"], attributes["epochs"]
+            setting.seconds[seed] = attributes["seconds"]
+            setting.parameters, setting.epochs = attributes["parameters"], attributes.get("epochs", 0)
             if f"test {sample} {seed}" in tested:
                 setting.test[seed] = tested[f"test {sample} {seed}"]
         if "run" in attributes:
-            setting.runs.append({name: attributes[name] for name in ("run", "id", "host")})
+            names = ("run", "id", "host", "checkpoint")
+            setting.runs[seed] = {name: attributes[name] for name in names if name in attributes}
         setting.reason = setting.reason or attributes.get("reason", "")
 
     def order(setting: Setting) -> tuple[bool, int, float, int]:
@@ -103,23 +108,29 @@ def shown_value(plan: Study, value: float, unit: bool = True) -> str:
     return f"{factor * value:{digits}}{name if unit else ''}"
 
 
-def spread(values: Iterable[float]) -> float:
+def spread(values: Iterable[float]) -> float | None:
+    """The standard deviation; None of a single value, which tells nothing of it."""
     values = list(values)
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def difference(plan: Study, first: Setting, second: Setting) -> dict[str, Any]:
     """How far apart two settings are over the seeds that both have: the mean of the paired differences, positive where
-    the first is better, and its 95 % confidence interval by Student's distribution.
+    the first is better, and its 95 % confidence interval by Student's distribution; None where they tell of none.
     """
     seeds = [seed for seed in first.values if seed in second.values]
     ours, theirs = ([plan.sign * setting.values[seed] for seed in seeds] for setting in (first, second))
-    mean, low, high = statistics.mean(a - b for a, b in zip(ours, theirs, strict=True)), -math.inf, math.inf
-    if len(seeds) > 1:
-        low, high = map(float, ttest_rel(ours, theirs).confidence_interval(0.95))
-        if math.isnan(low):  # the same difference with each seed, to scipy nothing that it can judge
-            low = high = mean
-    return {"seeds": seeds, "mean": mean, "low": low, "high": high}
+    apart = [a - b for a, b in zip(ours, theirs, strict=True)]
+    found: dict[str, Any] = {
+        "seeds": seeds,
+        "mean": statistics.mean(apart) if seeds else None,
+        "low": None,
+        "high": None,
+    }
+    if len(seeds) > 1 and statistics.stdev(apart) > 1e-9:  # else chance, or rounding, made them alike
+        interval = ttest_rel(ours, theirs).confidence_interval(0.95)
+        found |= {"low": float(interval.low), "high": float(interval.high)}
+    return found
 
 
 def in_words(plan: Study, table: Sequence[Setting]) -> list[str]:
@@ -136,10 +147,14 @@ def in_words(plan: Study, table: Sequence[Setting]) -> list[str]:
     second = f"the second, {named(ranked[1].params)}"
     factor, digits, unit = scale(plan)
     unit = unit and " points"  # of a percentage
+    if not n:
+        return [*lines, f"{second[:1].upper()}{second[1:]}, has no seed in common with it yet."]
+    if found["low"] is None:
+        mean = f"{factor * sign * found['mean']:+{digits}}"
+        each = "one seed" if n == 1 else f"each of {n} seeds"
+        return [*lines, f"Against {second}: {mean}{unit} with {each}, which tells nothing of the spread."]
     mean, low, high = (f"{factor * sign * found[name]:+{digits}}" for name in ("mean", "low", "high"))
     low, high = (low, high) if sign > 0 else (high, low)
-    if n < 2:
-        return [*lines, f"Against {second}: {mean}{unit} with one seed, which tells nothing of the spread."]
     interval = f"{mean}{unit} (95 % confidence interval {low} to {high}, paired over {n} common seeds)"
     if found["low"] > 0:
         lines.append(f"It is better than {second}: {interval}.")
@@ -157,7 +172,7 @@ def as_row(plan: Study, setting: Setting) -> dict[str, Any]:
     row: dict[str, Any] = {**plan.fixed, **setting.params, "n": setting.n}
     row |= {"mean": setting.mean if values else None, "std": spread(values) if values else None, "best": best}
     row |= {"worst": min(values, key=lambda value: plan.sign * value, default=None)}
-    row |= {"seconds": round(statistics.mean(setting.seconds), 3) if values else None}
+    row |= {"seconds": round(statistics.mean(setting.seconds.values()), 3) if values else None}
     row |= {
         "parameters": setting.parameters or None,
         "epochs": setting.epochs or None,
@@ -181,18 +196,24 @@ def print_settings(plan: Study, table: Sequence[Setting]) -> None:
         row = as_row(plan, setting)
         numbers = ["-"] * 5
         if setting.n:
-            mean, std, best, worst = (shown_value(plan, row[name], False) for name in ("mean", "std", "best", "worst"))
-            numbers = [f"{mean} ± {std}", best, worst, f"{row['seconds']:.1f}", f"{setting.parameters:,}"]
+            mean, best, worst = (shown_value(plan, row[name], False) for name in ("mean", "best", "worst"))
+            std = f" ± {shown_value(plan, row['std'], False)}" if setting.n > 1 else ""
+            numbers = [f"{mean}{std}", best, worst, f"{row['seconds']:.1f}", f"{setting.parameters:,}"]
         settings = [shortest(setting.params[name]) for name in plan.varied]
         columns.add_row(*settings, str(setting.n), *numbers, *([setting.reason] if setting.reason else []))
     print_table(columns)
 
 
-def report(plan: Study, table: list[Setting], name: str, folder: Path, settled: bool) -> None:
-    """Print what a study came to, and write it to a folder as CSV, JSON and PNG."""
+def report(plan: Study, table: list[Setting], described: dict[str, Any], folder: Path, settled: bool) -> None:
+    """Print what a study came to, and write it to a folder as CSV, JSON and PNG.
+
+    Args:
+        described: the name of the study, and all that decides its result.
+    """
     counted = sum(setting.n for setting in table)
     of = f"of the {'best checkpoint' if plan.of == 'best' and plan.compare.startswith('val/') else 'last epoch'}"
-    print(f"\n{name}: {plan.compare}{scale(plan)[2] and ', %'} {of}, {counted} trials{'' if settled else ' so far'}\n")
+    unit, so_far = scale(plan)[2] and ", %", "" if settled else " so far"
+    print(f"\n{described['study']}: {plan.compare}{unit} {of}, {counted} trials{so_far}\n")
     print_settings(plan, table)
     words = in_words(plan, table)
     if table and table[0].test:
@@ -201,9 +222,11 @@ def report(plan: Study, table: list[Setting], name: str, folder: Path, settled: 
             values = [metrics[metric] for metrics in tested]
             factor, digits = (100, ".2f") if metric.endswith("accuracy") else (1, ".4f")
             mean, std, low, high = (
-                f"{factor * x:{digits}}" for x in (statistics.mean(values), spread(values), min(values), max(values))
+                f"{factor * x:{digits}}"
+                for x in (statistics.mean(values), spread(values) or 0, min(values), max(values))
             )
-            words.append(f"Test set, {metric}: {mean} ± {std} ({low} to {high}), n = {len(values)}")
+            several = f" ± {std} ({low} to {high})" if len(values) > 1 else ""
+            words.append(f"Test set, {metric}: {mean}{several}, n = {len(values)}")
     print("\n" + "\n".join(words))
     rows = [as_row(plan, setting) for setting in table]
     ranked = [setting for setting in table if setting.n and not setting.reason]
@@ -213,9 +236,8 @@ def report(plan: Study, table: list[Setting], name: str, folder: Path, settled: 
         writer.writeheader()
         writer.writerows(rows)
     results = {
-        "study": name,
+        **described,
         "settled": settled,
-        **plan.described(),
         "settings_tried": [row | {"trials": trials_of(setting)} for row, setting in zip(rows, table, strict=True)],
         "difference": difference(plan, *ranked[:2]) if len(ranked) > 1 and ranked[1].n else None,
         "in_words": words,
@@ -233,10 +255,11 @@ def report(plan: Study, table: list[Setting], name: str, folder: Path, settled: 
 
 
 def trials_of(setting: Setting) -> list[dict[str, Any]]:
-    ended = zip(setting.values.items(), setting.seconds, setting.runs, strict=False)
     return [
-        {"seed": seed, "value": value, "seconds": seconds, **run, **setting.test.get(seed, {})}
-        for (seed, value), seconds, run in ended
+        {"seed": seed, "value": value, "seconds": setting.seconds[seed]}
+        | setting.runs.get(seed, {})
+        | setting.test.get(seed, {})
+        for seed, value in setting.values.items()
     ]
 
 
@@ -275,13 +298,13 @@ def by_seconds(plan: Study, ranked: Sequence[Setting]) -> Figure | None:
     if not ranked:
         return None
     factor, _, unit = scale(plan)
-    points = sorted((statistics.mean(setting.seconds), -plan.sign * setting.mean) for setting in ranked)
+    points = sorted((statistics.mean(setting.seconds.values()), -plan.sign * setting.mean) for setting in ranked)
     front = [point for number, point in enumerate(points) if all(point[1] < before[1] for before in points[:number])]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for setting in ranked:
-        middle, seconds = factor * setting.mean, statistics.mean(setting.seconds)
-        deviations = [factor * spread(setting.values.values())], [spread(setting.seconds)]
+        middle, seconds = factor * setting.mean, statistics.mean(setting.seconds.values())
+        deviations = [factor * (spread(setting.values.values()) or 0)], [spread(setting.seconds.values()) or 0]
         axes.errorbar(seconds, middle, *deviations, fmt="o", color="C0", alpha=0.6, elinewidth=0.8)
         if len(ranked) <= 12:
             axes.annotate(named(setting.params), (seconds, middle), (4, 4), textcoords="offset points", fontsize=6)

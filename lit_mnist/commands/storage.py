@@ -16,6 +16,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from lit_mnist.commands.settings import CommandError
 from lit_mnist.training.console import shortened
+from lit_mnist.training.runs import expanded
 
 LOOK_SECONDS = 1.0  # so often a worker looks whether its parent lives, and one without work whether there is some
 
@@ -65,7 +66,7 @@ def opened(storage: str | None, folder: Path) -> BaseStorage:
                     sleep(LOOK_SECONDS)  # another worker makes the tables at this moment
                     continue
                 raise CommandError(f"--storage {hidden}: that database cannot be used ({reason})") from error
-    path = Path(storage) if storage else folder / "journal.log"
+    path = expanded(storage, "--storage") if storage else folder / "journal.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -81,7 +82,12 @@ def opened(storage: str | None, folder: Path) -> BaseStorage:
 
 
 class Pulse(threading.Thread):
-    """Shows other machines that this worker lives, and stops it where its parent is gone."""
+    """Shows other machines that this worker lives, and stops it where its parent is gone.
+
+    Args:
+        heartbeat: seconds between two signs of life.
+        parent: process that has started this one; 0 or None for none that matters.
+    """
 
     def __init__(self, heartbeat: float, parent: int | None) -> None:
         super().__init__(daemon=True)
@@ -91,7 +97,7 @@ class Pulse(threading.Thread):
 
     def run(self) -> None:
         beats, beaten = 0, monotonic()
-        while self.parent is None or os.getppid() == self.parent:
+        while not self.parent or os.getppid() == self.parent:
             sleep(min(LOOK_SECONDS, self.heartbeat))
             trial = self.trial
             if trial and monotonic() - beaten >= self.heartbeat:

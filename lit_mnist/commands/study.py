@@ -9,6 +9,8 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +23,11 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lit_mnist.commands.cli import MNISTCLI, refusals
+from lit_mnist.commands.cli import MNISTCLI
 from lit_mnist.commands.settings import CommandError, Parser, parse
+from lit_mnist.data.mnist import DataError
 from lit_mnist.training.console import shortened
-from lit_mnist.training.runs import read_results, section
+from lit_mnist.training.runs import read_results, replaced, section
 
 CONFIG = "config"  # the setting whose values are recipe files
 PARTS = ("model", "data", "trainer", "best", "checkpoint", "board")
@@ -39,6 +42,8 @@ NOT_SWEPT = {
     "trainer.num_nodes": "a trial is trained on one device",
     "trainer.fast_dev_run": "a trial is a whole run",
     "trainer.enable_checkpointing": "a trial that is stopped is resumed from its checkpoint",
+    "best.monitor": "it is what `compare` says",
+    "best.mode": "it is what `mode` says",
 }
 MOST = 100_000  # trials
 
@@ -58,8 +63,8 @@ class Study:
         compare: metric of held-out images, or of the training, that decides.
         mode: whether its least or greatest value is the best; by default a loss's least and an accuracy's greatest.
         of: whether the value of a trial's best checkpoint counts, or of its last epoch.
-        pruner: gives a setting up in the epochs of its first seed, where it is worse than the median of the others
-            (median), or not among the best of as many epochs (halving). What passes is trained whole.
+        pruner: gives a setting up in an epoch of its first seed, where it is worse than the median of at least five
+            others in that epoch (median). What passes is trained whole.
         max_seconds: what a trial's training may take before the setting is given up; 0 is no limit.
         max_parameters: how many a network may have; 0 is no limit.
         keep: whether the checkpoints of settings that lost are kept, or only the best setting's.
@@ -78,29 +83,45 @@ class Study:
     compare: str = "val/accuracy"
     mode: Literal["min", "max"] | None = None
     of: Literal["best", "last"] = "best"
-    pruner: Literal["none", "median", "halving"] = "none"
+    pruner: Literal["none", "median"] = "none"
     max_seconds: float = 0.0
     max_parameters: int = 0
     keep: Literal["all", "best"] = "all"
     heartbeat: float = 20.0
 
     def __post_init__(self) -> None:
-        seeds = self.all_seeds
-        if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
-            raise ValueError(f"seeds must be a number from 1 or a list of different seeds, got {self.seeds}")
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) is None and name != "mode":
+                raise ValueError(f"{name} must not be null")
+        if not all(isinstance(name, str) for name in self.settings):
+            raise ValueError(f"settings must be named, such as model.lr, got {shortened(str(self.settings))}")
+        given = self.settings.get(CONFIG, [])
+        if not all(isinstance(recipe, str) for recipe in (given if isinstance(given, list) else [given])):
+            raise ValueError(f"settings.config must be a list of recipe files, got {given}")
+        if len({Path(recipe).name for recipe in self.recipes}) < len(self.recipes):
+            raise ValueError(f"base and settings.config must be recipe files of different names, got {self.recipes}")
+        number = isinstance(self.seeds, int)
+        if (number and not 1 <= self.seeds <= MOST) or (  # type: ignore[operator]
+            not number and (not self.seeds or len(set(self.seeds)) < len(self.seeds))  # type: ignore[arg-type]
+        ):
+            raise ValueError(f"seeds must be a number in 1..{MOST} or a list of different seeds, got {self.seeds}")
+        if not all(0 <= seed < 2**32 for seed in self.all_seeds):
+            raise ValueError(f"seeds must be in 0..4294967295, got {self.seeds}")
         if self.sampler == "grid" and self.samples:
             raise ValueError(f"samples is for random and tpe, a grid takes every combination; got {self.samples}")
         if self.sampler != "grid" and not 0 < self.samples <= MOST:
             raise ValueError(f"samples must be how many settings {self.sampler} draws, from 1, got {self.samples}")
-        if self.compare.partition("/")[0] not in ("val", "train"):
+        if not re.fullmatch(r"(val|train)/.+", self.compare):
             raise ValueError(
                 f"compare must be a metric such as val/accuracy, val/loss or train/loss, got {self.compare}; the test"
                 " set decides nothing (--test scores the chosen setting with it)"
             )
+        if self.pruner != "none" and not self.compare.startswith("val/"):
+            raise ValueError(f"pruner needs a metric of held-out images to compare, got {self.compare}")
         if not (self.mode or self.compare.endswith(("loss", "accuracy"))):
             raise ValueError(f"mode must be min or max for {self.compare}")
         for name in ("max_seconds", "max_parameters"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)}")
         if not 0.1 <= self.heartbeat <= 86_400:
             raise ValueError(f"heartbeat must be seconds in 0.1..86400, got {self.heartbeat}")
@@ -126,14 +147,32 @@ class Study:
     def varied(self) -> list[str]:
         return [name for name in self.settings if name not in self.fixed]
 
-    def flags(self, setting: Mapping[str, Any]) -> list[str]:
-        """The flags of `fit` for a setting."""
+    def flags(self, setting: Mapping[str, Any], folder: Path | None = None) -> list[str]:
+        """The flags of `fit` for a setting.
+
+        Args:
+            folder: where `write_recipes` has put the recipes; None takes them from where they are.
+        """
         values = self.fixed | dict(setting)
         configs = [*self.bases, *([values.pop(CONFIG)] if CONFIG in values else [])]
+        if folder:
+            configs = [str(folder / "recipes" / Path(config).name) for config in configs]
         flags = [f"--{name}={as_flag(value)}" for name, value in values.items()]
         if self.compare.startswith("val/") and self.of == "best":
             flags += [f"--best.monitor={self.compare}", f"--best.mode={'max' if self.sign > 0 else 'min'}"]
         return [*(word for config in configs for word in ("--config", config)), *flags]
+
+    @property
+    def recipes(self) -> list[str]:
+        given = self.settings.get(CONFIG, [])
+        return list(dict.fromkeys([*self.bases, *(given if isinstance(given, list) else [given])]))
+
+    def write_recipes(self, folder: Path) -> None:
+        """Keep the recipes in the study's folder: somebody may work on theirs while it goes on."""
+        (folder / "recipes").mkdir(exist_ok=True)
+        for recipe in self.recipes:
+            with replaced(folder / "recipes" / Path(recipe).name) as partial:
+                partial.write_bytes(Path(recipe).read_bytes())
 
     def value_of(self, run: Path) -> float | None:
         """What a run that ended came to; None where it logged no such metric."""
@@ -150,9 +189,7 @@ class Study:
 
     def described(self) -> dict[str, Any]:
         """All that decides the result, recipes' content included, as it is kept beside the trials."""
-        recipes = self.settings.get(CONFIG, [])
-        files = [*self.bases, *(recipes if isinstance(recipes, list) else [recipes])]
-        return asdict(self) | {"base": self.bases, "recipes": {name: content(name) for name in files}}
+        return asdict(self) | {"base": self.bases, "recipes": {name: content(name) for name in self.recipes}}
 
 
 def content(recipe: str) -> str:
@@ -211,29 +248,33 @@ def read(args: list[str]) -> tuple[Study, Namespace, str]:
     )
     add = parser.add_argument
     add("-c", "--config", action="config", metavar="STUDY.yaml", help="the study file")
-    add("--name", help="of the study (that of the study file, and of a --base)")
+    add("--name", type=str, help="of the study (that of the study file, and of a --base)")
     add("--workers", type=int, default=1, help="processes that train; 0 shows what there is (1)")
     add("--test", action="store_true", help="in the end score the chosen setting, and it alone, on the test set")
-    add("--storage", help="of the trials, for several machines: a database's URL, or a file that all see")
-    add("--output", help="folder of the tables and plots (the study's, under lightning_logs/sweeps)")
-    add("--root_dir", default=".", help="the folder of lightning_logs (this one)")
-    add("--data.root", default="data", help="the folder of the data (data)")
-    add("--worker", type=int, help=SUPPRESS)
+    add("--storage", type=str, help="of the trials, for several machines: a database's URL, or a file that all see")
+    add("--output", type=str, help="folder of the tables and plots (the study's, under lightning_logs/sweeps)")
+    add("--retry", action="store_true", help="try again the settings that were given up")
+    add("--root_dir", type=str, help="the folder of lightning_logs (the recipe's, or this one)")
+    add("--data.root", type=str, help="the folder of the data (the recipe's)")
+    add("--worker", type=int, help=SUPPRESS)  # the process that has started this worker
     parser.add_class_arguments(Study)
-    config = parser.parse_args(args)
-    files = [str(path) for path in config.pop("config") or []]
-    where = f"--config {files[-1]}" if files else "sweep"
-    if config.name is None:
-        recipe = config.base if isinstance(config.base, str) else "-".join(Path(base).stem for base in config.base)
-        given = any(arg.partition("=")[0] == "--base" for arg in args)
-        config.name = "-".join([*(Path(file).stem for file in files), *([Path(recipe).stem] if given else [])])
-    if not re.fullmatch(r"[\w.+-]{1,100}", config.name) or config.name.startswith("."):
-        raise CommandError(f"--name must be letters, digits, '-', '_', '+' and '.', got {shortened(config.name)!r}")
-    values = {name: config.pop(name) for name in Study.__dataclass_fields__}
+    files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    where = f"--config {' or '.join(files)}" if files else "sweep"
     try:
-        study = Study(**values)
+        config = parser.parse_args(args)
+    except (CommandError, UnicodeDecodeError, RecursionError) as error:
+        raise CommandError(f"{where}: {' '.join(str(error).split())}") from error
+    config.pop("config")
+    try:
+        study = Study(**{name: config.pop(name) for name in Study.__dataclass_fields__})
     except ValueError as error:
         raise CommandError(f"{where}: {error}") from error
+    if config.name is None:
+        given = any(arg.partition("=")[0] == "--base" for arg in args)
+        config.name = "-".join(Path(file).stem for file in [*files, *(study.bases if given else [])]) or "study"
+    if not re.fullmatch(r"[\w+-][\w.+-]{0,99}", config.name):
+        raise CommandError(f"--name must be letters, digits, '-', '_', '+' and '.', got {shortened(config.name)!r}")
     return study, config, where
 
 
@@ -260,50 +301,75 @@ class Check(MNISTCLI):
         return parse(self.parser, self.own_parser, ["fit", *flags]).own
 
     def made(self, flags: list[str]) -> Any:
-        """Its model and data."""
-        with refusals():
-            config = parse(self.parser, self.own_parser, ["fit", *flags]).config
+        """Its model and data.
+
+        Raises:
+            DataError: the data is not there.
+            ValueError: a setting cannot be used.
+        """
+        config = parse(self.parser, self.own_parser, ["fit", *flags]).config
+        try:
             return self.parser.instantiate_classes(config)["fit"]
+        except Exception as error:  # in jsonargparse's words where it comes from a link
+            raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
 
 
-def distributions(study: Study, where: str, places: list[str]) -> dict[str, BaseDistribution]:
-    """The values that each setting may take, every one of them tried on the parser of `fit`.
-
-    Args:
-        places: flags that say where the data lies.
+def checked_base(check: Check, study: Study, where: str) -> Any:
+    """The settings of the base recipe with what is the same in all trials, by dotted key.
 
     Raises:
-        CommandError: there is no such setting, or it does not take such a value.
+        CommandError: they cannot be used, or no study can be made of them.
     """
-    check = Check(["fit"])
-
-    def tried(flags: list[str], what: str) -> Any:
-        try:
-            check.made([*flags, *places])
-            return check.parsed(flags)
-        except CommandError as error:
-            raise CommandError(f"{where}: {what}{error}") from error
-
     for name in study.settings:
         known = name == CONFIG or (name.partition(".")[0] in PARTS and name in check.own_parser.get_defaults())
         if not known or name in NOT_SWEPT:
             reason = NOT_SWEPT.get(name, "there is no such setting; `fit --help` lists all, such as model.lr")
             raise CommandError(f"{where}: settings.{shortened(name)}: {reason}")
-    base = tried(study.flags({}), "")
+    try:
+        base = check.parsed(study.flags({}))
+    except ValueError as error:
+        raise CommandError(f"{where}: {shortened(' '.join(str(error).split()), 300)}") from error
+    for name, refused in (("trainer.fast_dev_run", True), ("trainer.enable_checkpointing", False)):
+        if bool(base[name]) is refused and base[name] is not None:
+            raise CommandError(f"{where}: the recipe has {name}: {as_flag(base[name])}, but {NOT_SWEPT[name]}")
     if study.compare.startswith("val/") and not base["data.val_size"] and "data.val_size" not in study.varied:
         raise CommandError(
-            f"{where}: {study.compare} needs held-out images, and data.val_size is 0; or compare train/loss"
+            f"{where}: compare is {study.compare}, which needs held-out images, and data.val_size is 0; or compare"
+            " train/loss"
         )
+    return base
+
+
+def distributions(check: Check, study: Study, base: Any, where: str, places: list[str]) -> dict[str, BaseDistribution]:
+    """The values that each setting may take, every one of them tried on the parser of `fit`.
+
+    Args:
+        base: the settings of the base recipe.
+        places: flags that say where the data lies.
+
+    Raises:
+        CommandError: a setting does not take such a value.
+    """
+
+    def tried(setting: Mapping[str, Any], what: str) -> None:
+        try:
+            check.made([*study.flags(setting), *places])
+        except DataError:
+            raise
+        except ValueError as error:
+            raise CommandError(f"{where}: {what}{shortened(' '.join(str(error).split()), 300)}") from error
+
+    tried({}, "")
     found = {}
     for name in study.varied:
         given, what = study.settings[name], f"settings.{name}: "
         try:
             found[name] = distribution(given, base.get(name), study.sampler == "grid")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise CommandError(f"{where}: {what}{' '.join(str(error).split())}") from error
         for value in given if isinstance(given, list) else (given["low"], given["high"]):
-            tried(study.flags({name: value}), what)
-    if study.sampler == "grid" and math.prod(len(values(one)) for one in found.values()) > MOST:
+            tried({name: value}, what)
+    if study.sampler == "grid" and math.prod(map(count, found.values())) > MOST:
         raise CommandError(f"{where}: the grid has more than {MOST} combinations")
     return found
 
@@ -331,6 +397,8 @@ def distribution(given: Any, usual: Any, grid: bool) -> BaseDistribution:
     kinds = (int,) if type(usual) is int else (int, float)
     if not all(type(value) in kinds and math.isfinite(value) for value in numbers):
         raise ValueError(f"low, high and step must be {'whole ' * (kinds == (int,))}numbers, got {given}")
+    if given.get("step") is not None and not given["step"] > 0:
+        raise ValueError(f"step must be above 0, got {given}")
     if grid and not given.get("step"):
         raise ValueError("in a grid a range needs a step; or give a list of values, or sampler: random or tpe")
     if not given["low"] <= given["high"]:
@@ -343,15 +411,22 @@ def distribution(given: Any, usual: Any, grid: bool) -> BaseDistribution:
     return FloatDistribution(float(given["low"]), float(given["high"]), settings["log"], settings["step"])
 
 
+def count(one: BaseDistribution) -> int:
+    """How many values a list or a range with a step has."""
+    if isinstance(one, CategoricalDistribution):
+        return len(one.choices)
+    assert isinstance(one, (IntDistribution, FloatDistribution))
+    assert one.step
+    return int((Decimal(str(one.high)) - Decimal(str(one.low))) / Decimal(str(one.step))) + 1
+
+
 def values(one: BaseDistribution) -> list[Any]:
-    """All that it may take, of a list or a range with a step."""
     if isinstance(one, CategoricalDistribution):
         return list(one.choices)
     assert isinstance(one, (IntDistribution, FloatDistribution))
-    assert one.step
-    count = int((one.high - one.low) / one.step + 1e-9) + 1
-    # as many digits as a step is written with: 0.1 + 2 * 0.1 is to be 0.3
-    return [type(one.low)(f"{one.low + number * one.step:.12g}") for number in range(count)]
+    # decimal: 0.1 + 2 * 0.1 is to be 0.3
+    low, step = Decimal(str(one.low)), Decimal(str(one.step))
+    return [type(one.low)(low + number * step) for number in range(count(one))]
 
 
 def grid(found: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:

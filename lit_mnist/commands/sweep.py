@@ -4,52 +4,49 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
-from functools import cached_property
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from types import FrameType
 from typing import Any, NoReturn
 
 import optuna
 import torch
-from filelock import FileLock
 from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.commands import comparison
 from lit_mnist.commands.cli import MNISTCLI
 from lit_mnist.commands.comparison import Display, Setting
 from lit_mnist.commands.settings import CommandError
-from lit_mnist.commands.storage import LOOK_SECONDS, Pulse, held, opened
-from lit_mnist.commands.study import Check, Study, check_unchanged, distributions, grid, read
+from lit_mnist.commands.storage import LOOK_SECONDS, Pulse
+from lit_mnist.commands.study import Check, Study, checked_base, distributions, read
+from lit_mnist.commands.trials import Trials
+from lit_mnist.data.mnist import DataError
 from lit_mnist.training.checkpoints import Interrupted, callback_of
-from lit_mnist.training.console import complain, number, shortened, shown
+from lit_mnist.training.console import complain, number, shortened
 from lit_mnist.training.processes import launched
 from lit_mnist.training.progress import Diverged, Progress, TrainingError
-from lit_mnist.training.runs import newest, own_checkpoints, read_results, replaced, section, text
-
-STUDY_ATTRIBUTE = "study"
-SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
-    "grid": lambda seed, seeds: optuna.samplers.RandomSampler(seed),  # never asked
-    "random": lambda seed, seeds: optuna.samplers.RandomSampler(seed),
-    # ten settings at random first, as TPE has it with one trial each; settings in training count as bad ones
-    "tpe": lambda seed, seeds: optuna.samplers.TPESampler(n_startup_trials=10 * seeds, constant_liar=True, seed=seed),
-}
-PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    "none": optuna.pruners.NopPruner,
-    "median": optuna.pruners.MedianPruner,
-    "halving": optuna.pruners.SuccessiveHalvingPruner,
-}
+from lit_mnist.training.runs import (
+    RunError,
+    being_trained,
+    expanded,
+    newest,
+    own_checkpoints,
+    read_results,
+    replaced,
+    section,
+    text,
+)
 
 
 class GivenUp(Interrupted):
@@ -105,7 +102,7 @@ class TrialCLI(MNISTCLI):
 
 
 class Sweep:
-    """A study in progress, as one process sees it.
+    """A study, and what this process does for it.
 
     Args:
         plan: what is tried.
@@ -115,227 +112,117 @@ class Sweep:
 
     def __init__(self, plan: Study, options: Namespace, where: str) -> None:
         self.plan, self.options, self.where = plan, options, where
-        self.root = Path(options.root_dir)
+        self.described, self.check = plan.described(), Check(["fit"])
+        base = checked_base(self.check, plan, where)
+        self.root = expanded(options.root_dir or base["trainer.default_root_dir"] or ".", "--root_dir")
+        data = expanded(options["data.root"] or base["data.root"], "--data.root")
+        self.places = ["--data.root", str(data), "--trainer.default_root_dir", str(self.root)]
+        space = distributions(self.check, plan, base, where, self.places)
         self.runs = self.root / "lightning_logs"
         self.folder = self.runs / "sweeps" / options.name
-        self.host, self.worker = platform.node(), uuid.uuid4().hex[:12]
-        described = plan.described()
-        self.space = distributions(plan, where, self.places)
-        self.combinations = grid(self.space) if plan.sampler == "grid" else []
-        try:
-            (self.folder / "workers").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(f"--root_dir {shortened(str(self.root))}: {error.strerror}") from error
-        self.study = optuna.create_study(
-            study_name=options.name,
-            storage=opened(options.storage, self.folder),
-            direction="maximize" if plan.sign > 0 else "minimize",
-            pruner=PRUNERS[plan.pruner](),
-            load_if_exists=True,
-        )
-        before = self.study.user_attrs.get(STUDY_ATTRIBUTE)
-        if before:
-            check_unchanged(before, described, where)
-        if before != described:
-            self.study.set_user_attr(STUDY_ATTRIBUTE, described)
-        self.beats: dict[int, tuple[Any, float]] = {}  # a trial's latest sign of life, and when it was new here
-        self.pulse: Pulse | None = None
+        self.output = expanded(options.output, "--output") if options.output else self.folder
+        for folder, flag in ((self.folder / "workers", "--root_dir"), (self.output, "--output")):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CommandError(f"{flag} {shortened(str(folder))}: {error.strerror}") from error
+        self.trials = Trials(plan, self.described, options.name, space, self.folder, options.storage, where)
+        plan.write_recipes(self.folder)
 
-    @property
-    def settings(self) -> int:
-        return len(self.combinations) or self.plan.samples
-
-    def trials(self) -> list[FrozenTrial]:
-        """All that count, by number: of each setting and seed the first that was not cut short."""
-        found: dict[tuple[int, int], FrozenTrial] = {}
-        for trial in self.study.get_trials(deepcopy=False):
-            counts = trial.state != TrialState.FAIL or "reason" in trial.user_attrs
-            if counts and "sample" in trial.user_attrs:
-                found.setdefault((trial.user_attrs["sample"], trial.user_attrs["seed"]), trial)
-        return list(found.values())
-
-    def next_trial(self) -> optuna.Trial | None:
-        """A trial for this worker; None where all is done. Waits where others may leave some undone."""
-        while True:
-            self._fail_dead()
-            trials = self.trials()
-            if not any(trial.state == TrialState.WAITING for trial in trials):
-                cell = self._next_cell(trials)
-                if cell:
-                    self._add(*cell)
-                elif any(trial.state == TrialState.RUNNING for trial in trials):
-                    sleep(LOOK_SECONDS)
-                    continue
-                else:
-                    return None
-            trial = self._taken()
-            if trial:
-                return trial
-
-    def _next_cell(self, trials: list[FrozenTrial]) -> tuple[int, int, dict[str, Any] | None] | None:
-        """The setting and seed to try next, and the setting's values; None for those still to be drawn."""
-        seeds, first = self.plan.all_seeds, self.plan.all_seeds[0]
-        done = {(trial.user_attrs["sample"], trial.user_attrs["seed"]): trial for trial in trials}
-        out = {sample for (sample, _), trial in done.items() if "reason" in trial.user_attrs}
-        order = [(sample, seed) for sample in range(self.settings) for seed in seeds]
-        if self.combinations:  # the first seed of all of them comes first
-            order = [(sample, seed) for seed in seeds for sample in range(self.settings)]
-        for sample, seed in order:
-            if (sample, seed) in done or sample in out:
-                continue
-            head = done.get((sample, first))
-            if self.plan.pruner != "none" and seed != first and not (head and head.state == TrialState.COMPLETE):
-                continue
-            if self.combinations:
-                return sample, seed, self.combinations[sample]
-            if seed == first:
-                return sample, seed, None
-            if head and head.params.keys() == self.space.keys():
-                return sample, seed, head.params
-        return None
-
-    def _add(self, sample: int, seed: int, setting: dict[str, Any] | None) -> None:
-        """Put a trial into the queue, with what is there of an earlier one that was cut short."""
-        cut = [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-            if (trial.user_attrs.get("sample"), trial.user_attrs.get("seed")) == (sample, seed)
-            and "run" in trial.user_attrs
-        ]
-        attributes = {"sample": sample, "seed": seed, "worker": self.worker, "host": self.host}
-        if cut:
-            attributes |= {name: cut[-1].user_attrs[name] for name in ("run", "id")}
-            setting = setting or cut[-1].params
-        self.study.add_trial(
-            optuna.create_trial(
-                state=TrialState.WAITING,
-                params=setting or {},
-                distributions=self.space if setting else {},
-                user_attrs=attributes,
-                intermediate_values=cut[-1].intermediate_values if cut else None,
-            )
-        )
-        # what is drawn is a function of what was tried before and of the setting's number
-        self.study.sampler = SAMPLERS[self.plan.sampler](sample, len(self.plan.all_seeds))
-
-    def _taken(self) -> optuna.Trial | None:
-        """The first trial in the queue, now this worker's, unless another has the same."""
-        trial = self.study.ask(fixed_distributions=self.space)
-        mine = {name: trial.user_attrs.get(name) for name in ("sample", "seed")}
-        rivals = [other for other in self.trials() if {name: other.user_attrs[name] for name in mine} == mine]
-        if None in mine.values() or any(other.number < trial.number for other in rivals):
-            self.study.tell(trial, state=TrialState.FAIL)
-            return None
-        for name, value in (("worker", self.worker), ("host", self.host)):
-            if trial.user_attrs[name] != value:
-                trial.set_user_attr(name, value)
-        twin = [other for other in self.trials() if other.user_attrs["sample"] < mine["sample"]]
-        if not self.combinations and any(other.params == trial.params for other in twin):
-            trial.set_user_attr("reason", "drawn before")
-            self.study.tell(trial, state=TrialState.FAIL)  # nothing that the sampler should learn from
-            return None
-        return trial
-
-    def _fail_dead(self) -> None:
-        """End the trials of workers that are gone, for another one to go on with."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if self._is_dead(trial):
-                with suppress(ValueError, UpdateFinishedTrialError):  # another worker was quicker
-                    self.study.tell(trial.number, state=TrialState.FAIL)
-
-    def _is_dead(self, trial: FrozenTrial) -> bool:
-        worker, host = trial.user_attrs.get("worker"), trial.user_attrs.get("host")
-        lock = self.folder / "workers" / f"{worker}.lock"
-        if host == self.host and worker != self.worker and lock.exists():
-            return not held(lock)  # the system lets go of it when a process ends
-        beat = trial.user_attrs.get("beat")
-        before, since = self.beats.get(trial.number, (None, 0.0))
-        if not since or before != beat:
-            self.beats[trial.number] = beat, monotonic()
-            return False
-        return monotonic() - since > 3 * self.plan.heartbeat + LOOK_SECONDS
+    def flags(self, trial: optuna.Trial | FrozenTrial) -> list[str]:
+        return self.plan.flags(trial.params, self.folder)
 
     def work(self, display: Display | None = None) -> None:
         """Train trials until there are none left."""
-        self._fail_dead()
-        for left in (self.folder / "workers").glob("*.lock"):
-            if not held(left):
-                left.unlink(missing_ok=True)
-        path = self.folder / "workers" / f"{self.worker}.lock"
-        with FileLock(path):
-            self._work(display)
-        path.unlink(missing_ok=True)
-
-    def _work(self, display: Display | None) -> None:
-        self.pulse = Pulse(self.plan.heartbeat, os.getppid() if self.options.worker is not None else None)
-        self.pulse.start()
-        if display:
-            display.update(self.trials())
-        while (trial := self.next_trial()) is not None:
-            self.pulse.trial = trial
-            try:
-                if display:
-                    with redirect_stdout(display.log):
+        with self.trials.alive() as lock:
+            pulse = Pulse(self.plan.heartbeat, self.options.worker)
+            pulse.start()
+            if display:
+                display.update(self.trials.trials())
+            while (trial := self.trials.next()) is not None:
+                pulse.trial = trial
+                try:
+                    with redirect_stdout(display.log) if display else nullcontext():
                         self.train(trial)
-                    display.update(self.trials())
-                else:
-                    self.train(trial)
-            finally:
-                self.pulse.trial = None
-            if self.plan.keep == "best":
+                except UpdateFinishedTrialError:
+                    print("Another worker has taken this one for dead, and the trial up.", file=sys.stderr)
+                except BaseException:
+                    self.trials.give_back(trial)
+                    raise
+                finally:
+                    pulse.trial = None
+                if display:
+                    display.update(self.trials.trials())
                 self.drop_losers()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
     def train(self, trial: optuna.Trial) -> None:
         """Train a trial to its end, from where an earlier worker left it if that is here."""
-        setting, seed = trial.params, trial.user_attrs["seed"]
-        flags = self.plan.flags(setting)
-        print(f"\nTrial {trial.number}: {comparison.named(setting)}, seed {seed}", flush=True)
+        flags, seed = [*self.flags(trial), "--seed_everything", str(trial.user_attrs["seed"])], trial.user_attrs["seed"]
+        print(f"\nTrial {trial.number}: {comparison.named(trial.params)}, seed {seed}", flush=True)
         if reason := self._refused(flags):
-            self._end(trial, reason=reason)
+            self.trials.end(trial, reason=reason)
             return
         run = self.run_of(trial.user_attrs)
-        if run is None or text(section(read_results(run), "fit"), "state") != "finished":
+        while run and being_trained(run):
+            sleep(LOOK_SECONDS)  # by a worker that was taken for dead, or by the user
+        if run and not self._as_meant(run, flags):
+            run = None
+        if run is None or not ended_whole(run):
             last = newest(run) if run else None
-            flags = ["--ckpt_path", str(last)] if last else [*flags, "--seed_everything", str(seed)]
             for name in ("enable_model_summary", "enable_progress_bar"):
                 flags += [f"--trainer.{name}", "false"]
+            resumed = ["--ckpt_path", str(last)] if last else []
             try:
-                TrialCLI(["fit", *flags, *self.places], lambda cli: self._begin(cli, trial))
+                TrialCLI(["fit", *flags, *self.places, *resumed], lambda cli: self._begin(cli, trial))
             except GivenUp as stop:
-                self._end(trial, reason=stop.reason)
+                self.trials.end(trial, reason=stop.reason)
                 return
             except Diverged as error:
-                self._end(trial, reason=shortened(str(error).partition(";")[0], 100))
+                self.trials.end(trial, reason=shortened(str(error).partition(";")[0], 100))
                 return
             except torch.OutOfMemoryError:
-                self._end(trial, reason="the device has too little memory for it")
+                self.trials.end(trial, reason="the device has too little memory for it")
                 return
-            except BaseException:
-                with suppress(Exception):
-                    self.study.tell(trial, state=TrialState.FAIL)  # so that others need not wait for its death
-                raise
+            except (ValueError, MisconfigurationException) as error:  # what only a Trainer refuses
+                if any(isinstance(one, (OSError, DataError, RunError)) for one in (error, error.__cause__)):
+                    raise
+                self.trials.end(trial, reason=shortened(" ".join(str(error).split()), 200))
+                return
             run = self.runs / trial.user_attrs["run"]
-        value = self.plan.value_of(run)
+        fit, value = section(read_results(run), "fit"), self.plan.value_of(run)
+        checkpoint = self.plan.checkpoint_of(run)
         if value is None:
-            raise CommandError(f"{self.where}: compare is {self.plan.compare}, which {shown(run)} did not log")
-        self._end(trial, value, run)
-
-    @property
-    def places(self) -> list[str]:
-        return ["--data.root", self.options["data.root"], "--trainer.default_root_dir", str(self.root)]
-
-    @cached_property
-    def check(self) -> Check:
-        return Check(["fit"])
+            logged = ", ".join(section(fit, "metrics")) or "nothing"
+            reason = f"it did not log {self.plan.compare}, but {shortened(logged, 100)}"
+            self.trials.end(trial, reason=reason)
+            return
+        told = {name: fit[name] for name in ("parameters", "epochs")}
+        told |= {"seconds": fit["train_seconds"], "checkpoint": checkpoint.name if checkpoint else None}
+        self.trials.end(trial, value, **told)
 
     def _refused(self, flags: list[str]) -> str:
-        """Why a setting cannot be trained, which may lie in a combination of values."""
+        """Why a setting cannot be trained, which may lie in a combination of values.
+
+        Raises:
+            DataError: that is not the setting's fault.
+        """
         try:
             network = self.check.made([*flags, *self.places])["model"]
-        except CommandError as error:
-            return shortened(str(error), 100)
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            return shortened(" ".join(str(error).split()), 200)
         parameters, most = sum(p.numel() for p in network.parameters()), self.plan.max_parameters
         return f"{parameters:,} parameters are more than {most:,}" if 0 < most < parameters else ""
+
+    def _as_meant(self, run: Path, flags: list[str]) -> bool:
+        """Whether a run has the settings of its trial still; its user may have trained it on with others."""
+        fit, meant = section(read_results(run), "fit"), self.check.parsed(flags)
+        now = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
+        now |= section(fit, "settings")
+        places = ("data.download", "model.classes")  # the machine's, and the data's
+        return all(meant[name] == value for name, value in now.items() if name in meant and name not in places)
 
     def _begin(self, cli: TrialCLI, trial: optuna.Trial) -> None:
         folder, callbacks = cli.run.folder, cli.trainer.callbacks  # type: ignore[attr-defined]
@@ -351,74 +238,84 @@ class Sweep:
         trial.set_user_attr("id", mark["id"])
         trial.set_user_attr("run", folder.name)
 
-    def _end(self, trial: optuna.Trial, value: float | None = None, run: Path | None = None, reason: str = "") -> None:
-        if run:
-            fit = section(read_results(run), "fit")
-            trial.set_user_attr("seconds", fit["train_seconds"])
-            trial.set_user_attr("parameters", fit["parameters"])
-            trial.set_user_attr("epochs", fit["epochs"])
-        if reason:
-            trial.set_user_attr("reason", reason)
-        # one without a value is among the worst to a sampler, which learns nothing from FAIL
-        with suppress(ValueError, UpdateFinishedTrialError):  # it was taken for dead: another worker does it again
-            self.study.tell(trial, value, state=None if value is not None else TrialState.PRUNED)
-
     def run_of(self, attributes: Mapping[str, Any]) -> Path | None:
         """The folder of a trial's run, where it lies on this machine."""
         run = self.runs / str(attributes.get("run"))
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             mark = json.loads((run / "trial.json").read_text())
             return run if mark["id"] == attributes.get("id") else None
         return None
 
     def table(self) -> list[Setting]:
-        tested = {key: value for key, value in self.study.user_attrs.items() if key.startswith("test ")}
-        return comparison.table(self.plan, self.trials(), tested)
-
-    def settled(self) -> bool:
-        trials = self.trials()
-        going = any(trial.state in (TrialState.WAITING, TrialState.RUNNING) for trial in trials)
-        return not going and self._next_cell(trials) is None
+        tested = {key: value for key, value in self.trials.study.user_attrs.items() if key.startswith("test ")}
+        return comparison.table(self.plan, self.trials.trials(), tested)
 
     def drop_losers(self) -> None:
-        """Delete the checkpoints of settings that were tried with every seed and are not the best, or were given up."""
+        """With `keep: best` delete the checkpoints of settings that were given up, or have lost with every seed."""
+        if self.plan.keep != "best":
+            return
         table = self.table()
-        whole = [setting for setting in table if setting.n == len(self.plan.all_seeds)]
+        whole = [setting for setting in table if setting.n == len(self.plan.all_seeds) and not setting.reason]
         for setting in table:
-            if setting.reason or (setting in whole and setting is not whole[0]):
-                for run in filter(None, map(self.run_of, setting.runs)):
+            if setting.reason or setting in whole[1:]:
+                for run in filter(None, map(self.run_of, setting.runs.values())):
                     for path in (*own_checkpoints(run, "best"), *own_checkpoints(run, "last")):
                         path.unlink(missing_ok=True)
 
     def test(self) -> list[str]:
         """Score the best setting's runs on the test set, and return what could not be."""
-        best, missing = next(iter(self.table()), None), []
-        if best is None or best.reason:
-            return ["no setting came to an end"]
-        for seed, attributes in zip(best.values, best.runs, strict=True):
-            key = f"test {best.sample} {seed}"
-            if key in self.study.user_attrs:
+        missing, best = [], self.table()[0]
+        for seed in best.values:
+            key, attributes = f"test {best.sample} {seed}", best.runs[seed]
+            if key in self.trials.study.user_attrs:
                 continue
-            run = self.run_of(attributes)
-            checkpoint = self.plan.checkpoint_of(run) if run else None
-            if not (run and checkpoint):
-                where = "has no checkpoint any more" if run else f"lies on {attributes['host']}: test it there"
-                missing.append(f"{attributes['run']} (seed {seed}) {where}")
+            run, name = self.run_of(attributes), attributes["checkpoint"]
+            if not run:
+                here = attributes["host"] == self.trials.host
+                why = "is not there any more" if here else f"lies on {attributes['host']}: test it there"
+            elif not name or not (run / "checkpoints" / name).is_file():
+                why = f"has no {name or 'checkpoint'} any more"
+            else:
+                TrialCLI(
+                    [
+                        "test",
+                        *self.places,
+                        "--trainer.enable_progress_bar",
+                        "false",
+                        "--ckpt_path",
+                        f"{run}/checkpoints/{name}",
+                    ]
+                )
+                test = section(read_results(run), "test")
+                scores = {name: value for name, value in test.items() if name.startswith("test/")}
+                self.trials.study.set_user_attr(key, scores)
                 continue
-            TrialCLI(["test", "--ckpt_path", str(checkpoint), "--trainer.enable_progress_bar", "false", *self.places])
-            test = section(read_results(run), "test")
-            self.study.set_user_attr(key, {name: value for name, value in test.items() if name.startswith("test/")})
+            missing.append(f"{attributes['run']} (seed {seed}) {why}")
         return missing
+
+
+def ended_whole(run: Path) -> bool:
+    """Whether a run has come to its end, its last checkpoint included, which is written after its results."""
+    fit, last = section(read_results(run), "fit"), newest(run)
+    return text(fit, "state") == "finished" and last is not None and f"step={fit['steps']:06d}" in last.name
+
+
+class Signalled(BaseException):  # no Exception: what brings errors to words must let it pass
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
 
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end this process by an exception, also between two trainings."""
+    """Let SIGTERM and Ctrl-C end this process in good order, also between two trainings; a second one at once."""
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # it is on its way
-        raise Interrupted(signum, None)
+        restore()
+        raise Signalled(signum)
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     for signum in before:
@@ -426,8 +323,7 @@ def signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        restore()
 
 
 def share(worker: int, workers: int) -> dict[str, str]:
@@ -451,7 +347,7 @@ def run_workers(sweep: Sweep, args: list[str], display: Display) -> None:
     for worker in range(count):
         logs.append(sweep.folder / f"worker-{worker}.log")
         with logs[-1].open("w") as log:
-            command = [sys.executable, "-m", "lit_mnist", "sweep", *args, f"--worker={worker}"]
+            command = [sys.executable, "-m", "lit_mnist", "sweep", *args, f"--worker={os.getpid()}"]
             environment = share(worker, count)
             # in a session of its own: Ctrl-C comes to this process alone, which tells them once
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -462,7 +358,7 @@ def run_workers(sweep: Sweep, args: list[str], display: Display) -> None:
         while going:
             sleep(0.3)
             going = any(process.poll() is None for process in processes)
-            display.update(sweep.trials())
+            display.update(sweep.trials.trials())
             for worker, process in enumerate(processes):
                 if process.returncode and worker not in lost:
                     lost.add(worker)
@@ -473,7 +369,7 @@ def run_workers(sweep: Sweep, args: list[str], display: Display) -> None:
                 process.terminate()
         for process in processes:
             process.wait()
-        display.update(sweep.trials())
+        display.update(sweep.trials.trials())
 
 
 def ended(status: int, log: Path) -> str:
@@ -497,7 +393,7 @@ def sweep(args: list[str]) -> None:
         try:
             with signals():
                 run(args)
-        except Interrupted as stop:
+        except (Interrupted, Signalled) as stop:
             name = signal.Signals(stop.signum).name
             raise SystemExit(complain(f"stopped by {name}; the same line goes on with it", 128 + stop.signum)) from stop
         except StorageInternalError as error:
@@ -517,18 +413,24 @@ def run(args: list[str]) -> None:
     if options.worker is not None:
         going.work()
         return
-    with Display(plan, going.settings * len(plan.all_seeds), going.folder / "worker-0.log") as display:
+    if options.retry:
+        going.trials.retry()
+    missing: list[str] = []
+    with Display(plan, going.trials.settings * len(plan.all_seeds), going.folder / "worker-0.log") as display:
         if options.workers == 1:
             going.work(display)
         elif options.workers:
             run_workers(going, args, display)
-        settled = going.settled()
+        settled, ended = going.trials.settled(), any(setting.n and not setting.reason for setting in going.table())
         if options.workers and not settled:
             raise TrainingError("the study has not come to its end, and no worker is left; start it again to go on")
-        missing: list[str] = []
-        if options.test and settled:
+        if options.workers:
+            going.drop_losers()
+        if options.test and settled and ended:
             with redirect_stdout(display.log):
                 missing = going.test()
-    comparison.report(plan, going.table(), options.name, Path(options.output or going.folder), settled)
+    comparison.report(plan, going.table(), going.described | {"study": options.name}, going.output, settled)
+    if settled and not ended:
+        raise TrainingError("no setting came to an end; --retry tries again what was given up")
     if missing:
         raise TrainingError(f"--test could not score all: {'; '.join(missing)}")

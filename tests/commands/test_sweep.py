@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import re
 import signal
 import statistics
@@ -18,13 +19,15 @@ from conftest import REPOSITORY
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from pytorch_lightning import Callback, Trainer
 
-from lit_mnist.commands import comparison
+from lit_mnist.commands import comparison, sweep
 from lit_mnist.commands.comparison import Setting
 from lit_mnist.commands.main import main
 from lit_mnist.commands.storage import JournalLock
-from lit_mnist.commands.study import Study
+from lit_mnist.commands.study import Check, Study
 from lit_mnist.data import mnist
+from lit_mnist.training.checkpoints import LastCheckpoint
 
 BASE = """\
 trainer: {max_epochs: 2, log_every_n_steps: 1}
@@ -41,12 +44,12 @@ def study(command: Callable[..., int]) -> Callable[..., int]:
     """Sweep with a study file of this text, in the folder of `command`."""
     Path("base.yaml").write_text(BASE)
 
-    def sweep(text: str = STUDY, *flags: str) -> int:
+    def run(text: str = STUDY, *flags: str) -> int:
         Path("study.yaml").write_text(text)
         name, *rest = SWEEP
         return command(name, *rest, *flags)
 
-    return sweep
+    return run
 
 
 def results(name: str = "study", folder: Path | None = None) -> dict[str, Any]:
@@ -217,10 +220,10 @@ def test_what_is_drawn_does_not_depend_on_kills(study: Callable[..., int], tiny_
 
 
 def test_a_setting_that_is_drawn_again_is_not_trained_again(study: Callable[..., int]) -> None:
-    text = "base: base.yaml\nsettings: {model.lr: [0.1, 0.2]}\nseeds: 1\nsampler: random\nsamples: 5\n"
+    text = "base: base.yaml\nsettings: {model.lr: [0.1, 0.2]}\nseeds: 1\nsampler: random\nsamples: 8\n"
     assert study(text) == 0
     assert len(runs()) == 2
-    assert sorted(str(row["given_up"]) for row in results()["settings_tried"]) == ["None"] * 2 + ["drawn before"] * 3
+    assert sorted(str(row["given_up"]) for row in results()["settings_tried"]) == ["None"] * 2 + ["drawn before"] * 6
 
 
 def test_poor_settings_are_given_up(study: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,10 +246,16 @@ def test_poor_settings_are_given_up(study: Callable[..., int], capsys: pytest.Ca
     assert stopped == {"finished", "interrupted", "failed"}
 
 
-def test_a_trial_that_takes_too_long_is_given_up(study: Callable[..., int]) -> None:
-    assert study(STUDY + "max_seconds: 1.0e-9\n") == 0
+def test_a_trial_that_takes_too_long_is_given_up_until_it_is_tried_again(
+    study: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study(STUDY + "max_seconds: 1.0e-9\n") == 3
     assert {row["given_up"] for row in results()["settings_tried"]} == {"took more than 1e-09 s"}
     assert results()["in_words"] == ["No setting came to an end."]
+    assert "no setting came to an end; --retry tries again" in capsys.readouterr().err
+    monkeypatch.setattr(sweep, "Watch", lambda *_: Callback())
+    assert study(STUDY + "max_seconds: 1.0e-9\n", "--retry") == 0
+    assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
 
 
 def test_the_test_set_is_scored_for_the_chosen_setting_alone(
@@ -274,9 +283,7 @@ def test_what_cannot_be_tested_is_told(study: Callable[..., int], capsys: pytest
         path.unlink()
     assert study(text, "--test") == 3
     captured = capsys.readouterr()
-    assert captured.err == (
-        "lit_mnist: error: --test could not score all: version_1 (seed 2) has no checkpoint any more\n"
-    )
+    assert re.search(r"could not score all: version_1 \(seed 2\) has no best-.*ckpt any more\n$", captured.err)
     assert "n = 1" in captured.out
 
 
@@ -316,6 +323,96 @@ def test_a_study_may_grow_and_not_change(study: Callable[..., int], capsys: pyte
         assert row["trials"][:2] == earlier["trials"]
 
 
+def test_a_study_of_which_nothing_has_ended_may_change(study: Callable[..., int]) -> None:
+    assert study(STUDY + "max_parameters: 3\n") == 3
+    assert study(STUDY) == 0
+    assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
+
+
+def test_a_signal_between_two_trainings_costs_nothing(
+    study: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, calls = Check.made, []
+
+    def signalled(self: Check, flags: list[str]) -> Any:
+        calls.append(flags)
+        if len(calls) == 5:  # three are for the study itself
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(self, flags)
+
+    monkeypatch.setattr(Check, "made", signalled)
+    assert study() == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "lit_mnist: stopped by SIGTERM; the same line goes on with it\n"
+    assert len(runs()) == 1
+    assert study() == 0
+    assert [(row["n"], row["given_up"]) for row in results()["settings_tried"]] == [(2, None), (2, None)]
+    assert len(runs()) == 4
+
+
+def test_recipes_are_those_of_the_study(study: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    train = sweep.Sweep.train
+
+    def edited(self: sweep.Sweep, trial: optuna.Trial) -> None:
+        train(self, trial)
+        Path("base.yaml").unlink(missing_ok=True)
+
+    monkeypatch.setattr(sweep.Sweep, "train", edited)
+    assert study() == 0
+    assert {row["n"] for row in results()["settings_tried"]} == {2}
+
+
+def test_a_run_that_its_user_trained_on_is_left_to_him(study: Callable[..., int], command: Callable[..., int]) -> None:
+    assert study() == 0
+    expected = rows(results())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep.Watch, "on_train_batch_end", stop_in(step=8))
+        assert study(STUDY, "--name", "again") == 128 + signal.SIGINT
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    assert study(STUDY, "--name", "again") == 0
+    assert rows(results("again")) == expected
+    assert len(runs()) == 4 + 1 + 4
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0  # the last trial, of lr 0.2
+    assert study(STUDY, "--name", "again", "--test") == 3
+
+
+def stop_in(step: int) -> Callable[..., None]:
+    def stop(self: sweep.Watch, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return stop
+
+
+def test_a_run_that_was_killed_before_its_last_checkpoint_is_resumed(
+    study: Callable[..., int],
+) -> None:
+    def kill(self: LastCheckpoint, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    base = BASE.replace("val_size: 100", "val_size: 0").replace("every_n_steps: 1", "every_n_steps: 5")
+    Path("base.yaml").write_text(base)
+    text = STUDY.replace("seeds: 2", "seeds: 1\ncompare: train/loss")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_end", kill)
+        assert study(text) == 128 + signal.SIGINT
+    assert study(text) == 0
+    assert len(runs()) == 2
+    assert (
+        sorted(path.name for path in Path().glob("lightning_logs/*/checkpoints/last*"))
+        == ["last-epoch=01-step=000032.ckpt"] * 2
+    )
+
+
+def test_a_setting_that_only_the_trainer_refuses_is_given_up(study: Callable[..., int]) -> None:
+    text = "base: base.yaml\nsettings: {trainer.val_check_interval: [2, 1000]}\nseeds: 1\n"
+    assert study(text) == 0
+    found = {row["trainer.val_check_interval"]: row for row in results()["settings_tried"]}
+    assert found[2]["n"] == 1
+    assert "val_check_interval" in found[1000]["given_up"]
+    assert study("base: base.yaml\nseeds: 1\ncompare: val/f1\nmode: max\nof: last\n", "--name", "f1") == 3
+    assert results("f1")["settings_tried"][0]["given_up"].startswith("it did not log val/f1, but ")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -341,8 +438,8 @@ def test_a_study_may_grow_and_not_change(study: Callable[..., int], capsys: pyte
             "base nowhere.yaml: that recipe cannot be read",
         ),
         ("base: nowhere.yaml", "base nowhere.yaml: that recipe cannot be read (No such file"),
-        ("seeds: 0", "seeds must be a number from 1 or a list of different seeds, got 0"),
-        ("seeds: [1, 1]", "seeds must be a number from 1"),
+        ("seeds: 0", "seeds must be a number in 1..100000 or a list of different seeds, got 0"),
+        ("seeds: [1, 1]", "seeds must be a number in 1..100000 or a list of different seeds, got [1, 1]"),
         ("samples: 3", "samples is for random and tpe"),
         ("sampler: tpe", "samples must be how many settings tpe draws, from 1, got 0"),
         ("sampler: best", "sampler: expected"),
@@ -351,11 +448,24 @@ def test_a_study_may_grow_and_not_change(study: Callable[..., int], capsys: pyte
         ("heartbeat: 0", "heartbeat must be seconds in"),
         ("max_seconds: -1", "max_seconds must be a number from 0"),
         ("settings: {data.val_size: 0}", "needs held-out images, and data.val_size is 0"),
-        ("nonsense: 3", "nonsense"),
+        ("nonsense: 3", "--config study.yaml: "),
+        ("settings: null", "settings must not be null"),
+        ("settings: {1: [1, 2]}", "settings must be named"),
+        ("settings: {config: [1, 2]}", "settings.config must be a list of recipe files"),
+        ("settings: {best.mode: [min, max]}", "settings.best.mode: it is what `mode` says"),
+        ("settings: {data.batch_size: {low: 8, high: 64, step: 0}}", "step must be above 0"),
+        ("settings: {model.lr: {low: 0.1, high: 1.0, step: 1.0e-9}}", "the grid has more than 100000 combinations"),
+        ("seeds: 99999999999999999999999", "seeds must be a number in 1..100000"),
+        ("compare: val", "compare must be a metric such as"),
+        ("compare: train/loss\npruner: median", "pruner needs a metric of held-out images"),
+        ("max_seconds: .inf", "max_seconds must be a number from 0"),
+        ("settings: {trainer.fast_dev_run: true}", "settings.trainer.fast_dev_run: a trial is a whole run"),
+        ("base: quick.yaml", "the recipe has trainer.fast_dev_run: true, but a trial is a whole run"),
         ("settings: {trainer.devices: [2]}", "settings.trainer.devices: a trial is trained on one device"),
     ],
 )
 def test_bad_studies(text: str, reason: str, study: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("quick.yaml").write_text("trainer: {fast_dev_run: true}")
     assert study(text) == 2
     err = capsys.readouterr().err
     assert err.startswith("lit_mnist: error: ")
@@ -370,6 +480,7 @@ def test_bad_studies(text: str, reason: str, study: Callable[..., int], capsys: 
         (["--workers", "-1"], "--workers must be a number in 0..1000, got -1"),
         (["--name", "../up"], "--name must be letters"),
         (["--storage", "mysql+nothing://user:secret@host/db"], "that database cannot be used"),
+        (["--output", "base.yaml"], "--output base.yaml: File exists"),
         (["--storage", "base.yaml"], "--storage base.yaml: that file is no journal of trials"),
         (["--storage", "/proc/journal"], "--storage /proc/journal: "),
     ],
@@ -402,7 +513,8 @@ def test_half_a_line_in_a_journal_is_cut_off(tmp_path: Path) -> None:
 
 def settings(*values: Mapping[int, float]) -> list[Setting]:
     return [
-        Setting(number, {"model.lr": number}, dict(value), [1.0] * len(value)) for number, value in enumerate(values)
+        Setting(number, {"model.lr": number}, dict(value), dict.fromkeys(value, 1.0))
+        for number, value in enumerate(values)
     ]
 
 
@@ -429,10 +541,15 @@ def test_a_difference_in_words() -> None:
     assert unseen[1].endswith("no difference can be seen with 2 seeds.")
     assert unseen[2] == "It was chosen among 3 settings by these values, so they flatter it a little."
     assert "one seed, which tells nothing" in comparison.in_words(plan, settings({1: 0.99}, {1: 0.98}))[1]
-    losses = comparison.in_words(Study(compare="val/loss"), settings({1: 0.1, 2: 0.2}, {1: 0.3, 2: 0.4}))
+    losses = comparison.in_words(Study(compare="val/loss"), settings({1: 0.1, 2: 0.2}, {1: 0.3, 2: 0.42}))
     assert losses[1].startswith(
-        "It is better than the second, lr 1: -0.2000 (95 % confidence interval -0.2000 to -0.2000"
+        "It is better than the second, lr 1: -0.2100 (95 % confidence interval -0.3371 to -0.0829"
     )
+    alike = comparison.in_words(plan, settings({1: 0.991, 2: 0.992}, {1: 0.990, 2: 0.991}))
+    assert alike[1] == "Against the second, lr 1: +0.10 points with each of 2 seeds, which tells nothing of the spread."
+    apart = comparison.in_words(plan, settings({1: 0.99}, {2: 0.98}))
+    assert apart[1] == "The second, lr 1, has no seed in common with it yet."
+    assert comparison.as_row(plan, settings({1: 0.99})[0])["std"] is None
 
 
 def test_help_and_a_missing_package(study: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
