@@ -285,15 +285,13 @@ class Check(MNISTCLI):
         pass
 
     def instantiate_classes(self) -> None:
+        self.config_init, self.model, self.datamodule = {"fit": {}}, None, None  # type: ignore[assignment]
         self.trainer = self.trainer_class  # type: ignore[assignment]  # LightningCLI 2.6 looks for its method `fit`
 
     def after_instantiate_classes(self) -> None:
         pass
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return {}
-
-    def fit(self) -> None:  # type: ignore[override]
+    def fit(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def parsed(self, flags: list[str]) -> Any:
