@@ -64,6 +64,8 @@ class DigitNet(nn.Module):
     `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
     `16+`     the layer's input is added to its output (https://arxiv.org/abs/1512.03385); their shapes must agree
     `pool`    2x2 max pooling after the dropout, as text books draw it
+    `again`   the layer before once more: the same convolutions, with a batch norm of its own, for depth
+              without parameters (https://arxiv.org/abs/1702.08782)
     ========  ==========================================================================================
 
     After them come global average pooling and the last convolution, 1x1 to the logits, without batch norm or dropout.
@@ -85,10 +87,17 @@ class DigitNet(nn.Module):
         super().__init__()
         blocks: list[nn.Module] = []
         channels, size = 1, 28
+        before: list[nn.Module] = []  # the convolutions of the last layer, where its shape allows to repeat it
         for word in layers.split():
-            if word == "pool":
+            if word == "again":
+                if not before:
+                    raise ValueError(f"model.layers repeats by 'again' a layer that changes the shape, in {layers!r}")
+                again = [*before, nn.BatchNorm2d(channels), *nonlinearity(activation, dropout)]
+                blocks += [Residual(*again)] if isinstance(blocks[-1], Residual) else again
+            elif word == "pool":
                 blocks.append(nn.MaxPool2d(2))
                 size //= 2
+                before = []
             elif match := LAYER.fullmatch(word):
                 width, kernel = int(match["width"]), int(match["kernel"] or 3)
                 padding = 0 if match["valid"] else kernel // 2
@@ -105,10 +114,12 @@ class DigitNet(nn.Module):
                     size //= 2
                 layer += [nn.BatchNorm2d(width), *nonlinearity(activation, dropout)]
                 blocks += [Residual(*layer)] if match["add"] else layer
+                same = width == channels and not match["halve"] and not match["valid"]
+                before = [part for part in layer if isinstance(part, nn.Conv2d)] if same else []
                 channels = width
             else:
                 raise ValueError(
-                    f"model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2 or pool, got {word!r} in"
+                    f"model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2, pool or again, got {word!r} in"
                     f" {layers!r}"
                 )
         if channels == 1 or size < 1:

@@ -56,6 +56,23 @@ def test_a_layer_that_adds_its_input() -> None:
     assert parameters(network) == parameters(DigitNet("4/2 4x5d"))
 
 
+def test_a_layer_that_is_used_again() -> None:
+    torch.manual_seed(0)
+    network = DigitNet("4/2 4d+ again").eval()
+    first, second = [layer for layer in network.features if type(layer).__name__ == "Residual"]
+    assert [first[0], first[1]] == [second[0], second[1]]  # the same weights, and a norm of its own
+    assert first[2] is not second[2]
+    assert parameters(network) == parameters(DigitNet("4/2 4d+")) + 2 * 4
+    with torch.no_grad():
+        second[2].weight.mul_(2)
+    features = torch.randn(2, 4, 14, 14)
+    assert not torch.equal(first(features), second(features))
+    assert names(DigitNet("4 4 again pool"))[-4:] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
+    for layers in ("again", "4 again", "4 4/2 again", "4 4v again", "4 4 pool again"):
+        with pytest.raises(ValueError, match=r"model\.layers repeats by 'again' a layer that changes the shape"):
+            DigitNet(layers)
+
+
 def test_poolings_halve() -> None:
     for layers in ("4/2", "4x5d/2", "4 pool"):
         assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, 14, 14)
