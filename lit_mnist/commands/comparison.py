@@ -79,7 +79,7 @@ def table(plan: Study, trials: Sequence[FrozenTrial], tested: Mapping[str, Any])
             if f"test {sample} {seed}" in tested:
                 setting.test[seed] = tested[f"test {sample} {seed}"]
         if "run" in attributes:
-            names = ("run", "id", "host", "checkpoint")
+            names = ("run", "id", "host", "checkpoint", "hardware", "commit")
             setting.runs[seed] = {name: attributes[name] for name in names if name in attributes}
         setting.reason = setting.reason or attributes.get("reason", "")
 
@@ -241,7 +241,7 @@ def report(plan: Study, table: list[Setting], described: dict[str, Any], folder:
         "settings_tried": [row | {"trials": trials_of(setting)} for row, setting in zip(rows, table, strict=True)],
         "difference": difference(plan, *ranked[:2]) if len(ranked) > 1 and ranked[1].n else None,
         "in_words": words,
-        **conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": conditions(torch.device("cpu"))["versions"],
     }
     with replaced(folder / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2) + "\n")

@@ -199,6 +199,7 @@ class Sweep:
             return
         told = {name: fit[name] for name in ("parameters", "epochs")}
         told |= {"seconds": fit["train_seconds"], "checkpoint": checkpoint.name if checkpoint else None}
+        told |= {name: fit[name] for name in ("hardware", "commit")}  # a study may be of several machines
         self.trials.end(trial, value, **told)
 
     def _refused(self, flags: list[str]) -> str:

@@ -61,7 +61,7 @@ def results(name: str = "study", folder: Path | None = None) -> dict[str, Any]:
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table without times and places: what must not depend on kills and workers."""
-    unlike = "seconds", "run", "id", "host"
+    unlike = "seconds", "run", "id", "host", "hardware", "commit"
     table = []
     for row in found["settings_tried"]:
         trials = [{name: value for name, value in trial.items() if name not in unlike} for trial in row["trials"]]
