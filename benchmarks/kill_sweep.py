@@ -135,7 +135,9 @@ def main() -> int:
             different += bool(wrong)
             record = {"way": way, "kills": kills, "trials": sum(row["n"] for row in ours), "tensors": len(found)}
             print(f"{record}, different: {wrong[:5] or 'none'}", flush=True)
-            append(options, {**record, "different": wrong})
+            where = conditions(torch.device("cpu"))
+            where["hardware"]["threads"] = int(ENVIRONMENT["OMP_NUM_THREADS"])
+            append(options, {**record, "different": wrong}, where)
     return int(different > 0)
 
 
