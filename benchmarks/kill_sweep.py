@@ -28,6 +28,7 @@ from kill import ENVIRONMENT, REPOSITORY, tensors
 from records import add_flag, append
 
 from lit_mnist.data import mnist
+from lit_mnist.training.results import conditions
 
 STUDY = """\
 base: [{configs}/smoke.yaml, base.yaml]
