@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lit_mnist.network import MEAN, MLP, NETWORKS, STD, DigitNet
+from lit_mnist.network import MEAN, MLP, NETWORKS, STD, DigitNet, Residual
 
 SEED_DESIGN = "16 16 16 pool 16 16 16 pool 24"
 
@@ -59,12 +59,11 @@ def test_a_layer_that_adds_its_input() -> None:
 def test_a_layer_that_is_used_again() -> None:
     torch.manual_seed(0)
     network = DigitNet("4/2 4d+ again").eval()
-    first, second = [layer for layer in network.features if type(layer).__name__ == "Residual"]
+    first, second = [layer for layer in network.features if isinstance(layer, Residual)]
     assert [first[0], first[1]] == [second[0], second[1]]  # the same weights, and a norm of its own
     assert first[2] is not second[2]
     assert parameters(network) == parameters(DigitNet("4/2 4d+")) + 2 * 4
-    with torch.no_grad():
-        second[2].weight.mul_(2)
+    nn.init.constant_(second[2].get_parameter("weight"), 2)
     features = torch.randn(2, 4, 14, 14)
     assert not torch.equal(first(features), second(features))
     assert names(DigitNet("4 4 again pool"))[-4:] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]

@@ -285,7 +285,7 @@ class Check(MNISTCLI):
         pass
 
     def instantiate_classes(self) -> None:
-        self.config_init, self.model, self.datamodule = {"fit": {}}, None, None  # type: ignore[assignment]
+        self.config_init, self.model, self.datamodule = {"fit": {}}, None, None
         self.trainer = self.trainer_class  # type: ignore[assignment]  # LightningCLI 2.6 looks for its method `fit`
 
     def after_instantiate_classes(self) -> None:
