@@ -93,18 +93,27 @@ class Pulse(threading.Thread):
         super().__init__(daemon=True)
         self.heartbeat = heartbeat
         self.parent = parent
-        self.trial: optuna.Trial | None = None
+        self.trial: optuna.Trial | None = None  # the one in hand
+        self.ended = threading.Event()
+
+    def __enter__(self) -> Pulse:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.ended.set()
 
     def run(self) -> None:
         beats, beaten = 0, monotonic()
-        while not self.parent or os.getppid() == self.parent:
-            sleep(min(LOOK_SECONDS, self.heartbeat))
+        while not self.ended.wait(min(LOOK_SECONDS, self.heartbeat)):
+            if self.parent and os.getppid() != self.parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             trial = self.trial
             if trial and monotonic() - beaten >= self.heartbeat:
                 beats, beaten = beats + 1, monotonic()
                 with suppress(Exception):  # a database that is away for a while may be back at the next one
                     trial.set_user_attr("beat", beats)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def held(path: Path) -> bool:

@@ -134,9 +134,7 @@ class Sweep:
 
     def work(self, display: Display | None = None) -> None:
         """Train trials until there are none left."""
-        with self.trials.alive() as lock:
-            pulse = Pulse(self.plan.heartbeat, self.options.worker)
-            pulse.start()
+        with self.trials.alive() as lock, Pulse(self.plan.heartbeat, self.options.worker) as pulse:
             if display:
                 display.update(self.trials.trials())
             while (trial := self.trials.next()) is not None:
@@ -277,16 +275,8 @@ class Sweep:
             elif not name or not (run / "checkpoints" / name).is_file():
                 why = f"has no {name or 'checkpoint'} any more"
             else:
-                TrialCLI(
-                    [
-                        "test",
-                        *self.places,
-                        "--trainer.enable_progress_bar",
-                        "false",
-                        "--ckpt_path",
-                        f"{run}/checkpoints/{name}",
-                    ]
-                )
+                flags = [*self.places, "--trainer.enable_progress_bar", "false"]
+                TrialCLI(["test", *flags, "--ckpt_path", str(run / "checkpoints" / name)])
                 test = section(read_results(run), "test")
                 scores = {name: value for name, value in test.items() if name.startswith("test/")}
                 self.trials.study.set_user_attr(key, scores)
