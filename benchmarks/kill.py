@@ -109,7 +109,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[tuple
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     curve = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
         for tag in set(events.Tags()["scalars"]) - TIMINGS
     }
     return all_tensors, curve, [path.name for path in paths]

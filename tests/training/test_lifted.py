@@ -88,7 +88,8 @@ def outcome(run: Path) -> dict[str, Any]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     curves = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        # files of the same second are read in the order of their process numbers, which may begin again at 1
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
         for tag in events.Tags()["scalars"]
         if "per_second" not in tag
     }
