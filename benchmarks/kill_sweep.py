@@ -24,7 +24,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import torch
-from kill import ENVIRONMENT, REPOSITORY, tensors
+from kill import ENVIRONMENT, REPOSITORY, same, tensors
 from records import add_flag, append
 
 from lit_mnist.data import mnist
@@ -140,10 +140,6 @@ def main() -> int:
             where["hardware"]["threads"] = int(ENVIRONMENT["OMP_NUM_THREADS"])
             append(options, {**record, "different": wrong}, where)
     return int(different > 0)
-
-
-def same(expected: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], key: str) -> bool:
-    return key in expected and key in ours and torch.equal(expected[key], ours[key])
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def table(plan: Study, trials: Sequence[FrozenTrial], tested: Mapping[str, Any])
     return sorted(found.values(), key=order)
 
 
+def ranked(table: Sequence[Setting]) -> list[Setting]:
+    """Those of a table that can be compared: some trial of theirs came to its end, and none was given up."""
+    return [setting for setting in table if setting.n and not setting.reason]
+
+
 def named(setting: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.rpartition('.')[2]} {shortest(value)}" for name, value in setting.items()) or "the recipe"
 
@@ -135,16 +140,16 @@ def difference(plan: Study, first: Setting, second: Setting) -> dict[str, Any]:
 
 def in_words(plan: Study, table: Sequence[Setting]) -> list[str]:
     """What the best two settings of a study tell."""
-    ranked = [setting for setting in table if setting.n and not setting.reason]
-    if not ranked:
+    whole = ranked(table)
+    if not whole:
         return ["No setting came to an end."]
-    best = ranked[0]
+    best = whole[0]
     lines = [f"Best: {named(best.params)}"]
-    if len(ranked) == 1:
+    if len(whole) == 1:
         return lines if len(table) > 1 else []
-    found = difference(plan, best, ranked[1])
+    found = difference(plan, best, whole[1])
     n, sign = len(found["seeds"]), plan.sign
-    second = f"the second, {named(ranked[1].params)}"
+    second = f"the second, {named(whole[1].params)}"
     factor, digits, unit = scale(plan)
     unit = unit and " points"  # of a percentage
     if not n:
@@ -160,8 +165,8 @@ def in_words(plan: Study, table: Sequence[Setting]) -> list[str]:
         lines.append(f"It is better than {second}: {interval}.")
     else:
         lines.append(f"Against {second}: {interval}; no difference can be seen with {n} seeds.")
-    if len(ranked) > 2:
-        lines.append(f"It was chosen among {len(ranked)} settings by these values, so they flatter it a little.")
+    if len(whole) > 2:
+        lines.append(f"It was chosen among {len(whole)} settings by these values, so they flatter it a little.")
     return lines
 
 
@@ -229,7 +234,7 @@ def report(plan: Study, table: list[Setting], described: dict[str, Any], folder:
             words.append(f"Test set, {metric}: {mean}{several}, n = {len(values)}")
     print("\n" + "\n".join(words))
     rows = [as_row(plan, setting) for setting in table]
-    ranked = [setting for setting in table if setting.n and not setting.reason]
+    whole = ranked(table)
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / "settings.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -239,14 +244,14 @@ def report(plan: Study, table: list[Setting], described: dict[str, Any], folder:
         **described,
         "settled": settled,
         "settings_tried": [row | {"trials": trials_of(setting)} for row, setting in zip(rows, table, strict=True)],
-        "difference": difference(plan, *ranked[:2]) if len(ranked) > 1 and ranked[1].n else None,
+        "difference": difference(plan, *whole[:2]) if len(whole) > 1 else None,
         "in_words": words,
         "versions": conditions(torch.device("cpu"))["versions"],
     }
     with replaced(folder / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2) + "\n")
     names = ["settings.csv", "results.json"]
-    for title, figure in (("settings.png", by_setting(plan, ranked)), ("seconds.png", by_seconds(plan, ranked))):
+    for title, figure in (("settings.png", by_setting(plan, whole)), ("seconds.png", by_seconds(plan, whole))):
         if figure:
             with replaced(folder / title) as partial:
                 figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
@@ -263,9 +268,9 @@ def trials_of(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def by_setting(plan: Study, ranked: Sequence[Setting]) -> Figure | None:
+def by_setting(plan: Study, table: Sequence[Setting]) -> Figure | None:
     """A panel for each setting: every trial a dot, the mean of each of its values a ring."""
-    if not ranked or not plan.varied:
+    if not table or not plan.varied:
         return None
     factor, _, unit = scale(plan)
     columns = min(3, len(plan.varied))
@@ -273,10 +278,10 @@ def by_setting(plan: Study, ranked: Sequence[Setting]) -> Figure | None:
     figure = Figure(figsize=(1 + 4 * columns, 3.5 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
     for name, axes in zip(plan.varied, panels, strict=False):
-        numbers = all(type(setting.params[name]) in (int, float) for setting in ranked)
-        places = sorted({setting.params[name] for setting in ranked}, key=None if numbers else repr)
+        numbers = all(type(setting.params[name]) in (int, float) for setting in table)
+        places = sorted({setting.params[name] for setting in table}, key=None if numbers else repr)
         for place in places:
-            here = [setting for setting in ranked if setting.params[name] == place]
+            here = [setting for setting in table if setting.params[name] == place]
             x = place if numbers else places.index(place)
             values = [factor * value for setting in here for value in setting.values.values()]
             axes.scatter([x] * len(values), values, s=10, alpha=0.5, color="C0")
@@ -293,20 +298,20 @@ def by_setting(plan: Study, ranked: Sequence[Setting]) -> Figure | None:
     return figure
 
 
-def by_seconds(plan: Study, ranked: Sequence[Setting]) -> Figure | None:
+def by_seconds(plan: Study, table: Sequence[Setting]) -> Figure | None:
     """Each setting's mean against its seconds, and through those that none beats in both the Pareto front."""
-    if not ranked:
+    if not table:
         return None
     factor, _, unit = scale(plan)
-    points = sorted((statistics.mean(setting.seconds.values()), -plan.sign * setting.mean) for setting in ranked)
+    points = sorted((statistics.mean(setting.seconds.values()), -plan.sign * setting.mean) for setting in table)
     front = [point for number, point in enumerate(points) if all(point[1] < before[1] for before in points[:number])]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for setting in ranked:
+    for setting in table:
         middle, seconds = factor * setting.mean, statistics.mean(setting.seconds.values())
         deviations = [factor * (spread(setting.values.values()) or 0)], [spread(setting.seconds.values()) or 0]
         axes.errorbar(seconds, middle, *deviations, fmt="o", color="C0", alpha=0.6, elinewidth=0.8)
-        if len(ranked) <= 12:
+        if len(table) <= 12:
             axes.annotate(named(setting.params), (seconds, middle), (4, 4), textcoords="offset points", fontsize=6)
     x, y = zip(*front, strict=True)
     axes.step(x, [-plan.sign * factor * value for value in y], where="post", color="C1", label="Pareto front")
@@ -373,9 +378,9 @@ class Display:
 
     def outlook(self, whole: Sequence[Setting], done: int) -> str:
         """The best so far, and the time that is left."""
-        text, ranked = "", [setting for setting in whole if setting.n and not setting.reason]
-        if ranked:
-            best = max(ranked, key=lambda setting: self.plan.sign * setting.mean)
+        text, ended = "", ranked(whole)
+        if ended:
+            best = max(ended, key=lambda setting: self.plan.sign * setting.mean)
             text = f"; best so far {named(best.params)} ({shown_value(self.plan, best.mean)}, n = {best.n})"
         if self.before < done < self.total:
             left = (monotonic() - self.started) / (done - self.before) * (self.total - done)

@@ -81,8 +81,7 @@ def everything_of(run: Path) -> dict[str, Any]:
     state = text(fit, "state") or "unknown"
     if state == "running" and not being_trained(run):
         state = "interrupted"
-    settings = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
-    settings |= dict(section(fit, "settings"))
+    settings = settings_told(fit)
     settings["seed_everything"] = settings.pop("data.seed", None)
     metrics = {name: value for name, value in test.items() if name.startswith("test/")} | dict(section(fit, "metrics"))
     plain = {name: value for name, value in (settings | metrics).items() if type(value) in (int, float, str, bool)}
@@ -96,6 +95,12 @@ def everything_of(run: Path) -> dict[str, Any]:
         "seconds": number(fit, "train_seconds"),
         "state": state,
     }
+
+
+def settings_told(fit: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, by dotted key, as its results.json tells them of the fit."""
+    settings = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
+    return settings | dict(section(fit, "settings"))
 
 
 def differing(everything: Sequence[Mapping[str, Any]]) -> list[str]:

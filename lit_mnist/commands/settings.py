@@ -116,8 +116,7 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
         RunError: the checkpoint cannot.
     """
     args, images = taken(typed, "--data.images")
-    configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-    configs += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    configs = configs_of(args)
     for config in configs:  # a shell's <(...) is one too, which somebody writes to
         if len(config) < 256 and Path(config).is_fifo() and not config.startswith(("/dev/fd/", "/proc/")):
             raise CommandError(f"--config {shortened(config)}: that file is a named pipe")
@@ -139,6 +138,12 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
         settings.own["data.images"] = images
     check_trainer(settings.own, settings.command == "fit")
     return settings
+
+
+def configs_of(args: list[str]) -> list[str]:
+    """The values of `--config` on a command line."""
+    configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+    return configs + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
 
 
 def take_over(settings: Settings, parser: LightningArgumentParser, args: list[str]) -> None:

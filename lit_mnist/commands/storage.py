@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import optuna
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -114,13 +114,3 @@ class Pulse(threading.Thread):
                 beats, beaten = beats + 1, monotonic()
                 with suppress(Exception):  # a database that is away for a while may be back at the next one
                     trial.set_user_attr("beat", beats)
-
-
-def held(path: Path) -> bool:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False

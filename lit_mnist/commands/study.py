@@ -10,7 +10,6 @@ from argparse import SUPPRESS
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from optuna.distributions import (
 )
 
 from lit_mnist.commands.cli import MNISTCLI
-from lit_mnist.commands.settings import CommandError, Parser, parse
+from lit_mnist.commands.settings import CommandError, Parser, configs_of, parse
 from lit_mnist.data.mnist import DataError
 from lit_mnist.training.console import shortened
 from lit_mnist.training.runs import read_results, replaced, section
@@ -258,8 +257,7 @@ def read(args: list[str]) -> tuple[Study, Namespace, str]:
     add("--data.root", type=str, help="the folder of the data (the recipe's)")
     add("--worker", type=int, help=SUPPRESS)  # the process that has started this worker
     parser.add_class_arguments(Study)
-    files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    files = configs_of(args)
     where = f"--config {' or '.join(files)}" if files else "sweep"
     try:
         config = parser.parse_args(args)

@@ -21,12 +21,12 @@ import torch
 from jsonargparse import Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.commands import comparison
 from lit_mnist.commands.cli import MNISTCLI
-from lit_mnist.commands.comparison import Display, Setting
+from lit_mnist.commands.comparison import Display, Setting, ranked
+from lit_mnist.commands.runs import settings_told
 from lit_mnist.commands.settings import CommandError
 from lit_mnist.commands.storage import LOOK_SECONDS, Pulse
 from lit_mnist.commands.study import Check, Study, checked_base, distributions, read
@@ -129,9 +129,6 @@ class Sweep:
         self.trials = Trials(plan, self.described, options.name, space, self.folder, options.storage, where)
         plan.write_recipes(self.folder)
 
-    def flags(self, trial: optuna.Trial | FrozenTrial) -> list[str]:
-        return self.plan.flags(trial.params, self.folder)
-
     def work(self, display: Display | None = None) -> None:
         """Train trials until there are none left."""
         with self.trials.alive() as lock, Pulse(self.plan.heartbeat, self.options.worker) as pulse:
@@ -156,7 +153,8 @@ class Sweep:
 
     def train(self, trial: optuna.Trial) -> None:
         """Train a trial to its end, from where an earlier worker left it if that is here."""
-        flags, seed = [*self.flags(trial), "--seed_everything", str(trial.user_attrs["seed"])], trial.user_attrs["seed"]
+        seed = trial.user_attrs["seed"]
+        flags = [*self.plan.flags(trial.params, self.folder), "--seed_everything", str(seed)]
         print(f"\nTrial {trial.number}: {comparison.named(trial.params)}, seed {seed}", flush=True)
         if reason := self._refused(flags):
             self.trials.end(trial, reason=reason)
@@ -217,9 +215,7 @@ class Sweep:
 
     def _as_meant(self, run: Path, flags: list[str]) -> bool:
         """Whether a run has the settings of its trial still; its user may have trained it on with others."""
-        fit, meant = section(read_results(run), "fit"), self.check.parsed(flags)
-        now = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
-        now |= section(fit, "settings")
+        now, meant = settings_told(section(read_results(run), "fit")), self.check.parsed(flags)
         places = ("data.download", "model.classes")  # the machine's, and the data's
         return all(meant[name] == value for name, value in now.items() if name in meant and name not in places)
 
@@ -412,7 +408,7 @@ def run(args: list[str]) -> None:
             going.work(display)
         elif options.workers:
             run_workers(going, args, display)
-        settled, ended = going.trials.settled(), any(setting.n and not setting.reason for setting in going.table())
+        settled, ended = going.trials.settled(), bool(ranked(going.table()))
         if options.workers and not settled:
             raise TrainingError("the study has not come to its end, and no worker is left; start it again to go on")
         if options.workers:

@@ -26,8 +26,9 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from lit_mnist.commands.settings import CommandError
-from lit_mnist.commands.storage import LOOK_SECONDS, held, opened
+from lit_mnist.commands.storage import LOOK_SECONDS, opened
 from lit_mnist.commands.study import Study, check_unchanged, grid
+from lit_mnist.training.runs import held
 
 DRAWN_BEFORE = "drawn before"
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
@@ -126,8 +127,7 @@ class Trials:
         found: dict[tuple[int, int], FrozenTrial] = {}
         ignored = set(self.study.user_attrs.get("ignored", ()))
         for trial in self.all():
-            counts = trial.state != TrialState.FAIL or "reason" in trial.user_attrs
-            if counts and trial.number not in ignored:
+            if not was_cut(trial) and trial.number not in ignored:
                 found.setdefault(cell_of(trial), trial)
         return list(found.values())
 
@@ -191,8 +191,7 @@ class Trials:
         attributes = {"sample": sample, "seed": seed, "worker": self.worker, "host": self.host}
         setting, reported = self._drawn(sample), None
         for trial in self.all():
-            cut = trial.state == TrialState.FAIL and "reason" not in trial.user_attrs
-            if cut and cell_of(trial) == (sample, seed) and "run" in trial.user_attrs:
+            if was_cut(trial) and cell_of(trial) == (sample, seed) and "run" in trial.user_attrs:
                 attributes |= {name: trial.user_attrs[name] for name in ("run", "id")}
                 reported = trial.intermediate_values
         self.study.add_trial(
@@ -273,3 +272,8 @@ class Trials:
 def cell_of(trial: FrozenTrial) -> tuple[int, int]:
     attributes: Mapping[str, Any] = trial.user_attrs
     return attributes["sample"], attributes["seed"]
+
+
+def was_cut(trial: FrozenTrial) -> bool:
+    """Whether a trial was cut short, so that it is to be done again."""
+    return trial.state == TrialState.FAIL and "reason" not in trial.user_attrs

@@ -105,15 +105,19 @@ def only_process(run: Path) -> Iterator[None]:
 
 def being_trained(run: Path) -> bool:
     """Whether a living process trains this run."""
-    if not (run / LOCK).exists():
+    try:
+        return (run / LOCK).exists() and held(run / LOCK)
+    except OSError:  # a folder of somebody else's
         return False
-    lock = FileLock(run / LOCK)
+
+
+def held(path: Path) -> bool:
+    """Whether a process holds this lock; the file is made where there is none."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # a folder of somebody else's
-        return False
     lock.release()
     return False
 
