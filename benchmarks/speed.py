@@ -13,7 +13,8 @@ overhead  training by `fit`, with its metrics, scalars and checkpoints, over a b
 augment   the augmentation's share of a step of the bare loop.
 board     what TensorBoard's pictures, curves of each digit, norms and graph take of a run of the default.
 startup   from the start of `python -m lit_mnist fit` until its first step, over importing the packages that it uses.
-peak      the training's multiplications and additions a second, as a share of the best large matrix product.
+peak      layer by layer, where a step's time goes, and what share of the processor's peak each reaches: of a large
+          matrix product in its fastest number format.
 predict   images a second: the network alone, and the command with its CSV.
 
 What is compared takes turns within one run, because timings on shared machines drift. Prints tables; with `--record`
@@ -30,11 +31,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+import yaml
 from records import add_flag, append
 from rich.progress import track
 from torch import Tensor, nn
@@ -341,27 +344,96 @@ def timed(command: list[str]) -> float:
     return perf_counter() - started
 
 
-def peak(root: str, rounds: int, steps: int = 100) -> dict[str, Any]:
-    data = bare_data(root)
-    images, targets = next(iter(data.train_batches))
-    with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(LitMNIST()(images), targets).backward()
-    step_flops = counter.get_total_flops()
-    a, b = torch.rand(2, 2048, 2048)
-    product_flops = 2 * 2048**3
-    training, products = [], []
+def peak(root: str, rounds: int, steps: int = 50) -> dict[str, Any]:
+    """Steps of the network alone, its batch at hand, and the largest matrix products in turns with them."""
+    recipes = {name: LitMNIST(**settings) for name, settings in {"default": {}, "fast.yaml": model_of("fast")}.items()}
+    images, targets = next(iter(bare_data(root, shift=0.0).train_batches))
+    matrices = {str(dtype): torch.rand(2, 2048, 2048).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    products: dict[str, list[float]] = {name: [] for name in matrices}
+    milliseconds: dict[str, dict[str, list[float]]] = {name: {} for name in recipes}
+    work: dict[str, dict[str, float]] = {}
+    for name, model in recipes.items():
+        with FlopCounterMode(display=False, depth=9) as counter:
+            F.cross_entropy(model(images), targets).backward()
+        counts = counter.get_flop_counts()
+        paths = {layer: f"LitMNIST.network.{layer}" for layer, _ in leaves(model.network)}
+        work[name] = {layer: sum(counts.get(path, {}).values()) / 1e9 for layer, path in paths.items()}
     for number in track(range(rounds + 1), "measuring"):
-        seconds = sum(bare_steps(LitMNIST(), data, iter(data.train_batches), steps))
-        fastest = min(repeat(lambda: a @ b, 5))
+        fastest = {name: min(repeat(partial(torch.matmul, *pair), 5)) for name, pair in matrices.items()}
+        times = {name: layer_times(model.network, images, targets, steps) for name, model in recipes.items()}
         if number:
-            training.append(step_flops * steps / seconds / 1e9)
-            products.append(product_flops / fastest / 1e9)
-    shares = [100 * a / b for a, b in zip(training, products, strict=True)]
-    table(f"share of the peak ({step_flops / 1e9:.2f} GFLOP a step of 128)")
-    row("bare loop of the default, GFLOP/s", training, ".1f")
-    row("matrix product of 2048, GFLOP/s", products, ".1f")
-    row("share, %", shares, ".1f")
-    return {"step_flops": step_flops, "training_gflops": training, "product_gflops": products}
+            for name, seconds in fastest.items():
+                products[name].append(2 * 2048**3 / seconds / 1e9)
+            for name, spent in times.items():
+                for layer, value in spent.items():
+                    milliseconds[name].setdefault(layer, []).append(value)
+    table("matrix product of 2048, GFLOP/s")
+    for name, values in products.items():
+        row(name, values, ".0f")
+    best = max(statistics.median(values) for values in products.values())
+    for name, layers in milliseconds.items():
+        print(f"\n{name + ', a step of 128':<44}{'ms':>12}{'GFLOP/s':>12}{'of peak, %':>12}")
+        medians = {layer: statistics.median(values) for layer, values in layers.items()}
+        described = {layer: f"{layer} {part}"[:43] for layer, part in leaves(recipes[name].network)}
+        flops = {**work[name], "whole": sum(work[name].values())}
+        for layer, value in {**medians, "whole": sum(medians.values())}.items():
+            speed = 1000 * flops.get(layer, 0) / value
+            shown = f"{speed:>12.1f}{100 * speed / best:>12.1f}" if speed else ""
+            print(f"{described.get(layer, layer):<44}{value:>12.2f}{shown}")
+    return {"products": products, "gflop": work, "milliseconds": milliseconds}
+
+
+def model_of(recipe: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((REPOSITORY / "configs" / f"{recipe}.yaml").read_text())
+    return dict(settings["model"])
+
+
+def leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in network.named_modules() if not list(part.children())]
+
+
+def layer_times(network: nn.Module, images: Tensor, targets: Tensor, steps: int) -> dict[str, float]:
+    """Milliseconds of each layer in a step, forward and backward, and of the rest: loss, optimizer and the like.
+
+    A layer's backward lasts from the arrival of its output's gradient to that of its input's.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    parts = leaves(network)
+    started: dict[str, float] = {}
+    arrived: dict[str, float] = {}
+    spent = dict.fromkeys([name for name, _ in parts], 0.0)
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda *_: started.__setitem__(name, perf_counter())
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            spent[name] += perf_counter() - started[name]
+            if output.requires_grad:
+                output.register_hook(lambda _: arrived.__setitem__(name, perf_counter()))
+
+        return hook
+
+    hooks = [part.register_forward_pre_hook(before(name)) for name, part in parts]
+    hooks += [part.register_forward_hook(after(name)) for name, part in parts]
+    network.train()
+    whole = 0.0
+    for _ in range(steps):
+        begun = perf_counter()
+        loss = F.cross_entropy(network(images), targets)
+        optimizer.zero_grad()
+        arrived.clear()
+        loss.backward()
+        ended = perf_counter()
+        optimizer.step()
+        whole += perf_counter() - begun
+        for name in arrived:  # from the last layer to the first
+            following = list(arrived)[list(arrived).index(name) + 1 :]
+            spent[name] += (arrived[following[0]] if following else ended) - arrived[name]
+    for hook in hooks:
+        hook.remove()
+    times = {name: 1000 * seconds / steps for name, seconds in spent.items()}
+    return {**times, "loss, optimizer, between the layers": 1000 * whole / steps - sum(times.values())}
 
 
 def repeat(work: Callable[[], Any], times: int) -> list[float]:

@@ -72,6 +72,17 @@ def test_a_layer_that_is_used_again() -> None:
             DigitNet(layers)
 
 
+def test_a_crop() -> None:
+    network = DigitNet("crop2 4x5v").eval()
+    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    assert network.features(images.float()).shape == (2, 4, 20, 20)
+    border = images.clone()
+    border[:, :, 2:-2, 2:-2] = 0
+    assert torch.equal(network(images), network(images - border))
+    assert not torch.equal(network(images), network(torch.zeros_like(images)))
+    assert parameters(network) == parameters(DigitNet("4x5v"))
+
+
 def test_poolings_halve() -> None:
     for layers in ("4/2", "4x5d/2", "4 pool"):
         assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, 14, 14)
@@ -105,7 +116,7 @@ def test_images_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "layers",
-    ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool", "8 16+", "8 8/2+", "8 8s2+"],
+    ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool", "8 16+", "8 8/2+", "8 8s2+", "crop0 4", "4 crop9 crop5"],
 )
 def test_bad_layers(layers: str) -> None:
     with pytest.raises(ValueError, match=r"model\.layers"):

@@ -166,7 +166,7 @@ def test_config_yaml_repeats_a_run(command: Command) -> None:
         (["--model.optimizer", "adam"], "model.optimizer: expected 'sgd', 'adamw', got adam"),
         (
             ["--model.layers", "16 x"],
-            "model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2, pool or again, got 'x' in '16 x'",
+            "model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2, pool, crop2 or again, got 'x' in '16 x'",
         ),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs: expected int or null, got x"),
         (["--seed_everything", "true"], "seed_everything"),
