@@ -116,7 +116,22 @@ def test_images_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "layers",
-    ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool", "8 16+", "8 8/2+", "8 8s2+", "crop0 4", "4 crop9 crop5"],
+    [
+        "",
+        "pool",
+        "16a",
+        "16x4",
+        "0",
+        "-3",
+        "16 x",
+        "16/3",
+        "8 pool pool pool pool pool",
+        "8 16+",
+        "8 8/2+",
+        "8 8s2+",
+        "crop0 4",
+        "4 crop9 crop5",
+    ],
 )
 def test_bad_layers(layers: str) -> None:
     with pytest.raises(ValueError, match=r"model\.layers"):
