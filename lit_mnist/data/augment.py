@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def affine_matrices(batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator) -> Tensor:
+def affine_matrices(
+    batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator, share: float = 1.0
+) -> Tensor:
     """Draw one inverse affine map an image, float (B, 2, 3), on the generator's device.
 
     They map the coordinates of an output pixel to the input's, in units where the image spans -1..1: what
@@ -19,6 +21,7 @@ def affine_matrices(batch_size: int, rotation: float, shift: float, scale: float
         rotation: degrees, drawn from -rotation..rotation.
         shift: pixels, drawn from -shift..shift for each axis.
         scale: drawn from 1 - scale..1 + scale.
+        share: probability of each image to be moved at all; the others get the map that leaves them as they are.
     """
     angle, zoom, dx, dy = torch.rand(4, batch_size, generator=generator, device=generator.device).mul_(2).sub_(1)
     angle = angle * math.radians(rotation)
@@ -26,9 +29,9 @@ def affine_matrices(batch_size: int, rotation: float, shift: float, scale: float
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     dx, dy = dx * (shift / 14), dy * (shift / 14)
     # output = zoom * rotate(input) + shift, so input = rotate_back(output - shift) / zoom
-    return torch.stack([cosine, sine, -cosine * dx - sine * dy, -sine, cosine, sine * dx - cosine * dy], dim=1).view(
-        -1, 2, 3
-    )
+    moved = torch.stack([cosine, sine, -cosine * dx - sine * dy, -sine, cosine, sine * dx - cosine * dy], dim=1)
+    drawn = torch.rand(batch_size, 1, generator=generator, device=generator.device) < share
+    return torch.where(drawn, moved, moved.new_tensor([1, 0, 0, 0, 1, 0])).view(-1, 2, 3)
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ class MNISTDataModule(LightningDataModule):
         rotation: degrees by which training images are rotated at most, drawn uniformly.
         shift: pixels by which training images are shifted along each axis at most, drawn uniformly.
         scale: share by which training images are scaled up or down at most, drawn uniformly.
+        augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled. The
+            others stay as sharp as those that are validated: interpolation blurs.
         images: pictures of digits, and folders of them, for `predict` in place of the test set.
 
     Raises:
@@ -85,6 +87,7 @@ class MNISTDataModule(LightningDataModule):
         rotation: float = 0.0,
         shift: float = 1.0,
         scale: float = 0.0,
+        augmented: float = 1.0,
         images: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -154,12 +157,13 @@ class MNISTDataModule(LightningDataModule):
         the same on any number of them.
         """
         hp: Any = self.hparams
-        if hp.rotation == hp.shift == hp.scale == 0:
+        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
             return images, targets
         epoch, step = self.train_batches.position
         generator = seeded_generator(hp.seed, epoch, step)
         start, stop, size = self.train_batches.part(step)
-        return affine(images, affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator)[start:stop]), targets
+        matrices = affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator, hp.augmented)
+        return affine(images, matrices[start:stop]), targets
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
         # an empty list is Lightning's word for no validation
@@ -199,6 +203,7 @@ def check_ranges(hp: Any, root: str, images: list[str] | None) -> None:
             ("rotation", hp.rotation, "in 0..180 degrees", 0 <= hp.rotation <= 180),
             ("shift", hp.shift, "in 0..28 pixels", 0 <= hp.shift <= 28),
             ("scale", hp.scale, "in [0, 1)", 0 <= hp.scale < 1),
+            ("augmented", hp.augmented, "in 0..1", 0 <= hp.augmented <= 1),
             ("images", images, "at least one file or folder", images != []),
         )
         if not ok

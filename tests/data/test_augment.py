@@ -52,6 +52,15 @@ def test_whole_shifts_agree_with_torchvision() -> None:
     assert_close(affine(image, matrix)[0, 0, :-2, 3:], image[0, 0, 2:, :-3], atol=1e-3, rtol=0)
 
 
+def test_a_share_is_moved() -> None:
+    every = affine_matrices(4000, 10.0, 2.0, 0.1, seeded_generator(1))
+    some = affine_matrices(4000, 10.0, 2.0, 0.1, seeded_generator(1), share=0.25)
+    same = (some == every).flatten(1).all(1)
+    assert 0.22 < same.float().mean() < 0.28
+    images = some_images(2)
+    assert_close(affine(images, some[~same][:2]), images, atol=1e-3, rtol=0)
+
+
 def test_draws_fill_their_ranges() -> None:
     values = torch.tensor([drawn(m) for m in affine_matrices(2000, 10.0, 2.0, 0.1, seeded_generator(1))])
     assert_close(values.amin(0), torch.tensor([-10, 0.9, -2, -2]), atol=0.1, rtol=0)

@@ -39,6 +39,7 @@ model.ema_decay     | 0 0.5                   | 1 -1 nan x                      
 data.rotation       | 0 180 10                | -1 181 nan inf x                 | 1e-320
 data.shift          | 0 28                    | -1 29 nan inf x                  |
 data.scale          | 0 0.9                   | -0.1 1 nan x                     |
+data.augmented      | 0 0.5                   | -0.1 1.1 nan x                   |
 data.name           | mnist                   | x '' MNIST null 1                | idx fashion_mnist
 data.root           | data ./data data/       | '' pipe a.yaml nowhere loop folder ../elsewhere/empty | é ../x
 data.batch_size     | 7 40 60000              | 0 -1 60001 x 1.5 nan null 1000000000000000000000 | 1
