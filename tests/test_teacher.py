@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ def test_it_is_needed_for_training_alone(command: Command, trained: Path, capsys
     assert capsys.readouterr().err == (
         "lit_mnist: error: model.teacher teacher.ckpt: that must be the checkpoint of a trained run\n"
     )
+
+
+def test_a_resumed_run_learns_from_it_too(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LitMNIST.training_step
+
+    def killed(self: LitMNIST, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 5:
+            raise ZeroDivisionError
+        return original(self, batch, batch_idx)
+
+    flags = [*SMALL, "--model.layers", "4/2", "--model.teacher", str(trained), "--checkpoint.every_n_steps", "1"]
+    assert command("fit", *flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LitMNIST, "training_step", killed)
+        with pytest.raises(ZeroDivisionError):
+            command("fit", *flags)
+    assert command("fit", "--ckpt_path", "last") == 0
+    assert command("fit", *flags[:-4], "--checkpoint.every_n_steps", "1") == 0  # without a teacher
+    files = [next(Path(f"lightning_logs/version_{n}/checkpoints").glob("last-*step=000008.ckpt")) for n in range(3)]
+    whole, resumed, alone = (torch.load(path, weights_only=True)["state_dict"] for path in files)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not torch.equal(whole["network.head.weight"], alone["network.head.weight"])
 
 
 def test_another_one_of_that_name_is_refused(

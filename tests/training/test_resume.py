@@ -165,7 +165,7 @@ def test_between_the_epochs(
         ["--trainer.check_val_every_n_epoch", "2", "--model.ema_decay", "0", "--model.optimizer", "adamw"],
         ["--checkpoint.every_n_steps", "3"],
         ["--trainer.precision", "64-true"],
-        ["--board.every_n_epochs", "1", "--board.histograms", "true", "--data.shift", "2"],
+        ["--board.every_n_epochs", "1", "--board.histograms", "true", "--data.augmented", "0.5"],
         # epochs shorter than the set: behind one, its loader is still within its order
         ["--trainer.limit_train_batches", "5", "--checkpoint.every_n_steps", "0"],
     ],
