@@ -45,7 +45,7 @@ from lit_mnist.training.state import not_restorable, restoring
 
 __all__ = ["MNISTCLI", "CommandError", "Interrupted", "ProcessLost", "TrainingError", "errors_told"]
 
-DEFAULT_EPOCHS = 6
+DEFAULT_EPOCHS = 4
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
