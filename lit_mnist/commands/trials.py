@@ -53,7 +53,8 @@ class Drawn(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        seed = zlib.crc32(f"{trial.user_attrs['sample']} {param_name}".encode())
+        # `ask` makes a trial without a number where another worker has just emptied the queue; `_taken` drops it
+        seed = zlib.crc32(f"{trial.user_attrs.get('sample')} {param_name}".encode())
         sampler: BaseSampler = RandomSampler(seed)
         if self.plan.sampler == "tpe":
             # ten settings at random first, as TPE has it with one trial each; those in training count as bad ones

@@ -164,6 +164,23 @@ def test_workers_share_a_database(study: Callable[..., int], tiny_root: Path, tm
     assert len(list((tmp_path / "three" / "lightning_logs").glob("version_*"))) == 6
 
 
+def test_a_queue_that_another_worker_has_just_emptied(
+    study: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, asked = optuna.Study.ask, []
+
+    def second(self: optuna.Study, fixed_distributions: Any) -> optuna.Trial:
+        asked.append(1)
+        if len(asked) == 1:
+            self.tell(ask(self, fixed_distributions), state=TrialState.FAIL)
+        return ask(self, fixed_distributions)
+
+    monkeypatch.setattr(optuna.Study, "ask", second)
+    assert study(STUDY.replace("seeds: 2", "seeds: 1")) == 0
+    assert [row["n"] for row in results()["settings_tried"]] == [1, 1]
+    assert len(asked) == 3
+
+
 def test_a_worker_on_another_machine_is_given_up_after_its_heartbeat(study: Callable[..., int]) -> None:
     assert study(STUDY + "heartbeat: 0.2\n") == 0
     folder = Path("lightning_logs", "sweeps", "study")
