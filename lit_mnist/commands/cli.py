@@ -19,6 +19,7 @@ from lit_mnist.board import Board
 from lit_mnist.commands import COMMANDS, fit, predict
 from lit_mnist.commands.settings import DEFAULT_SEED, CommandError, Parser, Settings, parse
 from lit_mnist.commands.trainer import (
+    AutoTrainer,
     Processes,
     check_network,
     check_processes,
@@ -67,6 +68,7 @@ class MNISTCLI(LightningCLI):
             super().__init__(
                 LitMNIST,
                 MNISTDataModule,
+                trainer_class=AutoTrainer,
                 seed_everything_default=DEFAULT_SEED,
                 trainer_defaults={
                     "max_epochs": DEFAULT_EPOCHS,
@@ -148,6 +150,8 @@ class MNISTCLI(LightningCLI):
         if self.datamodule.images and self.command != "predict":
             raise CommandError(f"data.images is for predict alone, got {self.datamodule.images}")
         check_processes(settings, self.trainer, self.datamodule)
+        if settings.precision and self.trainer.is_global_zero:
+            print(settings.precision, flush=True)
         if settings.checkpoint:
             if self.trainer.is_global_zero:
                 print("\n".join([f"Checkpoint: {settings.checkpoint}", *settings.changes]), flush=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from pytorch_lightning.profilers import PassThroughProfiler
@@ -45,6 +46,17 @@ class Processes:
         if not 0 < timeout <= 86_400:
             raise ValueError(f"processes.timeout must be a number of seconds in (0, 86400], got {timeout}")
         self.timeout = timeout
+
+
+class AutoTrainer(Trainer):
+    """Lightning's, whose precision may be `auto` too: bf16-mixed where the device has units for it, else 32-true.
+
+    The command line decides (`settings.choose_precision`), and the run keeps what it came to.
+    """
+
+    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        assert precision != "auto"
+        super().__init__(*args, precision=precision, **kwargs)
 
 
 def the_run(settings: Settings) -> Run:

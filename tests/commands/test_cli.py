@@ -134,6 +134,26 @@ def test_fit_goes_on_in_the_same_run(command: Command, capsys: pytest.CaptureFix
     assert results["best"]["val/accuracy"] == pytest.approx(max(accuracies))
 
 
+def test_the_precision_is_what_the_processor_has_and_stays_that_of_the_run(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = "--trainer.precision", "auto"
+    run = Path("lightning_logs/version_0")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert command("fit", *TINY, *auto) == 0
+    assert "Precision: bf16-mixed, as the processor has AMX\n" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", *auto) == 0
+    out = capsys.readouterr().out
+    assert "Precision:" not in out and "trainer.precision" not in out
+    assert json.loads((run / "results.json").read_text())["fit"]["settings"]["trainer.precision"] == "bf16-mixed"
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+    assert command("fit", *TINY, *auto) == 0
+    assert "Precision: 32-true, as the processor has no AMX\n" in capsys.readouterr().out
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.precision", "bf16-mixed") == 0
+    assert "trainer.precision: 32-true -> bf16-mixed" in capsys.readouterr().out
+
+
 def test_a_time_limit_on_a_resumed_run(command: Command) -> None:
     assert command("fit", *TINY, "--trainer.max_time", "00:00:10:00") == 0
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.max_time", "00:00:10:00") == 0
