@@ -61,7 +61,7 @@ trainer.strategy    |                         | x ddp_notebook                  
 trainer.accelerator |                         | x                                | tpu gpu cuda mps hpu auto cpu
 trainer.devices     | 1                       | x 0                              | auto -1 2 [0] 0,1 [] '"1"' 1.5
 trainer.num_nodes   | 1                       | x 0 -1                           | 1.5 null
-trainer.precision   | 32 64 32-true 64-true   | x 8                              | 16 bf16 16-mixed bf16-mixed 16-true bf16-true transformer-engine null
+trainer.precision   | 32 64 32-true 64-true auto | x 8                              | 16 bf16 16-mixed bf16-mixed 16-true bf16-true transformer-engine null
 trainer.logger      |                         | x                                | true false null CSVLogger TensorBoardLogger WandbLogger MLFlowLogger [] '{"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}' '{"class_path": "CSVLogger", "init_args": {"nothing": 1}}'
 trainer.callbacks   |                         | x                                | EarlyStopping Timer ModelCheckpoint StochasticWeightAveraging LearningRateFinder BatchSizeFinder DeviceStatsMonitor RichProgressBar TQDMProgressBar '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x"}}]' [null] LearningRateMonitor ModelPruning GradientAccumulationScheduler
 trainer.profiler    | simple                  | x                                | advanced pytorch xla SimpleProfiler
