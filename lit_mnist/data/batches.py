@@ -105,7 +105,7 @@ class TensorBatches:
             self._batches_done = 0
         self._resume_in = None
         shuffled = self.sampler.seed is not None
-        self._indices = self.sampler.indices().to(self.images.device) if shuffled else None
+        self._indices = self.sampler.indices().to(self.images.device, non_blocking=True) if shuffled else None
         for number in range(self._batches_done, len(self)):
             self._batches_done += 1
             start, stop, _ = self.part(number)

@@ -1,0 +1,188 @@
+"""A second device without a GPU: tensors that lie in the processor's memory, but refuse to meet its own and say where a
+GPU would wait.
+
+They go by the name of torch's device `lazy`, which nothing else uses: torch's own place for a backend written in
+Python, `privateuse1`, cannot train where torch is built for CUDA and has no driver, since autograd (2.15) asks CUDA for
+the stream. In the steps of a training everything that would wait for a GPU raises: a value that is read, a copy
+back, a copy there that is not `non_blocking`, and an operation whose values decide the size of its result.
+
+A GPU's arithmetic, memory and order of execution are not imitated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_lightning.accelerators import Accelerator, AcceleratorRegistry
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+DEVICE = torch.device("lazy", 0)
+READS = "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "bincount"
+waiting_forbidden = False
+
+
+class DeviceError(RuntimeError):
+    """What a GPU would refuse, or wait for."""
+
+
+class FakeTensor(Tensor):
+    """A tensor on the fake device; `raw` holds its values."""
+
+    raw: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> FakeTensor:
+        made: FakeTensor = Tensor._make_wrapper_subclass(
+            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+        )
+        made.raw = raw
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{self.raw!r} on {DEVICE}"
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.item() if not self.dim() else repr(self), format_spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied: Tensor = FakeTensor(self.raw.detach().clone())
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the processor's, as a checkpoint of a GPU's run is read where there is none."""
+        raw = self.raw.detach()
+        return (torch.nn.Parameter(raw, self.requires_grad) if self.requires_grad else raw).__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+        if name != "copy_":
+            for tensor in tensors:
+                if tensor.dim() and not isinstance(tensor, FakeTensor):
+                    raise DeviceError(f"{name}: tensors of two devices, shapes {[list(t.shape) for t in tensors]}")
+        device = kwargs.get("device")
+        leaves = device is not None and torch.device(device).type == "cpu"
+        if name == "copy_":
+            target, source, *non_blocking = args
+            leaves = not isinstance(target, FakeTensor)
+            if not leaves and source.dim() and not isinstance(source, FakeTensor) and not any(non_blocking):
+                check_waiting(name)
+        masked = name.startswith("index") and any(
+            isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in tree_flatten(args[1])[0]
+        )
+        if name in READS or masked or leaves:
+            check_waiting(name)
+        raw_args, raw_kwargs = tree_map_only(FakeTensor, lambda each: each.raw, (args, kwargs))
+        made = func(*raw_args, **raw_kwargs)
+        if leaves:
+            return args[0] if name == "copy_" else made
+        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, FakeTensor, made))
+
+
+def check_waiting(name: str) -> None:
+    if waiting_forbidden:
+        raise DeviceError(f"{name}: waits for the device within a step")
+
+
+class FakeDevice(TorchDispatchMode):
+    """Makes what is created on the device, or copied to it, one of its tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is None or torch.device(device).type != DEVICE.type:
+            return func(*args, **kwargs)
+        own = any(isinstance(each, FakeTensor) for each in tree_flatten(args)[0])
+        if func is torch.ops.aten._to_copy.default and not own and args[0].dim() and not kwargs.get("non_blocking"):
+            check_waiting("_to_copy")
+        raw_args = tree_map_only(FakeTensor, lambda each: each.raw, args)
+        made = func(*raw_args, **{**kwargs, "device": torch.device("cpu")})
+        return tree_map_only(Tensor, FakeTensor, made)
+
+
+class FakeValues(TorchFunctionMode):
+    """Does `torch.tensor(values, device=...)`, which no dispatch mode sees, in two steps."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == DEVICE.type:
+            return func(*args, **{**kwargs, "device": torch.device("cpu")}).to(device, non_blocking=True)
+        return func(*args, **kwargs)
+
+
+class FakeAccelerator(Accelerator):
+    """What Lightning asks of a device."""
+
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+    def teardown(self) -> None:
+        pass
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        return [DEVICE]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return "fake"
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+
+@contextmanager
+def fake_device() -> Iterator[list[str]]:
+    """Give the flags by which a command runs on the device. From an epoch's second step on none may wait for
+    it, from taking its batch to the last callback.
+    """
+    AcceleratorRegistry.register("fake", FakeAccelerator)
+    StrategyRegistry.register("fake", SingleDeviceStrategy, override=True, device=DEVICE, accelerator=FakeAccelerator())
+    original = _TrainingEpochLoop.advance
+
+    def advance(self: _TrainingEpochLoop, data_fetcher: Any) -> None:
+        global waiting_forbidden
+        waiting_forbidden = self.batch_progress.current.ready > 0
+        try:
+            original(self, data_fetcher)
+        finally:
+            waiting_forbidden = False
+
+    _TrainingEpochLoop.advance = advance  # type: ignore[method-assign]
+    try:
+        with FakeValues(), FakeDevice():  # type: ignore[no-untyped-call]
+            # a wrapped tensor made outside of inference mode cannot be detached in it (torch 2.15)
+            yield ["--trainer.accelerator=fake", "--trainer.strategy=fake", "--trainer.inference_mode=false"]
+    finally:
+        _TrainingEpochLoop.advance = original  # type: ignore[method-assign]
+        AcceleratorRegistry.remove("fake")
+        StrategyRegistry.remove("fake")

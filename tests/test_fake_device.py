@@ -1,0 +1,138 @@
+"""What would fail or wait on a GPU, found without one."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_device import DEVICE, DeviceError, FakeTensor, fake_device
+from torch import Tensor
+
+from lit_mnist.module import LitMNIST
+
+Command = Callable[..., int]
+TINY = ["--trainer.max_epochs", "2", "--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05"]
+TINY += ["--data.batch_size", "20", "--data.val_size", "100", "--data.rotation", "5", "--data.augmented", "0.5"]
+TINY += ["--model.label_smoothing", "0.1", "--trainer.log_every_n_steps", "1000"]
+
+
+@pytest.fixture
+def device() -> Iterator[list[str]]:
+    with fake_device() as flags:
+        yield flags
+
+
+def weights(pattern: str = "lightning_logs/version_0/checkpoints/last-*") -> dict[str, Tensor]:
+    (path,) = Path().glob(pattern)
+    found: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_tensors_know_their_device(device: list[str]) -> None:
+    there = torch.arange(6.0).view(2, 3).to(DEVICE)
+    assert isinstance(there, FakeTensor)
+    assert there.device == torch.zeros(3, device=DEVICE).device == (2 * there).sum().device == DEVICE
+    assert float((there + torch.tensor(1.0)).sum()) == 21  # a number of the processor's may meet it
+    with pytest.raises(DeviceError, match="two devices"):
+        there + torch.ones(2, 3)
+    with pytest.raises(DeviceError, match="two devices"):
+        torch.ones(3, 2) @ there
+    there[0] = 7
+    assert there.cpu().tolist() == [[7, 7, 7], [3, 4, 5]]
+
+
+def test_a_fit_and_the_scores_are_those_of_the_processor(command: Command, device: list[str]) -> None:
+    scores: list[dict[str, float]] = []
+    answers = []
+    for flags in ([], device):
+        assert command("fit", *TINY, "--trainer.accelerator", "cpu", *flags) == 0
+        for name in ("validate", "test", "predict"):
+            assert command(name, "--ckpt_path", "last", "--trainer.accelerator", "cpu", *flags) == 0
+        run = Path(f"lightning_logs/version_{len(scores)}")
+        results = json.loads((run / "results.json").read_text())
+        metrics = results["fit"]["metrics"] | results["test"]
+        scores.append({name: value for name, value in metrics.items() if "/" in name})
+        (csv,) = run.glob("predictions-*.csv")
+        answers.append(np.loadtxt(csv, delimiter=",", skiprows=1))
+    assert results["fit"]["hardware"]["device"] == DEVICE.type
+    assert {"train/loss", "val/accuracy", "test/loss", "test/accuracy"} <= scores[0].keys()
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+    np.testing.assert_allclose(answers[1], answers[0], atol=2e-6)
+    there, here = (weights(f"lightning_logs/version_{number}/checkpoints/last-*") for number in (1, 0))
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [7, 16])  # an epoch has 15
+def test_a_run_that_is_cut_short_is_resumed_on_the_device(
+    command: Command, device: list[str], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    original = LitMNIST.training_step
+    every = ["--checkpoint.every_n_steps", "1000"]
+
+    def training_step(self: LitMNIST, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    assert command("fit", *TINY, *device, *every) == 0
+    monkeypatch.setattr(LitMNIST, "training_step", training_step)
+    assert command("fit", *TINY, *device, *every) == 130
+    monkeypatch.setattr(LitMNIST, "training_step", original)
+    assert command("fit", "--ckpt_path", "last", *device) == 0
+    assert_equal(weights("lightning_logs/version_1/checkpoints/last-*"), weights())
+
+
+def reads(module: LitMNIST, images: Tensor, loss: Tensor) -> Tensor:
+    return loss * float(loss.detach())
+
+
+def brings_back(module: LitMNIST, images: Tensor, loss: Tensor) -> Tensor:
+    return loss.detach().cpu() * 0 + loss
+
+
+def selects(module: LitMNIST, images: Tensor, loss: Tensor) -> Tensor:
+    return loss + images[images > 3].sum() * 0
+
+
+def copies(module: LitMNIST, images: Tensor, loss: Tensor) -> Tensor:
+    return loss * torch.ones(5).to(images.device).mean()
+
+
+def forgets(module: LitMNIST, images: Tensor, loss: Tensor) -> Tensor:
+    return loss + (images.float().mean(0) * torch.zeros(1, 28, 28)).sum()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (reads, "_local_scalar_dense: waits for the device within a step"),
+        (brings_back, "_to_copy: waits for the device within a step"),
+        (selects, "index: waits for the device within a step"),
+        (copies, "_to_copy: waits for the device within a step"),
+        (forgets, "mul: tensors of two devices"),
+    ],
+)
+def test_faults_are_found(
+    command: Command,
+    device: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[LitMNIST, Tensor, Tensor], Tensor],
+    told: str,
+) -> None:
+    original = LitMNIST.training_step
+
+    def training_step(self: LitMNIST, batch: Any, batch_idx: int) -> Tensor:
+        return fault(self, batch[0], original(self, batch, batch_idx))
+
+    monkeypatch.setattr(LitMNIST, "training_step", training_step)
+    with pytest.raises(DeviceError, match=told):
+        command("fit", *TINY, *device)
