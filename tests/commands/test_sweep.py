@@ -31,7 +31,7 @@ from lit_mnist.training.checkpoints import LastCheckpoint
 
 BASE = """\
 trainer: {max_epochs: 2, log_every_n_steps: 1}
-model: {layers: 8x5/2 16/2, ema_decay: 0.0}
+model: {layers: 8x5/2 16/2, activation: relu, schedule: cosine, ema_decay: 0.0}
 data: {val_size: 100, batch_size: 25}
 checkpoint: {every_n_steps: 1}
 """

@@ -27,6 +27,7 @@ SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trai
 SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.dropout", "0.1", "--model.lr", "0.05", "--model.ema_decay", "0.9"]
 SETTINGS += ["--data.batch_size", "50", "--data.val_size", "50", "--checkpoint.every_n_steps", "1"]
 SETTINGS += ["--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0"]
+SETTINGS += ["--model.activation", "relu", "--model.schedule", "cosine"]
 CONFIGS = Path(__file__).parents[2] / "configs"
 TIMINGS = {"train/samples_per_second"}
 Command = Callable[..., int]
