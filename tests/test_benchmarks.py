@@ -1,9 +1,13 @@
 """benchmarks/gpu.py in small on the processor, so that it works where there is a GPU at last."""
 
+import json
 import re
+import sys
+from argparse import Namespace
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +31,19 @@ def test_all_parts_run_in_small(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    measured = set()
+
+    def append(options: Namespace, record: dict[str, Any], where: dict[str, Any]) -> None:
+        measured.add(json.loads(json.dumps(record | where))["measure"])
+        records.append(options, record, where)
+
+    records = sys.modules["records"]
+    monkeypatch.setattr(gpu, "append", append)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     assert gpu.main([*PARTS, "--cpu", "--root", str(tiny_root)]) == 0
     printed = capsys.readouterr()
     assert "failed" not in printed.out + printed.err
+    assert measured == set(PARTS)
     assert not (tmp_path / "gpu.jsonl").exists()
     for part in PARTS:
         assert re.search(rf"^\({part}: \d+ s\)$", printed.out, re.M)
