@@ -1,0 +1,289 @@
+"""What must hold on a GPU. Each test runs on the processor too, so that it is known to work where there is no GPU.
+
+pytest -m gpu    # those on the GPU alone; skipped without one
+"""
+
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_mnist import LitMNIST, MNISTDataModule
+from lit_mnist.data.augment import affine, affine_matrices
+from lit_mnist.data.batches import seeded_generator
+
+# torch reads it once in a process, at the first matrix product; Lightning sets it when it makes a deterministic Trainer
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+# 7 batches of 50 an epoch, and whatever has a state
+TINY = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", "--trainer.enable_model_summary", "false"]
+TINY += ["--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05", "--model.ema_decay", "0.9"]
+TINY += ["--model.label_smoothing", "0.1", "--data.batch_size", "50", "--data.val_size", "50"]
+TINY += ["--data.rotation", "8", "--data.scale", "0.1", "--data.augmented", "0.7", "--board.every_n_epochs", "0"]
+BOARD = "--board.every_n_epochs", "1"
+Command = Callable[..., int]
+Watcher = Callable[[LitMNIST, tuple[Tensor, Tensor]], None]
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+class NoReading(TorchDispatchMode):
+    """On the processor, where nothing waits, the reading of a value raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a synchronizing operation")  # torch's word for it on a GPU
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_synchronisation(device: str) -> Iterator[None]:
+    """What waits for the device raises RuntimeError."""
+    if device == "cpu":
+        with NoReading():  # type: ignore[no-untyped-call]
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
+def device(request: pytest.FixtureRequest) -> str:
+    """The type of the device to run on."""
+    return str(request.param)
+
+
+@pytest.fixture
+def run(command: Command, device: str) -> Command:
+    """Run a command on the device with the tiny data set, from a folder of its own."""
+    return lambda name, *flags: command(name, *flags, "--trainer.accelerator", ACCELERATORS[device])
+
+
+@pytest.fixture
+def fit(run: Command) -> Command:
+    return lambda *flags: run("fit", *TINY, *flags)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, watcher: Watcher) -> None:
+    """Call it before each training step with the module and the batch."""
+    original = LitMNIST.training_step
+
+    def watched(self: LitMNIST, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        watcher(self, batch)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitMNIST, "training_step", watched)
+
+
+def results(version: int = 0) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(f"lightning_logs/version_{version}/results.json").read_text())
+    return content
+
+
+def last_state(run: Path) -> dict[str, Any]:
+    """Weights, their average, the optimizer's state and the random states of a run's last checkpoint."""
+    (path,) = (run / "checkpoints").glob("last-*.ckpt")
+    loaded = torch.load(path, weights_only=True, map_location="cpu")
+    found = {name: loaded[name] for name in ("state_dict", "current_model_state", "averaging_state")}
+    found["optimizer"] = [optimizer["state"] for optimizer in loaded["optimizer_states"]]
+    random = loaded["processes"][0]["random"]
+    found["random"] = {name: random[name] for name in ("torch", "cuda") if name in random}
+    return found | {"name": torch.tensor([ord(letter) for letter in path.name])}
+
+
+def test_batches_weights_and_metrics_lie_on_the_device(fit: Command, device: str, monkeypatch: Any) -> None:
+    seen: list[set[str]] = []
+
+    def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
+        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        kept = [state for metric in module.train_metrics.values() for state in metric.metric_state.values()]
+        tensors = [*batch, *data.sets["train"], *module.parameters(), *module.buffers(), *kept]
+        seen.append({tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)})
+
+    watch(monkeypatch, look)
+    assert fit() == 0
+    assert seen == [{device}] * 14
+
+
+def test_what_waits_is_noticed(device: str) -> None:
+    value = torch.ones(3, device=device).sum()
+    with pytest.raises(RuntimeError, match="synchronizing"), no_synchronisation(device):
+        value.item()
+
+
+def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Any) -> None:
+    steps = [0]
+    with ExitStack() as stack:
+
+        def look(*_: Any) -> None:
+            steps[0] += 1
+            if steps[0] == 2:
+                stack.enter_context(no_synchronisation(device))
+            elif steps[0] == 102:
+                stack.close()
+
+        watch(monkeypatch, look)
+        seldom = ["--trainer.log_every_n_steps", "1000", "--checkpoint.every_seconds", "3600"]
+        assert fit(*seldom, *BOARD, "--data.batch_size", "3", "--trainer.max_epochs", "1") == 0
+    assert steps[0] == 117
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_cut_short_within_an_epoch_ends_as_one_that_was_not(
+    run: Command, fit: Command, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    flags = ["--trainer.deterministic", "true", "--trainer.precision", precision, "--model.dropout", "0.1"]
+    flags += ["--checkpoint.every_n_steps", "1"]
+    assert fit(*flags) == 0
+    uninterrupted = tmp_path / "uninterrupted"
+    shutil.move("lightning_logs/version_0", uninterrupted)
+    left = [10]  # three steps into the second epoch
+
+    def kill(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        watch(patch, kill)
+        with pytest.raises(Killed):
+            fit(*flags)
+    torch.rand(3, device=device)  # another process has another random state
+    assert run("fit", "--ckpt_path", "last") == 0
+    ours = last_state(Path("lightning_logs/version_0"))
+    assert ("cuda" in ours["random"]) == (device == "cuda")
+    assert_close(ours, last_state(uninterrupted), rtol=0, atol=0)
+
+
+@contextmanager
+def no_processes_joined() -> Iterator[None]:
+    """torch keeps the group of a process's first run, and another device's would be of another kind."""
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    leave()
+    try:
+        yield
+    finally:
+        leave()
+
+
+def test_ddp_of_one_process_is_a_run_without(fit: Command, device: str, monkeypatch: Any) -> None:
+    flags = ["--trainer.deterministic", "true", "--trainer.precision", "32-true"]
+    assert fit(*flags) == 0
+    backends = set()
+    watch(monkeypatch, lambda *_: backends.add(torch.distributed.get_backend()))
+    with no_processes_joined():
+        assert fit(*flags, "--trainer.strategy", "ddp", "--trainer.devices", "1") == 0
+    assert backends == {{"cpu": "gloo", "cuda": "nccl"}[device]}
+    alone, joined = (last_state(Path(f"lightning_logs/version_{version}"))["state_dict"] for version in range(2))
+    assert_close(joined, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_moved_as_on_the_processor(device: str) -> None:
+    images = torch.randint(0, 256, (64, 1, 28, 28), generator=seeded_generator(2), dtype=torch.uint8)
+    matrices = affine_matrices(64, 10, 2, 0.1, seeded_generator(1), 0.7)
+    moved = affine(images.to(device), matrices)
+    assert moved.device.type == device
+    # noise: two neighbours differ by up to 255, and a position is exact to some 1e-5 of a pixel
+    assert_close(moved.cpu(), affine(images, matrices), atol=0.05, rtol=0)
+
+
+def test_a_fit_sees_the_processors_batches(
+    fit: Command, device: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    watch(monkeypatch, lambda module, batch: seen.append((batch[0].cpu(), batch[1].cpu())))
+    assert fit() == 0
+    data = MNISTDataModule(str(tiny_root), batch_size=50, val_size=50, rotation=8, scale=0.1, augmented=0.7)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    expected = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        expected += [data.augment(*batch) for batch in loader]
+    assert len(seen) == len(expected) == 14
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert_close(ours[0], theirs[0], atol=0.05, rtol=0)
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_bfloat16_trains(fit: Command, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
+        with torch.no_grad():
+            module.eval()  # its answer here must not move the statistics
+            seen.add((module(batch[0]).dtype, next(module.parameters()).dtype))
+            module.train()
+
+    watch(monkeypatch, look)
+    assert fit("--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "4", "--model.label_smoothing", "0") == 0
+    assert seen == {(torch.bfloat16, torch.float32)}
+    metrics = results()["fit"]["metrics"]
+    assert 0 < metrics["train/loss"] < math.log(10)
+    assert math.isfinite(metrics["val/loss"])
+    assert all(
+        tensor.isfinite().all() for tensor in last_state(Path("lightning_logs/version_0"))["state_dict"].values()
+    )
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
+def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    units = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert fit("--trainer.precision", "auto", "--trainer.max_epochs", "1") == 0
+    chosen = "bf16-mixed" if units else "32-true"
+    assert f"Precision: {chosen}, as {torch.cuda.get_device_name()} has " in capsys.readouterr().out
+    assert results()["fit"]["settings"]["trainer.precision"] == chosen
+    assert results()["fit"]["hardware"]["device"] == torch.cuda.get_device_name()
+
+
+def test_a_checkpoint_serves_every_command(
+    command: Command, fit: Command, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*BOARD) == 0
+    tests, answers = [], []
+    for accelerator in {"cpu", ACCELERATORS[device]}:
+        chosen = ["--ckpt_path", "best", "--trainer.accelerator", accelerator]
+        assert command("validate", *chosen) == 0
+        assert command("test", *chosen) == 0
+        tests.append(results()["test"]["test/loss"])
+        assert command("predict", *chosen) == 0
+        (path,) = Path("lightning_logs/version_0").glob("predictions-best-*.csv")
+        with path.open() as file:
+            rows = list(csv.reader(file))[1:]
+        assert len(rows) == 100
+        answers.append(torch.tensor([[float(value) for value in row[2:]] for row in rows]))
+    for loss, probabilities in zip(tests, answers, strict=True):
+        assert loss == pytest.approx(tests[0], rel=1e-2)  # convolutions on a GPU are TF32's
+        assert_close(probabilities, answers[0], atol=1e-2, rtol=0)
+    assert command("export", "--ckpt_path", "best", "--output", "digits.pt2") == 0
+    assert "Exported: digits.pt2, " in capsys.readouterr().out
+
+
+def test_a_gpus_checkpoint_is_resumed_on_the_processor(run: Command, command: Command, fit: Command) -> None:
+    assert fit() == 0
+    longer = ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    assert command("fit", *longer, "--trainer.accelerator", "cpu") == 0
+    assert run("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
+    assert (results()["fit"]["epochs"], results()["fit"]["steps"]) == (4, 28)
