@@ -87,6 +87,29 @@ def example() -> Tensor:
     return torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
 
 
+def restored(checkpoint: dict[str, Any], name: str) -> LitMNIST:
+    """The module of a checkpoint, with its weights.
+
+    Args:
+        checkpoint: as `read_checkpoint` gives it.
+        name: its file's, for messages.
+
+    Raises:
+        CommandError: the weights do not fit their network.
+    """
+    settings = plain_settings("model", checkpoint["hyper_parameters"])
+    try:
+        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})
+    except Exception as error:  # a setting of another kind fails wherever it is used first
+        raise CommandError(f"--ckpt_path {name}: its settings make no network ({shortened(str(error))})") from error
+    try:
+        check_weights(lit, checkpoint["state_dict"])
+        lit.load_state_dict(checkpoint["state_dict"])
+    except (StateError, RuntimeError) as error:
+        raise CommandError(f"--ckpt_path {name}: its weights do not fit the network it names") from error
+    return lit
+
+
 def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name: str) -> str:
     """Write a checkpoint's network and check the file on the whole test set.
 
@@ -108,18 +131,7 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
         raise CommandError(f"--ckpt_path {checkpoint_name}: its data.name {name} is none that this version knows")
     mnist.prepare(root, name=name)
     images, targets = mnist.load(root, train=False, name=name)
-    settings = plain_settings("model", checkpoint["hyper_parameters"])
-    try:
-        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})
-    except Exception as error:  # a setting of another kind fails wherever it is used first
-        raise CommandError(
-            f"--ckpt_path {checkpoint_name}: its settings make no network ({shortened(str(error))})"
-        ) from error
-    try:
-        check_weights(lit, checkpoint["state_dict"])
-        lit.load_state_dict(checkpoint["state_dict"])
-    except (StateError, RuntimeError) as error:
-        raise CommandError(f"--ckpt_path {checkpoint_name}: its weights do not fit the network it names") from error
+    lit = restored(checkpoint, checkpoint_name)
     model = Probabilities(lit.network).eval()
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in images.split(500)])
