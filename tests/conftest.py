@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lit_mnist.commands.main import main
+from lit_mnist.commands.page import chromium
 from lit_mnist.data import mnist, sources
 
 if TYPE_CHECKING:
@@ -76,20 +77,9 @@ def real_root() -> Path:
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
     """Chromium without a window, which keeps a log of its requests."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}/chromium"]
-    for flag in [*quiet, "--window-size=1600,1200"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(driver))
+    browser = chromium(tmp_path / "chromium")
     try:
         yield browser
     finally:

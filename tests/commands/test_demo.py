@@ -149,7 +149,9 @@ def test_in_a_browser(browser: Chrome, server: subprocess.Popen[str], tmp_path: 
                 (each for each in browser.find_elements(By.CSS_SELECTOR, selector) if each.is_displayed()), None
             )
 
-        return WebDriverWait(browser, 60).until(find, selector)
+        found = WebDriverWait(browser, 60).until(find, selector)
+        assert found
+        return found
 
     def shows(selector: str, text: str) -> None:
         WebDriverWait(browser, 60).until(lambda _: visible(selector).text == text, f"{selector}: {text}")
