@@ -25,8 +25,8 @@ from lit_mnist.commands.settings import CommandError
 from lit_mnist.data import images, mnist
 from lit_mnist.data.images import Picture
 from lit_mnist.training.checkpoints import find_and_read, read_checkpoint
-from lit_mnist.training.console import OneLineParser, complain, shown
-from lit_mnist.training.runs import RunError, newest, run_folder, versions
+from lit_mnist.training.console import OneLineParser, complain, shortened, shown
+from lit_mnist.training.runs import RunError, newest, read_results, run_folder, section, text, versions
 
 SIDE = 320  # of the sketchpad, in pixels; a telephone has at least 360
 PHOTOGRAPH_LIMIT = 20 * 2**20  # bytes
@@ -91,6 +91,14 @@ def examples(root: str, checkpoint: dict[str, Any], folder: Path) -> list[str]:
     for picture, path in zip(pictures, paths, strict=True):
         picture.save(path)
     return paths
+
+
+def named(checkpoint: Path) -> str:
+    run = run_folder(checkpoint)
+    if not run:
+        return shown(checkpoint)
+    recipe = text(section(read_results(run), "fit"), "recipe") or "unknown"
+    return f"{run.name}: {shortened(recipe, 40)}, {checkpoint.stem.partition('-')[0]}"
 
 
 def page(checkpoints: list[tuple[str, str]], pictures: list[str]) -> Any:
@@ -185,9 +193,10 @@ def demo(args: Sequence[str]) -> None:
     print(f"Checkpoint: {path}", flush=True)
     others = [newest(run, "best") or newest(run) for run in versions(runs)[:RUNS_SHOWN]]
     files = dict.fromkeys(file.resolve() for file in (path, *others) if file)
-    names = [f"{run.name}: {file.stem}" if (run := run_folder(file)) else shown(file) for file in files]
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # `timeout` sends two at once
         raise SystemExit(complain(f"stopped by {signal.Signals(signum).name}", 128 + signum))
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -195,7 +204,7 @@ def demo(args: Sequence[str]) -> None:
         with TemporaryDirectory(prefix="lit_mnist-") as folder:
             os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
             blocks = page(
-                list(zip(names, map(str, files), strict=True)), examples(options.root, checkpoint, Path(folder))
+                [(named(file), str(file)) for file in files], examples(options.root, checkpoint, Path(folder))
             )
             serve(blocks, options.host, port)
     finally:
