@@ -53,7 +53,8 @@ def answer(picture: Picture | None, checkpoint: str) -> tuple[dict[str, float] |
     if picture is None or picture.digit is None:
         return None, html.escape(picture.problem) if picture else ""
     try:
-        probabilities = network(Path(checkpoint))(picture.digit[None])[0].tolist()
+        with torch.inference_mode():
+            probabilities = network(Path(checkpoint))(picture.digit[None])[0].tolist()
     except (RunError, CommandError) as error:  # perhaps its run has gone on and replaced it
         return None, html.escape(str(error))
     content = io.BytesIO()
@@ -112,7 +113,7 @@ def page(checkpoints: list[tuple[str, str]], pictures: list[str]) -> Any:
 
     pen = gr.Brush(default_size=12, colors=["#000000"], color_mode="fixed")
     look: dict[str, Any] = {"show_label": False, "height": SIDE + 80, "buttons": []}
-    with gr.Blocks(title="lit_mnist", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
+    with gr.Blocks(title="lit_mnist", analytics_enabled=False, delete_cache=(30, 60)) as blocks:
         last = gr.State()
         with gr.Row():
             with gr.Column():

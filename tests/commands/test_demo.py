@@ -70,6 +70,8 @@ def test_an_answer_is_that_of_predict(command: Callable[..., int]) -> None:
     assert demo.answer(blank, str(checkpoint)) == (None, "nothing stands out from the background")
     for nothing in (demo.drawn(None), demo.drawn({"composite": None}), demo.dropped(None)):
         assert demo.answer(nothing, str(checkpoint)) == (None, "")
+    assert demo.named(checkpoint) == "version_0: default, best"
+    assert demo.named(Path("my own.ckpt")) == "my own.ckpt"
     assert demo.answer(found, "gone<b>.ckpt")[1].startswith("--ckpt_path gone&lt;b&gt;.ckpt: ")
 
 
