@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pytest
 
 from lit_mnist.commands.main import main
+from lit_mnist.commands.page import chromium
 from lit_mnist.data import mnist, sources
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -67,6 +72,18 @@ def real_root() -> Path:
             pytest.fail(str(error))
         pytest.skip(str(error))
     return root
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Chrome]:
+    """Chromium without a window, which keeps a log of its requests."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
+    browser = chromium(tmp_path / "chromium")
+    try:
+        yield browser
+    finally:
+        browser.quit()
 
 
 @pytest.fixture(autouse=True)

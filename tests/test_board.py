@@ -1,10 +1,12 @@
+from __future__ import annotations
+
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lit_mnist import MNISTDataModule, board
 from lit_mnist.commands.main import main
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 RUN = Path("lightning_logs/version_0")
 Command = Callable[..., int]
@@ -200,21 +205,8 @@ def address(run: EventAccumulator) -> Iterator[str]:
         server.communicate()
 
 
-def test_in_a_browser(run: EventAccumulator, address: str, tmp_path: Path) -> None:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
+def test_in_a_browser(run: EventAccumulator, address: str, browser: Chrome) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}/chromium"]
-    for flag in [*quiet, "--window-size=1600,1200"]:
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=Service(driver))
 
     def shows(tab: str, *words: str) -> None:
         """Fail unless the tab shows all the words within a while."""
@@ -234,12 +226,9 @@ def test_in_a_browser(run: EventAccumulator, address: str, tmp_path: Path) -> No
         WebDriverWait(browser, 60).until(lambda _: browser.execute_script(script) >= least, script)
 
     accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
-    try:
-        shows("timeseries", "by_epoch/train", "/accuracy", "version_0", "Pinned")
-        counts("return document.querySelectorAll('card-view').length", 2)
-        shows("custom_scalars", "by step", "train/loss (", "val/loss (", "by epoch", "each digit")
-        shows("images", "answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13")
-        counts(LOADED_IMAGES, 2)
-        shows("hparams", "Trial ID", "version_0", "batch_size", "50.000", "val/accuracy", accuracy)
-    finally:
-        browser.quit()
+    shows("timeseries", "by_epoch/train", "/accuracy", "version_0", "Pinned")
+    counts("return document.querySelectorAll('card-view').length", 2)
+    shows("custom_scalars", "by step", "train/loss (", "val/loss (", "by epoch", "each digit")
+    shows("images", "answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13")
+    counts(LOADED_IMAGES, 2)
+    shows("hparams", "Trial ID", "version_0", "batch_size", "50.000", "val/accuracy", accuracy)

@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_mnist import __version__
+from lit_mnist.commands import page
 from lit_mnist.commands.settings import CommandError, plain_settings
 from lit_mnist.data import mnist
 from lit_mnist.module import LitMNIST
@@ -25,7 +27,7 @@ from lit_mnist.training.console import OneLineParser, shortened, shown
 from lit_mnist.training.results import commit
 from lit_mnist.training.state import StateError, check_weights
 
-ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
+ONNX = ("onnx", "onnxscript", "onnxruntime", "selenium")  # what the extra [export] installs
 TOLERANCE = 1e-5  # of a probability
 BATCHES = (1, 500)  # sizes in which the written file is checked; the test set ends in a smaller one
 
@@ -50,41 +52,73 @@ def write_pt2(model: Probabilities, path: Path, metadata: dict[str, str]) -> Non
 
 
 def write_onnx(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
+    path.write_bytes(network_onnx(model, metadata))
+
+
+def write_html(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
+    canvas = torch.zeros(page.CANVAS, page.CANVAS, dtype=torch.uint8)
+    drawing = onnx_bytes(page.Drawing(), {}, (canvas,), input_names=["canvas"], output_names=["images"])
+    page.write(path, network_onnx(model, metadata), drawing, metadata)
+
+
+def network_onnx(model: Probabilities, metadata: dict[str, str]) -> bytes:
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"], "dynamic_shapes": batch}
+    return onnx_bytes(model, metadata, (example(),), **names)
+
+
+def onnx_bytes(model: nn.Module, metadata: dict[str, str], inputs: tuple[Tensor], **settings: Any) -> bytes:
     import onnx
 
-    program = torch.onnx.export(
-        model,
-        (example(),),
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        verbose=False,
-    )
+    program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **settings)
     assert program is not None
     proto = program.model_proto
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
-    onnx.save(proto, path)
+    return proto.SerializeToString()
 
 
-def run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
-    return module
+@contextmanager
+def run_pt2(path: Path) -> Iterator[Callable[[Tensor], Tensor]]:
+    yield torch.export.load(path).module()
 
 
-def run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+@contextmanager
+def run_onnx(path: Path) -> Iterator[Callable[[Tensor], Tensor]]:
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    yield lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-FORMATS = {".pt2": (write_pt2, run_pt2), ".onnx": (write_onnx, run_onnx)}
+FORMATS = {".pt2": (write_pt2, run_pt2), ".onnx": (write_onnx, run_onnx), ".html": (write_html, page.opened)}
 
 
 def example() -> Tensor:
     return torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+
+
+def restored(checkpoint: dict[str, Any], name: str) -> LitMNIST:
+    """The module of a checkpoint, with its weights.
+
+    Args:
+        checkpoint: as `read_checkpoint` gives it.
+        name: its file's, for messages.
+
+    Raises:
+        CommandError: the weights do not fit their network.
+    """
+    settings = plain_settings("model", checkpoint["hyper_parameters"])
+    try:
+        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})
+    except Exception as error:  # a setting of another kind fails wherever it is used first
+        raise CommandError(f"--ckpt_path {name}: its settings make no network ({shortened(str(error))})") from error
+    try:
+        check_weights(lit, checkpoint["state_dict"])
+        lit.load_state_dict(checkpoint["state_dict"])
+    except (StateError, RuntimeError) as error:
+        raise CommandError(f"--ckpt_path {name}: its weights do not fit the network it names") from error
+    return lit
 
 
 def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name: str) -> str:
@@ -108,18 +142,7 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
         raise CommandError(f"--ckpt_path {checkpoint_name}: its data.name {name} is none that this version knows")
     mnist.prepare(root, name=name)
     images, targets = mnist.load(root, train=False, name=name)
-    settings = plain_settings("model", checkpoint["hyper_parameters"])
-    try:
-        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})
-    except Exception as error:  # a setting of another kind fails wherever it is used first
-        raise CommandError(
-            f"--ckpt_path {checkpoint_name}: its settings make no network ({shortened(str(error))})"
-        ) from error
-    try:
-        check_weights(lit, checkpoint["state_dict"])
-        lit.load_state_dict(checkpoint["state_dict"])
-    except (StateError, RuntimeError) as error:
-        raise CommandError(f"--ckpt_path {checkpoint_name}: its weights do not fit the network it names") from error
+    lit = restored(checkpoint, checkpoint_name)
     model = Probabilities(lit.network).eval()
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in images.split(500)])
@@ -144,17 +167,17 @@ def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name:
                 write(model, partial, metadata)
             except (OSError, RuntimeError) as error:  # torch's type for a file that cannot be written
                 raise CommandError(f"--output {output}: {str(error).splitlines()[0]}") from error
-            answer = load(partial)
         difference = 0.0
-        for size in BATCHES:
-            part = images[: 10 * size] if size == 1 else images
-            answers = torch.cat([answer(batch).detach() for batch in part.split(size)])
-            difference = max(difference, float((answers - expected[: len(part)]).abs().nan_to_num(math.inf).max()))
-            if difference > TOLERANCE or not torch.equal(answers.argmax(1), expected[: len(part)].argmax(1)):
-                raise CommandError(
-                    f"--output {output}: the exported network differs from the checkpoint by {difference:.1e} in a"
-                    f" probability, and {TOLERANCE:.0e} is allowed; nothing was written"
-                )
+        with load(partial) as answer:
+            for size in BATCHES:
+                part = images[: 10 * size] if size == 1 else images
+                answers = torch.cat([answer(batch).detach() for batch in part.split(size)])
+                difference = max(difference, float((answers - expected[: len(part)]).abs().nan_to_num(math.inf).max()))
+                if difference > TOLERANCE or not torch.equal(answers.argmax(1), expected[: len(part)].argmax(1)):
+                    raise CommandError(
+                        f"--output {output}: the exported network differs from the checkpoint by {difference:.1e} in a"
+                        f" probability, and {TOLERANCE:.0e} is allowed; nothing was written"
+                    )
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
@@ -175,7 +198,7 @@ def main(args: Sequence[str]) -> None:
     parser = OneLineParser(prog="python -m lit_mnist export", description="Write a checkpoint's network to a file.")
     parser.add_argument("--ckpt_path", required=True, metavar="best|last|PATH", help="the checkpoint")
     parser.add_argument(
-        "--output", required=True, type=Path, help="digits.onnx (needs the extra [export]) or digits.pt2"
+        "--output", required=True, type=Path, help="digits.pt2, or with the extra [export] digits.onnx or digits.html"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the data, for the check (data)")
@@ -183,9 +206,14 @@ def main(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     output: Path = options.output
     if output.suffix not in FORMATS:
-        raise CommandError(f"--output {output}: the name must end in {' or '.join(FORMATS)}")
-    if output.suffix == ".onnx" and (missing := [name for name in ONNX if find_spec(name) is None]):
+        raise CommandError(f"--output {output}: the name must end in {', '.join(FORMATS)}")
+    if output.suffix != ".pt2" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise CommandError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
+    if output.suffix == ".html":
+        try:
+            page.check_tools()
+        except CommandError as error:
+            raise CommandError(f"--output {output}: {error}") from error
     if output.is_dir():
         raise CommandError(f"--output {output}: that is a folder; name a file")
     if os.path.lexists(output) and not options.overwrite:

@@ -121,5 +121,9 @@ def start(args: list[str]) -> None:
             except ModuleNotFoundError as error:
                 raise CommandError(f"sweep needs {error.name}: pip install 'lit_mnist[sweep]'") from error
             sweep(args[1:])
+        elif args[0] == "demo":
+            from lit_mnist.commands.demo import demo
+
+            demo(args[1:])
         else:
             MNISTCLI(args)
