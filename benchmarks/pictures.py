@@ -11,10 +11,15 @@ Prints a table; with `--record` it is appended with its conditions to results/pi
 from __future__ import annotations
 
 import argparse
+import colorsys
+import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
 from records import add_flag, append
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -26,6 +31,7 @@ from lit_mnist.data import images, mnist
 from lit_mnist.training.checkpoints import read_checkpoint
 
 COUNT = 1000
+CANVAS = 240
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
@@ -82,6 +88,207 @@ VARIANTS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "on paper": on_paper,
     "noisy strokes": noisy_strokes,
 }
+
+
+def scene(digit: Tensor, generator: Generator, room: tuple[float, float] = (0, 0), canvas: int = CANVAS) -> Tensor:
+    """The digit's ink somewhere on a canvas, 35 to 60 % of it, with ROOM left above and to the left."""
+    inked = (digit > 0.3).nonzero()
+    (above, left), (below, right) = inked.min(0).values.tolist(), inked.max(0).values.tolist()
+    digit = digit[above : below + 1, left : right + 1]
+    scale = uniform(0.35, 0.6, generator) * CANVAS / max(digit.shape)
+    size = [max(2, round(side * scale)) for side in digit.shape]
+    ink = F.interpolate(digit[None, None], size, mode="bicubic", antialias=True)[0, 0].clamp(0, 1)
+    places = [
+        int(uniform(share * canvas + 12, max(canvas - side - 12, share * canvas + 12), generator))
+        for side, share in zip(ink.shape, room, strict=True)
+    ]
+    whole = torch.zeros(canvas + 80, canvas + 80)
+    whole[places[0] : places[0] + size[0], places[1] : places[1] + size[1]] = ink
+    return whole[:canvas, :canvas]
+
+
+def photographed(ink: Tensor, generator: Generator, light: Tensor | float = 0.85, strength: float = 0.8) -> Tensor:
+    noise = torch.randn(ink.shape, generator=generator)
+    return (light * (1 - strength * ink) + 0.012 * noise).clamp(0, 1)
+
+
+def coordinates(angle: float, canvas: int = CANVAS) -> Tensor:
+    """How far each pixel lies from the canvas's middle along a direction, in degrees from the downward one."""
+    y, x = torch.meshgrid(torch.arange(canvas) - canvas / 2, torch.arange(canvas) - canvas / 2, indexing="ij")
+    turn = math.radians(angle)
+    return y * math.cos(turn) + x * math.sin(turn)
+
+
+def quarters(generator: Generator) -> int:
+    return int(uniform(0, 4, generator))
+
+
+def lines_at(offsets: list[float], angle: float, generator: Generator) -> Tensor:
+    width = uniform(1.5, 4, generator)
+    along = coordinates(angle)
+    return torch.stack([(0.5 + width / 2 - (along - offset).abs()).clamp(0, 1) for offset in offsets]).amax(0)
+
+
+def cell_lines(digit: Tensor, generator: Generator) -> Tensor:
+    """A printed cell cut out roughly: one to four of its lines run along the edges of the picture."""
+    ink = scene(digit, generator, (0.08, 0.08))[: CANVAS - 20, : CANVAS - 20]
+    ink = F.pad(ink, (0, 20, 0, 20))
+    for side in range(1 + quarters(generator)):
+        offset = CANVAS / 2 - uniform(1, 12, generator)
+        ink = torch.maximum(ink, lines_at([offset], 90 * side + uniform(-1.5, 1.5, generator), generator))
+    return photographed(ink, generator)
+
+
+def boxed(digit: Tensor, generator: Generator) -> Tensor:
+    """A closed box drawn around the digit, clear of it, askew by up to 3 degrees."""
+    ink = scene(digit, generator, (0.15, 0.15))
+    inked = (ink > 0.3).nonzero()
+    (above, left), (below, right) = inked.min(0).values.tolist(), inked.max(0).values.tolist()
+    margin = [uniform(12, 30, generator) for _ in range(4)]
+    angle, width = uniform(-3, 3, generator), uniform(1.5, 4, generator)
+    y, x = coordinates(angle), coordinates(angle + 90)
+    inside = torch.stack([
+        y - (above - margin[0] - CANVAS / 2), (below + margin[1] - CANVAS / 2) - y,
+        x - (left - margin[2] - CANVAS / 2), (right + margin[3] - CANVAS / 2) - x,
+    ]).amin(0)  # fmt: skip
+    return photographed(torch.maximum(ink, (0.5 + width / 2 - inside.abs()).clamp(0, 1)), generator)
+
+
+def desk(digit: Tensor, generator: Generator) -> Tensor:
+    """The sheet ends, and 15 to 40 % of the picture is a darker desk with a grain."""
+    share = uniform(0.15, 0.4, generator)
+    turns = quarters(generator)
+    ink = scene(digit.rot90(-turns), generator, (share, 0))
+    on_desk = coordinates(uniform(-3, 3, generator)) < (share - 0.5) * CANVAS
+    grain = F.interpolate(torch.randn(1, 1, 60, 12, generator=generator), CANVAS, mode="bilinear")[0, 0]
+    level = uniform(0.15, 0.45, generator)
+    light = torch.where(on_desk, level + 0.03 * grain, 0.85)
+    return photographed(ink, generator, light).rot90(turns)
+
+
+def shadow(digit: Tensor, generator: Generator, blur: tuple[float, float]) -> Tensor:
+    ink = scene(digit, generator)
+    along = coordinates(uniform(0, 360, generator)) - uniform(-50, 50, generator)
+    shade = (along / uniform(*blur, generator)).sigmoid()
+    return photographed(ink, generator, 0.85 * (1 - uniform(0.35, 0.6, generator) * shade))
+
+
+def hard_shadow(digit: Tensor, generator: Generator) -> Tensor:
+    """Across the picture, 35 to 60 % of the light gone within a pixel or two."""
+    return shadow(digit, generator, (0.2, 0.8))
+
+
+def soft_shadow(digit: Tensor, generator: Generator) -> Tensor:
+    """The same within 50 to 100 pixels."""
+    return shadow(digit, generator, (12, 25))
+
+
+def strip(digit: Tensor, generator: Generator) -> Tensor:
+    """A dark strip of 3 to 10 % along one border, as of a scanner's lid."""
+    share = uniform(0.03, 0.1, generator)
+    turns = quarters(generator)
+    ink = scene(digit.rot90(-turns), generator, (share, 0))
+    light = torch.where(
+        coordinates(uniform(-1, 1, generator)) < (share - 0.5) * CANVAS, uniform(0, 0.3, generator), 0.85
+    )
+    return photographed(ink, generator, light).rot90(turns)
+
+
+def paper_lines(digit: Tensor, generator: Generator, pitch: tuple[float, float], angles: tuple[float, ...]) -> Tensor:
+    ink = scene(digit, generator)
+    distance, askew, strength = uniform(*pitch, generator), uniform(-2, 2, generator), uniform(0.25, 0.6, generator)
+    start = uniform(0, distance, generator)
+    offsets = [start + distance * index - CANVAS for index in range(int(2 * CANVAS / distance))]
+    for angle in angles:
+        ink = torch.maximum(ink, strength * lines_at(offsets, angle + askew, generator))
+    return photographed(ink, generator)
+
+
+def ruled(digit: Tensor, generator: Generator) -> Tensor:
+    """Ruled paper: lines 30 to 75 % as dark as the ink, 30 to 70 pixels apart, askew by up to 2 degrees."""
+    return paper_lines(digit, generator, (30, 70), (0,))
+
+
+def squared(digit: Tensor, generator: Generator) -> Tensor:
+    """Squared paper: the same both ways, 20 to 50 pixels apart."""
+    return paper_lines(digit, generator, (20, 50), (0, 90))
+
+
+def cut(digit: Tensor, generator: Generator) -> Tensor:
+    """Cut off at each side between 4 % within the digit and 4 % outside."""
+    ink = scene(digit, generator)
+    inked = (ink > 0.3).nonzero()
+    first, last = inked.min(0).values.tolist(), (inked.max(0).values + 1).tolist()
+    slack = [round(0.04 * uniform(-1, 1, generator) * max(last[0] - first[0], last[1] - first[1])) for _ in range(4)]
+    picture = photographed(ink, generator)
+    return picture[first[0] - slack[0] : last[0] + slack[1], first[1] - slack[2] : last[1] + slack[3]]
+
+
+def tiny(digit: Tensor, generator: Generator) -> Tensor:
+    """30 to 60 pixels high in a picture of 1,000."""
+    scale = uniform(30, 60, generator) / (0.5 * CANVAS)
+    ink = scene(digit, generator)
+    ink = F.interpolate(ink[None, None], scale_factor=scale, mode="bilinear", antialias=True)[0, 0]
+    return photographed(placed(ink, 1000, generator), generator)
+
+
+def low_contrast(digit: Tensor, generator: Generator) -> Tensor:
+    """A pencil: ink that takes 10 to 20 % of the light, in noise."""
+    return photographed(scene(digit, generator), generator, strength=uniform(0.1, 0.2, generator))
+
+
+def colour_ink(digit: Tensor, generator: Generator) -> Tensor:
+    """Ink of any hue on white or tinted paper, float (H, W, 3), yellow on white among it."""
+    ink = scene(digit, generator)[..., None]
+    colour = torch.tensor(colorsys.hsv_to_rgb(uniform(0, 1, generator), 1, uniform(0.6, 1, generator)))
+    paper = torch.tensor(colorsys.hsv_to_rgb(uniform(0, 1, generator), uniform(0, 0.25, generator), 0.9))
+    noise = torch.randn(CANVAS, CANVAS, 3, generator=generator)
+    return (paper * (1 - ink) + 0.9 * colour * ink + 0.012 * noise).clamp(0, 1)
+
+
+DIFFICULTIES: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "cell lines": cell_lines,
+    "boxed": boxed,
+    "desk": desk,
+    "hard shadow": hard_shadow,
+    "soft shadow": soft_shadow,
+    "strip": strip,
+    "ruled": ruled,
+    "squared": squared,
+    "cut": cut,
+    "tiny": tiny,
+    "low contrast": low_contrast,
+    "colour ink": colour_ink,
+}
+
+
+def read(picture: Tensor) -> Tensor:
+    """What the network sees of a picture, nothing where it is told to show none; colours go by way of a file."""
+    try:
+        if picture.dim() == 2:
+            return images.digit(picture)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "picture.png"
+            Image.fromarray((picture * 255).round().to(torch.uint8).numpy()).save(path)
+            return images.digit(images.grey_levels(path))
+    except images.UnusableError:
+        return torch.zeros(1, 28, 28, dtype=torch.uint8)
+
+
+def strangers(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
+    """Files, labels and origins of other people's pictures, by the folder's labels.csv."""
+    with (folder / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    labels = torch.tensor([int(row["label"]) for row in rows])
+    return [folder / row["file"] for row in rows], labels, [row["origin"] for row in rows]
+
+
+def plain_ink(path: Path) -> Tensor:
+    """The ink of a stranger's picture with an even background, float (H, W), by its border alone."""
+    levels = images.grey_levels(path)
+    border = torch.cat([levels[0], levels[-1], levels[:, 0], levels[:, -1]]).median()
+    ink = (levels - border).abs()
+    return ((ink / ink.max() - 0.25) / 0.5).clamp(0, 1)
 
 
 def main() -> None:
