@@ -30,6 +30,7 @@ BOX, SIDE = 20, 28
 
 Pixels = NDArray[Any]  # float32 (H, W); cv2 says of its own results only that they are arrays
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
+Box = tuple[int, int, int, int]  # x, y, width, height
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Picture:
     path: Path
     digit: Tensor | None = None
     problem: str = ""
+    number: int = 0  # with several digits in a file, from 1 in the order of reading
+    box: Box = (0, 0, 0, 0)  # the digit's, then
 
 
 def find(paths: list[str]) -> list[Path]:
@@ -117,7 +120,8 @@ def grey_levels(path: Path) -> Tensor:
 
 def mixed(colours: Pixels) -> Pixels:
     """Mix red, green and blue (H, W, 3) to one level along the colour by which pixels differ most from those around."""
-    details = (colours - cv2.blur(colours, [odd(max(colours.shape) / 4)] * 2)).reshape(-1, 3)
+    small = shrunk(colours, WORKING_SIZE)
+    details = (small - cv2.blur(small, [odd(max(small.shape) / 4)] * 2)).reshape(-1, 3)
     mixture = np.linalg.eigh(details.T @ details)[1][:, -1]
     mixture *= np.sign(mixture.sum()) / np.abs(mixture).sum()
     level: Pixels = colours @ mixture - mixture.clip(max=0).sum()
@@ -172,7 +176,7 @@ def in_form(ink: Pixels) -> Tensor:
 
 
 def resized(pixels: Pixels, scale: float) -> Pixels:
-    height, width = (max(1, round(side * scale)) for side in pixels.shape)
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
@@ -213,7 +217,7 @@ def ink_of(levels: Pixels) -> Pixels:
     dark = ((eight_bits - median.astype(np.float32)) ** 3).sum() < 0  # ink is the smaller part, and stands out further
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
-    window = odd(max(12, max(levels.shape) * 0.3))
+    window = odd(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4))
     paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, ones(window, window))
     ink: Pixels = levels - paper
     if dark:
@@ -231,17 +235,26 @@ def ink_of(levels: Pixels) -> Pixels:
 
 def main_parts(ink: Pixels) -> Pixels:
     """The digit's ink alone: without specks, what comes in over the border, a box around it, and ruled lines."""
-    mask = (ink > 0.3).astype(np.uint8)
-    faint = (ink > 0.15).astype(np.uint8)
+    unlined = unruled(ink)
+    remaining = digit_parts(inked(unlined))
+    if unlined is not ink and fits(cv2.boundingRect(remaining), ink.shape):
+        return unlined * surroundings(remaining)
+    return ink * surroundings(digit_parts(inked(ink)))
+
+
+def inked(ink: Pixels, share: float = 0.3) -> Mask:
+    return (ink > share).astype(np.uint8)
+
+
+def unruled(ink: Pixels) -> Pixels:
+    """Without ruled lines, but where strokes cross them: the very same ink if there are none."""
+    faint = inked(ink, 0.15)
     lines = ruled_lines(faint)
-    if lines.any():
-        level = float(np.median(ink[(lines & faint) > 0]))
-        crossing = cv2.morphologyEx(mask & ~lines, cv2.MORPH_CLOSE, ones(9, 9))
-        unruled = np.where((lines > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
-        remaining = digit_parts((unruled > 0.3).astype(np.uint8))
-        if fits(cv2.boundingRect(remaining), ink.shape):
-            return unruled * surroundings(remaining)
-    return ink * surroundings(digit_parts(mask))
+    if not lines.any():
+        return ink
+    level = float(np.median(ink[(lines & faint) > 0]))
+    crossing = cv2.morphologyEx(inked(ink) * (1 - lines), cv2.MORPH_CLOSE, ones(9, 9))
+    return np.where((lines > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
 
 
 def surroundings(mask: Mask) -> Mask:
