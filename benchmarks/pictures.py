@@ -2,10 +2,13 @@
 
     python benchmarks/pictures.py lightning_logs/version_0/checkpoints/best-....ckpt
 
-Takes the first 1,000 test images of MNIST, makes pictures of them as people have them (other sizes, inverted, off
-centre, on paper in uneven light, with noisy strokes), and brings each back into MNIST's form as `predict --data.images`
-does. And scikit-learn's `load_digits`: 1,797 other people's digits of 8x8 pixels, of which the network has seen none.
-Prints a table; with `--record` it is appended with its conditions to results/pictures.jsonl.
+Takes the first 1,000 test images of MNIST and makes pictures of them as people have them (other sizes, inverted, off
+centre, on paper in uneven light, with noisy strokes), and harder ones of the first 300 (within cells and boxes, on a
+desk, in shadows, on ruled and squared paper, cut off, tiny, faint, in colours). Brings each back into MNIST's form as
+`predict --data.images` does. And scikit-learn's `load_digits`: 1,797 other people's digits of 8x8 pixels, of which the
+network has seen none. Where there is a folder of strangers' pictures, these too, the same difficulties laid over them,
+and numbers made of them. In the end, how confident wrong answers are, and answers for what is no digit. Prints tables;
+with `--record` they are appended with their conditions to results/pictures.jsonl.
 """
 
 from __future__ import annotations
@@ -14,24 +17,29 @@ import argparse
 import colorsys
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from records import add_flag, append
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
+from torch.nn import Module
 from torch.nn import functional as F
 
 from lit_mnist import LitMNIST
-from lit_mnist.data import images, mnist
+from lit_mnist.data import images, mnist, several
 from lit_mnist.training.checkpoints import read_checkpoint
 
-COUNT = 1000
+COUNT, HARDER = 1000, 300
 CANVAS = 240
+LETTERS = "AEFHKMNPRTUVWXYadefhkmnrtuvwx"  # those that no digit looks like
+STRANGERS = Path("../shared/wild-digits")
+MOUSE = "own-mouse"  # the origin of what no stranger drew
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
@@ -262,6 +270,27 @@ DIFFICULTIES: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 }
 
 
+def number(inks: list[Tensor], generator: Generator) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Digits in a row, 50 to 80 pixels high, 8 to 50 % of that apart, not quite level; and the columns of each."""
+    height = uniform(50, 80, generator)
+    spacing = uniform(0.08, 0.5, generator) * height
+    x = 40.0
+    columns: list[tuple[int, int]] = []
+    canvas = torch.zeros(200, 1400)
+    for ink in inks:
+        inked = (ink > 0.3).nonzero()
+        (above, left), (below, right) = inked.min(0).values.tolist(), inked.max(0).values.tolist()
+        ink = ink[above : below + 1, left : right + 1]
+        scale = height * uniform(0.9, 1.1, generator) / ink.shape[0]
+        size = [max(2, round(side * scale)) for side in ink.shape]
+        ink = F.interpolate(ink[None, None], size, mode="bicubic", antialias=True)[0, 0].clamp(0, 1)
+        y, start = 55 + int(uniform(0, 0.1, generator) * height), int(x)
+        canvas[y : y + size[0], start : start + size[1]] = ink
+        columns.append((start, start + size[1]))
+        x += size[1] + spacing * uniform(0.7, 1.3, generator)
+    return photographed(canvas[:, : int(x) + 40], generator), columns
+
+
 def read(picture: Tensor) -> Tensor:
     """What the network sees of a picture, nothing where it is told to show none; colours go by way of a file."""
     try:
@@ -291,10 +320,59 @@ def plain_ink(path: Path) -> Tensor:
     return ((ink / ink.max() - 0.25) / 0.5).clamp(0, 1)
 
 
+def numbers_read(network: Module, inks: list[Tensor], labels: Tensor) -> tuple[int, int]:
+    """How many digits of 50 numbers, postal codes of 5 and telephone numbers of 8 to 10, are read in their places."""
+    generator = Generator().manual_seed(0)
+    right = total = 0
+    for index in range(50):
+        length = 5 if index % 2 else int(uniform(8, 11, generator))
+        chosen = torch.randint(len(inks), (length,), generator=generator).tolist()
+        picture, columns = number([inks[choice] for choice in chosen], generator)
+        found = several.split(picture)
+        answers = network(torch.stack([digit for _, digit in found])).argmax(1).tolist()
+        for choice, (first, last) in zip(chosen, columns, strict=True):
+            pairs = zip(found, answers, strict=True)
+            there = [answer for ((x, _, width, _), _), answer in pairs if first <= x + width / 2 <= last]
+            right += there == [int(labels[choice])]
+        total += length
+    return right, total
+
+
+def letter(index: int, generator: Generator) -> Tensor:
+    """One that is no digit, in Pillow's own font, dark on light."""
+    picture = Image.new("L", (CANVAS, CANVAS), 230)
+    font = ImageFont.load_default(int(uniform(80, 160, generator)))
+    draw = ImageDraw.Draw(picture)
+    draw.text((CANVAS / 2, CANVAS / 2), LETTERS[index % len(LETTERS)], 40, font, anchor="mm")
+    return torch.from_numpy(np.array(picture)).float() / 255
+
+
+def scribble(index: int, generator: Generator) -> Tensor:
+    """A smooth line through 6 to 12 places."""
+    places = torch.rand(1, 2, int(uniform(6, 13, generator)), generator=generator) * 140 + 50
+    curve = F.interpolate(places, 200, mode="linear", align_corners=True)
+    curve = F.avg_pool1d(F.pad(curve, (8, 8), mode="replicate"), 17, stride=1)[0].T
+    picture = Image.new("L", (CANVAS, CANVAS), 230)
+    points = [(x, y) for x, y in curve.tolist()]
+    ImageDraw.Draw(picture).line(points, 40, int(uniform(4, 14, generator)), joint="curve")
+    return torch.from_numpy(np.array(picture)).float() / 255
+
+
+def blank(index: int, generator: Generator) -> Tensor:
+    """Paper in uneven light, with noise."""
+    return on_paper(torch.zeros(28, 28), generator)
+
+
+NO_DIGITS = {"letters": letter, "scribbles": scribble, "blanks": blank}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--root", default="data", help="folder of the data (data)")
+    parser.add_argument(
+        "--strangers", type=Path, default=Path("../shared/wild-digits"), help="folder with a labels.csv"
+    )
     add_flag(parser, "pictures")
     settings = parser.parse_args()
     read_checkpoint(settings.checkpoint)
@@ -303,26 +381,65 @@ def main() -> None:
     mnist.prepare(settings.root)
     originals, targets = mnist.load(settings.root, train=False)
     originals, targets = originals[:COUNT], targets[:COUNT]
+    rows: dict[str, tuple[int, int]] = {}
+    confidences: dict[str, list[float]] = {"right answers": [], "wrong answers": []}
 
-    @torch.inference_mode()
-    def correct(digits: Tensor, expected: Tensor) -> int:
-        return int((network(digits).argmax(1) == expected).sum())
+    def score(name: str, pictures: Iterable[Tensor], expected: Tensor) -> None:
+        digits = torch.stack([read(picture) for picture in track(pictures, name, total=len(expected))])
+        add(name, digits, expected)
 
-    rows = {"as they are": (correct(originals, targets), COUNT)}
-    for name, variant in VARIANTS.items():
-        generator = Generator().manual_seed(0)
-        made = (variant(image[0] / 255, generator) for image in originals)
-        digits = torch.stack([images.digit(levels) for levels in track(made, name, total=COUNT)])
-        rows[name] = correct(digits, targets), COUNT
-    others = load_digits()
-    digits = torch.stack([images.digit(torch.from_numpy(levels).float() / 16) for levels in others.images])
-    rows["load_digits, 8x8"] = correct(digits, torch.from_numpy(others.target)), len(others.target)
+    def add(name: str, digits: Tensor, expected: Tensor) -> None:
+        confidence, answers = network(digits).softmax(1).max(1)
+        right = answers == expected
+        rows[name] = int(right.sum()), len(expected)
+        confidences["right answers"] += confidence[right].tolist()
+        confidences["wrong answers"] += confidence[~right].tolist()
 
-    print(f"\n{'pictures':<20}{'correct':>12}{'accuracy %':>12}")
-    for name, (right, count) in rows.items():
-        print(f"{name:<20}{f'{right}/{count}':>12}{100 * right / count:>12.2f}")
+    with torch.inference_mode():
+        add("as they are", originals, targets)
+        for name, variant in (VARIANTS | DIFFICULTIES).items():
+            generator = Generator().manual_seed(0)
+            count = COUNT if name in VARIANTS else HARDER
+            score(name, (variant(image[0] / 255, generator) for image in originals[:count]), targets[:count])
+        others = load_digits()
+        small = (torch.from_numpy(levels).float() / 16 for levels in others.images)
+        score("load_digits, 8x8", small, torch.from_numpy(others.target))
+        if (settings.strangers / "labels.csv").is_file():
+            files, labels, origins = strangers(settings.strangers)
+            drawn = torch.tensor([origin == MOUSE for origin in origins])
+            read_files = [images.grey_levels(path) for path in files]
+            for name, chosen in (("strangers'", ~drawn), ("with the mouse", drawn)):
+                indices = chosen.nonzero().flatten().tolist()
+                score(name, (read_files[index] for index in indices), labels[chosen])
+            inks = [plain_ink(path) for path in files]
+            for name, variant in DIFFICULTIES.items():
+                generator = Generator().manual_seed(0)
+                score(f"others' {name}", (variant(ink, generator) for ink in inks), labels)
+            own = [ink for ink, origin in zip(inks, origins, strict=True) if origin != MOUSE]
+            rows["strangers' numbers"] = numbers_read(network, own, labels[~drawn])
+        else:
+            print(f"No strangers' pictures: {settings.strangers} has no labels.csv")
+        refused = {}
+        for name, make in NO_DIGITS.items():
+            generator = Generator().manual_seed(0)
+            digits = torch.stack([read(make(index, generator)) for index in range(200)])
+            shown = digits.flatten(1).bool().any(1)
+            refused[name] = int((~shown).sum())
+            confidences[name] = network(digits[shown]).softmax(1).amax(1).tolist() if shown.any() else []
+
+    print(f"\n{'pictures':<28}{'correct':>12}{'accuracy %':>12}")
+    for name, (right, total) in rows.items():
+        print(f"{name:<28}{f'{right}/{total}':>12}{100 * right / total:>12.2f}")
+    print(f"\n{'confidence of':<20}{'n':>7}{'refused':>9}{'median %':>10}{'over 90 %':>11}{'over 99 %':>11}")
+    summary = {}
+    for name, values in confidences.items():
+        levels = torch.tensor(values or [0.0])
+        shares = [float((levels > level).float().mean()) for level in (0.9, 0.99)]
+        summary[name] = [len(values), refused.get(name, 0), float(levels.median()), *shares]
+        median, *above = (f"{100 * value:.1f}" for value in summary[name][2:])
+        print(f"{name:<20}{len(values):>7}{refused.get(name, 0):>9}{median:>10}{above[0]:>11}{above[1]:>11}")
     record = {"checkpoint": settings.checkpoint.name, "model": dict(model.hparams), "correct": rows}
-    append(settings, record)
+    append(settings, record | {"confidence": summary})
 
 
 if __name__ == "__main__":

@@ -141,12 +141,7 @@ def digit(levels: Tensor) -> Tensor:
     """
     pixels = levels.numpy()
     small = shrunk(pixels, WORKING_SIZE)
-    try:
-        ink = ink_of(small)
-    except UnusableError:
-        small = pixels = framed(small)  # perhaps cut so close that there is more ink than paper
-        ink = ink_of(small)
-    ink = main_parts(ink)
+    ink = main_parts(ink_of(small))
     x, y, width, height = cv2.boundingRect((ink > 0.1).astype(np.uint8))
     if small is not pixels and 3 * max(width, height) < max(small.shape):  # once more, from the pixels about it
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
@@ -185,15 +180,6 @@ def shrunk(pixels: Pixels, side: int) -> Pixels:
     return resized(pixels, side / max(pixels.shape)) if max(pixels.shape) > side else pixels
 
 
-def framed(pixels: Pixels) -> Pixels:
-    """Paper on all sides, of the level of the border's median."""
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    margin = 1 + max(pixels.shape) // 6
-    return cv2.copyMakeBorder(
-        pixels, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=float(np.median(border))
-    )
-
-
 def odd(side: float) -> int:
     return max(3, int(side) // 2 * 2 + 1)
 
@@ -218,17 +204,23 @@ def ink_of(levels: Pixels) -> Pixels:
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
     window = odd(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4))
-    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, ones(window, window))
+    kernel = ones(window, window)
+    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, kernel)
     ink: Pixels = levels - paper
-    if dark:
-        light = 1 - paper
-        ink /= light.clip(min=0.45 * np.quantile(light, 0.9))  # dark ink takes its share of the light
-    lower, quarter = np.quantile(ink, (0.1, 0.25))  # both of paper, though there be more ink than paper
+    # the same but that what lies along the border is paper, as light that falls off towards it is
+    wide = cv2.copyMakeBorder(smooth, window, window, window, window, cv2.BORDER_REPLICATE)
+    beyond = cv2.morphologyEx(wide, cv2.MORPH_OPEN, kernel)[window:-window, window:-window]
+    inner: Pixels = levels - beyond
+    if dark:  # ink takes its share of the light
+        least = 0.45 * np.quantile(1 - paper, 0.9)
+        ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - beyond).clip(min=least)
+    lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, though there be more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
-    ink -= quarter + 0.674 * noise
-    full = top(ink.clip(min=0))
+    bias = quarter + 0.674 * noise
+    full = top((inner - bias).clip(min=0))
     if not full > max(0.04, 5 * noise):
         raise UnusableError("nothing stands out from the background")
+    ink = ink - bias
     ink = (ink / full).clip(0, 1)
     return np.where(ink > 3 * noise / full, ink, 0).astype(np.float32)
 
