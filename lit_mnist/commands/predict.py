@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lit_mnist.training.runs import replaced
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
+BOX = ["box", "x", "y", "width", "height"]
 INK, PAPER, FAINT, ALARM = "#202020", "#ffffff", "#767676", "#b3261e"
 
 
@@ -80,6 +82,8 @@ class PredictionWriter(BasePredictionWriter):
     def write_pictures(self, pictures: Sequence[Picture]) -> int:
         """A table on the console, `file,digit,confidence,p0,p1,...,problem`, and a contact sheet.
 
+        Where a file has several digits, `box,x,y,width,height` of each, upright, stand after `file`.
+
         Returns:
             How many pictures have an answer; with none, no file is written.
 
@@ -96,7 +100,9 @@ class PredictionWriter(BasePredictionWriter):
             return 0
         csv_path, sheet_path = (self.folder / f"pictures-{self.name}.{suffix}" for suffix in ("csv", "png"))
         names = columns(self.batches[0])
-        write_csv(csv_path, ["file", "digit", "confidence", *names, "problem"], (csv_row(row, names) for row in rows))
+        boxes = BOX if any(picture.number for picture in pictures) else []
+        header = ["file", *boxes, "digit", "confidence", *names, "problem"]
+        write_csv(csv_path, header, (csv_row(row, names, boxes) for row in rows))
         with replaced(sheet_path) as partial:
             contact_sheet(rows[:SHEET_LIMIT]).save(partial, format="PNG")
         beyond = f", the first {SHEET_LIMIT} of them" if len(rows) > SHEET_LIMIT else ""
@@ -115,24 +121,29 @@ def percent(probabilities: Tensor) -> list[str]:
     return [f"{p:.6f}" for p in probabilities.tolist()]
 
 
-def csv_row(row: Row, names: Sequence[str]) -> list[Any]:
+def csv_row(row: Row, names: Sequence[str], boxes: Sequence[str]) -> list[Any]:
     picture, answer = row
     if answer is None:
-        return [picture.path, "", "", *[""] * len(names), picture.problem]
-    return [picture.path, int(answer.argmax()), f"{float(answer.max()):.6f}", *percent(answer), ""]
+        return [picture.path, *[""] * (len(boxes) + 2 + len(names)), picture.problem]
+    box = [picture.number, *picture.box] if boxes else []
+    return [picture.path, *box, int(answer.argmax()), f"{float(answer.max()):.6f}", *percent(answer), ""]
 
 
 def print_answers(rows: Sequence[Row]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
+    if split := any(picture.number for picture, _ in rows):
+        table.add_column("box", justify="right")
+        table.add_column("x, y, width, height")
     table.add_column("digit", justify="right")
     table.add_column("confidence", justify="right")
     table.add_column("")
     for picture, answer in rows:
+        box = [str(picture.number), ", ".join(map(str, picture.box))] if split else []
         if answer is None:
-            table.add_row(str(picture.path), "-", "-", picture.problem)
+            table.add_row(str(picture.path), *["-"] * (len(box) + 2), picture.problem)
         else:
-            table.add_row(str(picture.path), str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
+            table.add_row(str(picture.path), *box, str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
     print_table(table)
 
 
@@ -148,12 +159,14 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
         left, above = MARGIN + index % columns * width, MARGIN + index // columns * height
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
         name = picture.path.name if len(picture.path.name) < 34 else f"{picture.path.name[:30]}..."
+        if picture.number:
+            name = f"{picture.number}: {picture.box[:2]}, {name}"
         draw.text((left, above + CELL + 26), name, fill=FAINT, font=small)
         if answer is None or picture.digit is None:
             problem = picture.problem if len(picture.problem) < 36 else f"{picture.problem[:33]}..."
             draw.text((left, above + CELL + 6), problem, fill=ALARM, font=small)
             continue
-        original = thumbnail(picture.path)
+        original = thumbnail(picture)
         sheet.paste(original, (left + (CELL - original.width) // 2, above + (CELL - original.height) // 2))
         seen = Image.fromarray(picture.digit[0].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
         sheet.paste(seen, (left + CELL, above))
@@ -162,13 +175,22 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     return sheet
 
 
-def thumbnail(path: Path) -> Image.Image:
-    """A picture that was read before, in its colours, what is transparent on grey."""
+@lru_cache(maxsize=1)  # a sheet of many digits is one file
+def upright(path: Path) -> Image.Image:
     with Image.open(path) as opened:
         picture = ImageOps.exif_transpose(opened)
         if is_deep(picture):
             picture = Image.fromarray((grey_levels(path) * 255).to(torch.uint8).numpy())
-        picture = picture.convert("RGBA")
+        return picture.convert("RGBA")
+
+
+def thumbnail(shown: Picture) -> Image.Image:
+    """A picture that was read before, or the part of it that is meant, in its colours, what is transparent on grey."""
+    picture = upright(shown.path)
+    if shown.number:
+        x, y, width, height = shown.box
+        margin = max(width, height) // 4
+        picture = picture.crop((x - margin, y - margin, x + width + margin, y + height + margin))
     scale = min(CELL / side for side in picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
     picture = picture.resize((size[0], size[1]), Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)

@@ -36,6 +36,7 @@ NOT_SWEPT = {
     "data.seed": "seeds are given by `seeds`",
     "data.root": "it is given by the flag --data.root",
     "data.images": "it is for predict alone",
+    "data.split": "it is for predict alone",
     "trainer.default_root_dir": "it is given by the flag --root_dir",
     "trainer.devices": "a trial is trained on one device",
     "trainer.num_nodes": "a trial is trained on one device",

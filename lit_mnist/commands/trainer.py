@@ -28,7 +28,7 @@ from lit_mnist.training.run import Run, callbacks, place_logger, plugins, run_lo
 from lit_mnist.training.runs import RunError, run_folder, section
 from lit_mnist.training.state import ENTRIES, StateError, check_weights
 
-NOT_SHOWN = {"root", "download", "images"}  # in the tab HParams: where data lies
+NOT_SHOWN = {"root", "download", "images", "split"}  # in the tab HParams: where data lies
 
 
 class Processes:

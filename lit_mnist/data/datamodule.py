@@ -14,6 +14,7 @@ from lit_mnist.data import images as pictures
 from lit_mnist.data import mnist
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
+from lit_mnist.data.several import load_split
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 # Larger batches only wait longer for memory on a CPU; the scores do not depend on it.
@@ -69,6 +70,7 @@ class MNISTDataModule(LightningDataModule):
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled. The
             others stay as sharp as those that are validated: interpolation blurs.
         images: pictures of digits, and folders of them, for `predict` in place of the test set.
+        split: whether these show several digits each.
 
     Raises:
         ValueError: an argument is out of range.
@@ -89,13 +91,14 @@ class MNISTDataModule(LightningDataModule):
         scale: float = 0.0,
         augmented: float = 1.0,
         images: list[str] | None = None,
+        split: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "root", "download"])  # where data lies is no part of a run
+        self.save_hyperparameters(ignore=["images", "split", "root", "download"])  # where data lies is no part of a run
         self.root, self.download = root, download
-        self.images = images
+        self.images, self.split = images, split
         self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
-        check_ranges(self.hparams, root, images)
+        check_ranges(self.hparams, root, images, split)
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -129,7 +132,8 @@ class MNISTDataModule(LightningDataModule):
             if not self.pictures:
                 shown = sys.stdout.isatty() and not (self.trainer and self.trainer.global_rank)
                 paths = track(pictures.find(self.images), "reading pictures", disable=not shown)
-                self.pictures = [pictures.load(path) for path in paths]
+                load = load_split if self.split else lambda path: [pictures.load(path)]
+                self.pictures = [picture for path in paths for picture in load(path)]
             digits = [picture.digit for picture in self.pictures if picture.digit is not None]
             images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
             self.sets["pictures"] = images, torch.full((len(digits),), -1)  # nobody knows their targets
@@ -185,7 +189,7 @@ class MNISTDataModule(LightningDataModule):
         return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)
 
 
-def check_ranges(hp: Any, root: str, images: list[str] | None) -> None:
+def check_ranges(hp: Any, root: str, images: list[str] | None, split: bool) -> None:
     """Check the arguments of MNISTDataModule.
 
     Raises:
@@ -205,6 +209,7 @@ def check_ranges(hp: Any, root: str, images: list[str] | None) -> None:
             ("scale", hp.scale, "in [0, 1)", 0 <= hp.scale < 1),
             ("augmented", hp.augmented, "in 0..1", 0 <= hp.augmented <= 1),
             ("images", images, "at least one file or folder", images != []),
+            ("split", split, "false without data.images", bool(images) or not split),
         )
         if not ok
     ]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_mnist.data.mnist import DataError
 from lit_mnist.training.console import shortened
@@ -22,8 +24,13 @@ from lit_mnist.training.console import shortened
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"))
 PIXEL_LIMIT = 50_000_000  # of a picture; decoded they take four bytes each
-WORKING_SIZE = 256  # larger pictures are first reduced to this
+FINE_SIZE = 1024  # large pictures are decoded to less than twice this
+WORKING_SIZE = 256  # where their digit is looked for
 BOX, SIDE = 20, 28
+
+Pixels = NDArray[Any]  # float32 (H, W); cv2 says of its own results only that they are arrays
+Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
+Box = tuple[int, int, int, int]  # x, y, width, height
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Picture:
     path: Path
     digit: Tensor | None = None
     problem: str = ""
+    number: int = 0  # with several digits in a file, from 1 in the order of reading
+    box: Box = (0, 0, 0, 0)  # the digit's, then
 
 
 def find(paths: list[str]) -> list[Path]:
@@ -74,7 +83,8 @@ class UnusableError(ValueError):
 def grey_levels(path: Path) -> Tensor:
     """Decode a picture's first frame, upright, to grey levels, float (H, W) from 0 (black) to 1.
 
-    What is transparent takes the colour that the rest stands out from.
+    Grey is the mixture of the colours that shows the most; what is transparent takes the level that the rest stands out
+    from. Large pictures are reduced to 1,024 to 2,047 pixels.
 
     Raises:
         UnusableError: no picture of a known format, one that is broken, or one that is too large.
@@ -86,15 +96,12 @@ def grey_levels(path: Path) -> Tensor:
                 width, height = opened.size  # from the header: nothing is decoded yet
                 if width * height > PIXEL_LIMIT:
                     raise UnusableError(f"{width}x{height} pixels, at most {PIXEL_LIMIT:,} are read")
+                opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
                 picture = ImageOps.exif_transpose(opened)
-                deep = is_deep(picture)
-                if deep:
-                    levels = np.asarray(picture, dtype=np.float32)
-                else:
-                    colours = picture.convert("RGBA")
-                    if (factor := max(colours.size) // (2 * WORKING_SIZE)) > 1:
-                        colours = colours.reduce(factor)
-                    pixels = np.asarray(colours.convert("LA"), dtype=np.float32) / 255
+                if is_deep(picture):
+                    levels = torch.from_numpy(np.array(picture, dtype=np.float32))
+                    return (levels - levels.min()) / (levels.max() - levels.min()).clamp(min=1e-6)
+                colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
     except UnusableError:
         raise
     except Image.DecompressionBombError:
@@ -103,13 +110,21 @@ def grey_levels(path: Path) -> Tensor:
         known = isinstance(error, UnidentifiedImageError)
         reason = f"no {', '.join(FORMATS)}" if known else f"broken: {' '.join(str(error).split())[:80]}"
         raise UnusableError(reason) from None
-    if deep:
-        low, high = float(levels.min()), float(levels.max())
-        return torch.from_numpy((levels - low) / max(high - low, 1e-6))
-    level, opaque = torch.from_numpy(pixels).unbind(2)
-    if bool((opaque < 1).any()):
-        ink = float((level * opaque).sum() / opaque.sum().clamp(min=1e-6))
-        level = level * opaque + (1 - opaque) * (1.0 if ink < 0.5 else 0.0)
+    pixels = np.asarray(colours, dtype=np.float32) / 255
+    level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
+    if opaque.min() < 1:
+        ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
+        level = level * opaque + (1 - opaque) * (ink < 0.5)
+    return torch.from_numpy(level)
+
+
+def mixed(colours: Pixels) -> Pixels:
+    """Mix red, green and blue (H, W, 3) to one level along the colour by which pixels differ most from those around."""
+    small = shrunk(colours, WORKING_SIZE)
+    details = (small - cv2.blur(small, [odd(max(small.shape) / 4)] * 2)).reshape(-1, 3)
+    mixture = np.linalg.eigh(details.T @ details)[1][:, -1]
+    mixture *= np.sign(mixture.sum()) / np.abs(mixture).sum()
+    level: Pixels = colours @ mixture - mixture.clip(max=0).sum()
     return level
 
 
@@ -124,117 +139,172 @@ def digit(levels: Tensor) -> Tensor:
     Raises:
         UnusableError: nothing stands out from the background.
     """
-    small = reduced(levels)
-    try:
-        ink = ink_of(small)
-    except UnusableError:
-        small = levels = framed(small)  # perhaps cut so close that there is more ink than paper
-        ink = ink_of(small)
-    ink = ink * main_parts(ink > 0.3)
-    rows, columns = ((ink > 0.1).any(side).nonzero().flatten()[[0, -1]].tolist() for side in (1, 0))
-    if small is not levels and 3 * max(rows[1] - rows[0], columns[1] - columns[0]) < max(small.shape):
-        return digit(around(levels, rows, columns, max(levels.shape) / max(small.shape)))
-    ink = ink[rows[0] : rows[1] + 1, columns[0] : columns[1] + 1]
+    pixels = levels.numpy()
+    small = shrunk(pixels, WORKING_SIZE)
+    ink = main_parts(ink_of(small))
+    x, y, width, height = cv2.boundingRect((ink > 0.1).astype(np.uint8))
+    if small is not pixels and 3 * max(width, height) < max(small.shape):  # once more, from the pixels about it
+        scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
+        first = (max(0, int((start - margin) * scale)) for start in (y, x))
+        last = (int((stop + margin) * scale) for stop in (y + height, x + width))
+        rows, columns = (slice(*ends) for ends in zip(first, last, strict=True))
+        return digit(torch.from_numpy(pixels[rows, columns]))
+    return in_form(ink[y : y + height, x : x + width])
+
+
+def in_form(ink: Pixels) -> Tensor:
+    """Scale ink to the box, and set it into 28x28 pixels by its centre of mass."""
     scale = BOX / max(ink.shape)
-    size = [max(1, round(side * scale)) for side in ink.shape]
-    if size != list(ink.shape):
-        ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
-        # a thin line fades when it is reduced; MNIST's pens reach white
-        ink = (ink / top(ink)).clamp(max=1)
+    if scale != 1:
+        if scale < 1:
+            ink = cv2.GaussianBlur(ink, (0, 0), 0.3 / scale)  # as soft as MNIST's
+        ink = resized(ink, scale)
+        ink = (ink / top(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
     height, width = ink.shape
-    mass = ink.sum()
-    row = float((ink.sum(1) * torch.arange(height)).sum() / mass)
-    column = float((ink.sum(0) * torch.arange(width)).sum() / mass)
     # in all of MNIST's images the centre of mass lies within half a pixel of the middle of pixel 14
+    row, column = (ink.sum(1 - axis) @ np.arange(ink.shape[axis]) / ink.sum() for axis in (0, 1))
     above = min(max(round(SIDE / 2 - row), 0), SIDE - height)
     left = min(max(round(SIDE / 2 - column), 0), SIDE - width)
     canvas = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
-    canvas[0, above : above + height, left : left + width] = (ink * 255).round().to(torch.uint8)
+    canvas[0, above : above + height, left : left + width] = torch.from_numpy((ink * 255).round()).to(torch.uint8)
     return canvas
 
 
-def around(levels: Tensor, rows: list[int], columns: list[int], scale: float) -> Tensor:
-    """A small digit in a large picture: the pixels about it, with as much paper on all sides as half the digit."""
-    margin = max(rows[1] - rows[0], columns[1] - columns[0]) / 2 + 2
-    (above, below), (left, right) = (
-        (max(0, int((first - margin) * scale)), int((last + 1 + margin) * scale)) for first, last in (rows, columns)
-    )
-    return levels[above:below, left:right]
+def resized(pixels: Pixels, scale: float) -> Pixels:
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
-def framed(levels: Tensor) -> Tensor:
-    """Paper on all sides, of those pixels of the border that lie nearest to its median: with their noise."""
-    border = torch.cat([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
-    paper = border[(border - border.median()).abs().argsort()[: 3 * len(border) // 4]]
-    margin = 1 + max(levels.shape) // 6
-    height, width = levels.shape
-    canvas = paper[torch.arange((height + 2 * margin) * (width + 2 * margin)) % len(paper)]
-    canvas = canvas.view(height + 2 * margin, width + 2 * margin)
-    canvas[margin : margin + height, margin : margin + width] = levels
-    return canvas
+def shrunk(pixels: Pixels, side: int) -> Pixels:
+    """Its longer side at most SIDE; smaller pictures stay as they are."""
+    return resized(pixels, side / max(pixels.shape)) if max(pixels.shape) > side else pixels
 
 
-def reduced(levels: Tensor) -> Tensor:
-    """Shrink so that the longer side is at most WORKING_SIZE; smaller pictures stay as they are."""
-    scale = WORKING_SIZE / max(levels.shape)
-    if scale >= 1:
-        return levels
-    size = [max(1, round(side * scale)) for side in levels.shape]
-    return F.interpolate(levels[None, None], size, mode="bilinear", antialias=True)[0, 0]
+def odd(side: float) -> int:
+    return max(3, int(side) // 2 * 2 + 1)
 
 
-def top(ink: Tensor) -> Tensor:
+def top(ink: Pixels) -> float:
     """The level of full ink: nearly the highest, so that single bright pixels do not decide."""
-    inked = ink[ink > 0.5 * ink.max()]
-    return inked.quantile(0.9) if len(inked) else ink.max()
+    return float(np.quantile(ink[ink >= 0.5 * ink.max()], 0.9))
 
 
-def ink_of(levels: Tensor) -> Tensor:
-    """What stands out from the background, float (H, W) from 0 (paper) to 1 (full ink), dark on light or the reverse.
+def ink_of(levels: Pixels) -> Pixels:
+    """What stands out from the background, from 0 (paper) to 1 (full ink), dark on light or the reverse.
 
-    The background is a surface of second order, fitted to the pixels that lie near it, so uneven light does not count.
+    The background is what is left when strokes are closed over: it follows the light, and the edges of shadows.
 
     Raises:
         UnusableError: nothing stands out.
     """
-    height, width = levels.shape
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=2).view(-1, 6).double()
-    values = levels.flatten().double()
-    residuals = values - values.median()
-    near = torch.ones_like(values, dtype=torch.bool)
-    for _ in range(8):
-        spread = 1.4826 * residuals[near].abs().median()
-        near = residuals.abs() <= torch.maximum(3 * spread, torch.tensor(0.02))
-        surface = torch.linalg.lstsq(terms[near], values[near, None], driver="gelsd").solution
-        residuals = values - (terms @ surface).flatten()
-    if (residuals**3).sum() < 0:  # ink is the smaller part, and stands out further
-        residuals = -residuals / (terms @ surface).flatten().clamp(min=0.05)  # dark ink takes its share of the light
-    noise = 1.4826 * residuals[near].abs().median()
-    full = float(top(residuals))
-    if not full > max(0.04, 5 * float(noise)):
+    low, high = float(levels.min()), float(levels.max())
+    eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
+    median = cv2.medianBlur(eight_bits, odd(min(255, max(levels.shape) / 2)))
+    dark = ((eight_bits - median.astype(np.float32)) ** 3).sum() < 0  # ink is the smaller part, and stands out further
+    levels = (1 - levels if dark else levels).astype(np.float32)
+    smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
+    window = odd(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4))
+    kernel = ones(window, window)
+    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, kernel)
+    ink: Pixels = levels - paper
+    # the same but that what lies along the border is paper, as light that falls off towards it is
+    wide = cv2.copyMakeBorder(smooth, window, window, window, window, cv2.BORDER_REPLICATE)
+    beyond = cv2.morphologyEx(wide, cv2.MORPH_OPEN, kernel)[window:-window, window:-window]
+    inner: Pixels = levels - beyond
+    if dark:  # ink takes its share of the light
+        least = 0.45 * np.quantile(1 - paper, 0.9)
+        ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - beyond).clip(min=least)
+    lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, though there be more ink than paper
+    noise = float(quarter - lower) / 0.607  # of a normal distribution
+    bias = quarter + 0.674 * noise
+    full = top((inner - bias).clip(min=0))
+    if not full > max(0.04, 5 * noise):
         raise UnusableError("nothing stands out from the background")
-    ink = (residuals.view(height, width) / full).clamp(0, 1).float()
-    floor = 3 * float(noise) / full
-    return torch.where(ink > floor, ink, 0.0)
+    ink = ink - bias
+    ink = (ink / full).clip(0, 1)
+    return np.where(ink > 3 * noise / full, ink, 0).astype(np.float32)
 
 
-def main_parts(inked: Tensor) -> Tensor:
-    """Of a mask (H, W), the parts at least a tenth as large as the largest, with their surroundings: specks go.
+def main_parts(ink: Pixels) -> Pixels:
+    """The digit's ink alone: without specks, what comes in over the border, a box around it, and ruled lines."""
+    unlined = unruled(ink)
+    remaining = digit_parts(inked(unlined))
+    if unlined is not ink and fits(cv2.boundingRect(remaining), ink.shape):
+        return unlined * surroundings(remaining)
+    return ink * surroundings(digit_parts(inked(ink)))
 
-    A part is what hangs together; its pixels get one number, the highest of them, by passing numbers on to neighbours.
-    """
-    shape = inked.shape
-    # joined over gaps of a pixel or two, and coarse enough to be quick
-    factor = max(1, max(shape) // 64)
-    coarse = F.max_pool2d(inked[None, None].float(), factor, ceil_mode=True)
-    numbers = (torch.arange(coarse.numel(), dtype=torch.float32).view_as(coarse) + 1) * coarse
-    while True:
-        passed_on = F.max_pool2d(numbers, 3, stride=1, padding=1) * coarse
-        if torch.equal(passed_on, numbers):
-            break
-        numbers = passed_on
-    parts, sizes = numbers[numbers > 0].unique(return_counts=True)
-    kept = torch.isin(numbers, parts[sizes >= 0.1 * sizes.max()]).float()
-    around = F.max_pool2d(kept, 3, stride=1, padding=1)
-    return F.interpolate(around, scale_factor=factor, mode="nearest")[0, 0, : shape[0], : shape[1]]
+
+def inked(ink: Pixels, share: float = 0.3) -> Mask:
+    return (ink > share).astype(np.uint8)
+
+
+def unruled(ink: Pixels) -> Pixels:
+    """Without ruled lines, but where strokes cross them: the very same ink if there are none."""
+    faint = inked(ink, 0.15)
+    lines = ruled_lines(faint)
+    if not lines.any():
+        return ink
+    level = float(np.median(ink[(lines & faint) > 0]))
+    crossing = cv2.morphologyEx(inked(ink) * (1 - lines), cv2.MORPH_CLOSE, ones(9, 9))
+    return np.where((lines > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
+
+
+def surroundings(mask: Mask) -> Mask:
+    around = 3 + 2 * (max(mask.shape) // 100)
+    return cv2.dilate(mask, ones(around, around))
+
+
+def fits(box: Any, shape: tuple[int, ...]) -> bool:
+    """Whether it is large enough for a digit, and has paper on all sides."""
+    x, y, width, height = box
+    above, left = shape[0] / 50, shape[1] / 50
+    return bool(
+        x > left and y > above and x + width < shape[1] - left and y + height < shape[0] - above
+        and 0.1 * max(shape) <= max(width, height) and height < 0.9 * shape[0] and width < 0.9 * shape[1]
+    )  # fmt: skip
+
+
+def ruled_lines(mask: Mask) -> Mask:
+    """Straight thin lines, nearly level or upright, where at least two go from one border to the opposite one."""
+    found, ruled = np.zeros_like(mask), False
+    for turned, target in ((mask, found), (np.ascontiguousarray(mask.T), found.T)):
+        width = turned.shape[1]
+        closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, ones(1, width // 40))
+        runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, ones(1, max(3, width // 12)))
+        bold = cv2.morphologyEx(runs, cv2.MORPH_OPEN, ones(max(3, width // 25), 1))
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(cv2.subtract(runs, bold), ones(3, 3)))
+        left, lengths = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_WIDTH]
+        ruled |= bool((lengths[1:] > 0.9 * width).sum() > 1)  # one may be a digit's own
+        lines = (left <= 2) | (left + lengths >= width - 2)  # a bold stroke may cut them
+        lines[0] = False
+        target |= lines[labels].astype(np.uint8)
+    return found * ruled
+
+
+def ones(height: int, width: int) -> Mask:
+    return np.ones((max(1, height), max(1, width)), np.uint8)
+
+
+def digit_parts(mask: Mask) -> Mask:
+    """Of the parts that hang together, nearly, those at least a tenth as large as the largest."""
+    joined = cv2.dilate(mask, ones(*[1 + max(mask.shape) // 100] * 2))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
+    largest = stats[1:, cv2.CC_STAT_AREA].max(initial=0)
+    parts = [part for part in range(1, len(stats)) if stats[part, cv2.CC_STAT_AREA] >= 0.015 * largest]
+    if inside := [part for part in parts if fits(stats[part, :4], mask.shape)]:
+        parts = inside
+    hollow = {part for part in parts if any(encloses(stats[part], stats[other]) for other in parts)}
+    parts = [part for part in parts if part not in hollow]
+    largest = max((stats[part, cv2.CC_STAT_AREA] for part in parts), default=0)
+    kept = [part for part in parts if stats[part, cv2.CC_STAT_AREA] >= 0.1 * largest]
+    return np.isin(labels, kept).astype(np.uint8)
+
+
+def encloses(outer: Any, inner: Any) -> bool:
+    """Whether a part is a box that another one, of a digit's size, lies in."""
+    x, y, width, height, area = outer
+    left, above, across, down, _ = inner
+    return bool(
+        x < left and y < above and left + across < x + width and above + down < y + height
+        and down > 0.25 * height and area < 0.35 * width * height
+    )  # fmt: skip

@@ -91,6 +91,32 @@ def test_odd_names_and_deep_pictures(
     assert sorted(images.find(["."])) == sorted([Path("deep.tif"), odd])
 
 
+def test_several_digits(command: Callable[..., int], tiny_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each digit of a picture gets a row with its box; a picture without one, a row that says so."""
+    assert command("fit", *TINY) == 0
+    image = Image.new("L", (300, 120), 255)
+    for left in (40, 140, 240):
+        image.paste(0, (left, 20, left + 10, 100))
+    image.save("number.png")
+    Image.new("L", (90, 90), 255).save("blank.png")
+    flags = ["predict", "--ckpt_path", "best", "--trainer.accelerator", "cpu"]
+    assert main([*flags, "--data.images", "number.png", "blank.png", "--data.split", "true"]) == 0
+    out = capsys.readouterr().out
+    with only("lightning_logs/version_0/pictures-best-*.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], row["box"], row["x"], row["y"], row["width"], row["height"]) for row in rows] == [
+        *(("number.png", str(number), str(x), "20", "10", "80") for number, x in ((1, 40), (2, 140), (3, 240))),
+        ("blank.png", "", "", "", "", ""),
+    ]
+    assert rows[3]["problem"] == "nothing stands out from the background"
+    assert len({row["p3"] for row in rows[:3]}) == 1
+    assert ["number.png", "2", "140,", "20,", "10,", "80"] in [line.split()[:6] for line in out.splitlines()]
+    assert only("lightning_logs/version_0/pictures-best-*.png").exists()
+
+    assert main([*flags, "--data.split", "true"]) == 2
+    assert "data.split must be false without data.images, got True" in capsys.readouterr().err
+
+
 def test_contact_sheet(tmp_path: Path) -> None:
     digit = torch.zeros(1, 28, 28, dtype=torch.uint8)
     digit[0, 4:24, 10:18] = 255

@@ -84,6 +84,59 @@ def test_what_does_not_matter() -> None:
     assert close(images.digit(specks), expected)
 
 
+def test_what_lies_around_it() -> None:
+    """What is not the digit's: each leaves the digit as it is on clean paper."""
+    expected = images.digit(drawn())
+    plain = 0.85 - 0.65 * drawn()
+    y, x = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    variants = {name: plain.clone() for name in ("box", "cell", "desk", "strip", "ruled", "squared")}
+    box = variants["box"]
+    box[15:105, 75:78] = box[15:105, 147:150] = box[15:18, 75:150] = box[102:105, 75:150] = 0.2
+    cell = variants["cell"]
+    cell[:, 190:193] = cell[6:9] = 0.2
+    variants["desk"][:, :60] = 0.3
+    variants["strip"][188:] = 0.05
+    for pitch in range(12, 200, 31):
+        for name in ("ruled", "squared"):
+            variants[name][pitch : pitch + 2] = variants[name][pitch : pitch + 2].clamp(max=0.5)
+        variants["squared"][:, pitch : pitch + 2] = variants["squared"][:, pitch : pitch + 2].clamp(max=0.5)
+    variants["hard shadow"] = torch.where(x + y < 190, 0.5, 1.0) * plain
+    variants["strokes that do not touch"] = plain.clone()
+    variants["strokes that do not touch"][38:40, 90:122] = 0.85
+    for name, levels in variants.items():
+        assert close(images.digit(levels), expected), name
+
+
+def test_digits_that_look_like_boxes() -> None:
+    """A nought is no box, though there be a speck in it; a box with nothing in it is read as it is."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 200), torch.linspace(-1, 1, 200), indexing="ij")
+    distance = (2 * x) ** 2 + y * y
+    nought = ((distance < 0.6) & (distance > 0.4)).float()
+    speck = nought.clone()
+    speck[96:104, 96:104] = 1
+    assert close(images.digit(speck), images.digit(nought))
+    hollow = torch.zeros(200, 200)
+    hollow[50:150, 60:140] = 1
+    hollow[56:144, 66:134] = 0
+    assert box(images.digit(hollow)) == pytest.approx((4, 24, 6, 22), abs=1)
+
+
+def test_colours(tmp_path: Path) -> None:
+    """Ink of a paper's brightness, and yellow on white."""
+    expected = images.digit(drawn())
+    for ink, paper in (
+        ((255, 255, 0), (255, 255, 255)),
+        ((200, 60, 60), (60, 130, 60)),
+        ((40, 40, 160), (250, 240, 120)),
+    ):
+        part = drawn()[..., None].numpy()
+        pixels = (part * ink + (1 - part) * np.array(paper)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "colour.png")
+        seen = images.load(tmp_path / "colour.png").digit
+        assert seen is not None
+        assert close(seen, expected), ink
+
+
 def test_cut_close_and_far_away() -> None:
     """More ink than paper in the frame; a digit so small that reducing the picture would leave nothing of it."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 60), torch.linspace(-1, 1, 40), indexing="ij")

@@ -1,0 +1,105 @@
+"""Several digits in one picture: a number, a row of cells, a sheet."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lit_mnist.data.images import (
+    FINE_SIZE,
+    Box,
+    Picture,
+    UnusableError,
+    encloses,
+    grey_levels,
+    in_form,
+    ink_of,
+    inked,
+    ones,
+    shrunk,
+    unruled,
+)
+
+
+def load_split(path: Path) -> list[Picture]:
+    """Read one file that shows several digits, with their boxes in its own pixels; one result if there are none."""
+    try:
+        levels = grey_levels(path)
+        with Image.open(path) as opened:
+            scale = max(opened.size) / max(levels.shape)
+        found = enumerate(split(levels), 1)
+        return [Picture(path, digit, "", number, scaled(box, scale)) for number, (box, digit) in found]
+    except UnusableError as error:
+        return [Picture(path, problem=str(error))]
+
+
+def split(levels: Tensor) -> list[tuple[Box, Tensor]]:
+    """The digits of one picture, float (H, W), line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
+
+    Raises:
+        UnusableError: nothing stands out from the background.
+    """
+    pixels = shrunk(levels.numpy(), FINE_SIZE)
+    ink = unruled(ink_of(pixels))
+    joined = cv2.dilate(inked(ink), ones(*[1 + max(ink.shape) // 500] * 2))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
+    parts = [part for part in range(1, len(stats)) if stats[part, 3] >= 0.1 * stats[1:, 3].max()]
+    parts = [part for part in parts if not at_border(stats[part], ink.shape)] or parts
+    hollow = {part for part in parts if any(encloses(stats[part], stats[other]) for other in parts)}
+    groups = [[part] for part in parts if part not in hollow]
+    tall = [stats[part, 3] for (part,) in groups]
+    height = float(np.median([side for side in tall if side >= 0.4 * max(tall)]))
+    groups = united(groups, stats, 1.6 * height)
+    boxes = [(bounds(stats[group]), group) for group in groups]
+    scale = max(levels.shape) / max(pixels.shape)
+    found = []
+    for (x, y, across, down), group in in_lines([item for item in boxes if item[0][3] >= 0.4 * height]):
+        rows, columns = slice(y, y + down), slice(x, x + across)
+        own = np.isin(labels[rows, columns], group)
+        found.append((scaled((x, y, across, down), scale), in_form(ink[rows, columns] * own)))
+    return found
+
+
+def at_border(part: Any, shape: tuple[int, ...]) -> bool:
+    x, y, width, height, _ = part
+    return bool(min(x, y) <= 1 or x + width >= shape[1] - 1 or y + height >= shape[0] - 1)
+
+
+def united(groups: list[list[int]], stats: Any, tallest: float) -> list[list[int]]:
+    """Join the parts that lie one above the other and make no more than a digit: the two strokes of a 5."""
+    for first, second in combinations(groups, 2):
+        _, _, width, height = bounds(stats[first + second])
+        across = bounds(stats[first])[2], bounds(stats[second])[2]
+        if sum(across) - width >= 0.3 * min(across) and height <= tallest:
+            rest = [group for group in groups if group is not first and group is not second]
+            return united([*rest, first + second], stats, tallest)
+    return groups
+
+
+def scaled(box: Box, scale: float) -> Box:
+    x, y, width, height = (round(scale * side) for side in box)
+    return x, y, width, height
+
+
+def bounds(boxes: Any) -> Box:
+    """The box around several."""
+    x, y = boxes[:, :2].min(0).tolist()
+    right, below = (boxes[:, :2] + boxes[:, 2:4]).max(0).tolist()
+    return x, y, right - x, below - y
+
+
+def in_lines(boxes: list[tuple[Box, list[int]]]) -> list[tuple[Box, list[int]]]:
+    """As one reads: a line is what has its middle at the height of its highest one, each from left to right."""
+    ordered = []
+    while boxes:
+        _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
+        line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
+        ordered += sorted(line)
+        boxes = [item for item in boxes if item not in line]
+    return ordered
