@@ -45,7 +45,8 @@ class Drawing(nn.Module):
         scale = torch.maximum(height, width) / BOX
         rows, columns = (size / scale for size in (height, width))
         rows, columns = rows.round().clamp(min=1), columns.round().clamp(min=1)
-        ink = resampling(above, height, rows) @ ink @ resampling(left, width, columns).T
+        softness = 0.3 * scale
+        ink = resampling(above, height, rows, softness) @ ink @ resampling(left, width, columns, softness).T
         ink = (ink / top(ink)).clamp(max=1)
         pixels = torch.arange(SIDE)
         down, right = (
@@ -63,14 +64,30 @@ def span(inked: Tensor) -> tuple[Tensor, Tensor]:
     return first, torch.where(inked, positions, -1).amax(0) + 1 - first
 
 
-def resampling(first: Tensor, size: Tensor, wanted: Tensor) -> Tensor:
-    """The matrix (SIDE, CANVAS) of `interpolate(mode="bilinear", antialias=True)` from `size` pixels to `wanted`."""
+def resampling(first: Tensor, size: Tensor, wanted: Tensor, softness: Tensor) -> Tensor:
+    """The matrix (SIDE, CANVAS) that makes `wanted` pixels of `size`, as `data.images.in_form`: reduced by area after a
+    Gaussian blur of that standard deviation, enlarged linearly.
+    """
     scale = size / wanted
-    source, target = torch.arange(CANVAS) + 0.5 - first, torch.arange(SIDE) + 0.5
-    distances = (source - target[:, None] * scale).abs() / scale.clamp(min=1)
-    inside = (source > 0) & (source < size) & (target < wanted)[:, None]
-    weights = torch.where(inside, (1 - distances).clamp(min=0), 0.0)
+    source, target = torch.arange(CANVAS) - first, torch.arange(SIDE)[:, None]
+    inside = (source >= 0) & (source < size)
+    covered = torch.minimum(source + 1, (target + 1) * scale) - torch.maximum(source, target * scale)
+    near = 1 - (source + 0.5 - (target + 0.5) * scale).abs()
+    weights = torch.where(inside & (target < wanted), torch.where(scale > 1, covered, near).clamp(min=0), 0.0)
+    # what lies beyond the ends is the mirror image of what lies within, as OpenCV has it
+    radius, rows = ((8 * softness).round() / 2).floor(), source[:, None]
+    blur = torch.where((source - rows).abs() <= radius, gaussian(source - rows, softness), 0.0)
+    for mirrored, edge in ((-source, 0), (2 * (size - 1) - source, size - 1)):
+        taps = (mirrored - rows).abs() <= radius
+        blur = blur + torch.where(taps & (source != edge), gaussian(mirrored - rows, softness), 0.0)
+    blur = torch.where(inside, blur, 0.0)
+    blur = blur / blur.sum(1, keepdim=True).clamp(min=1e-6)
+    weights = torch.where(scale > 1, weights @ blur, weights)
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def gaussian(distance: Tensor, deviation: Tensor) -> Tensor:
+    return (-((distance / deviation) ** 2) / 2).exp()
 
 
 def shift(pixels: Tensor) -> Tensor:
@@ -81,7 +98,7 @@ def shift(pixels: Tensor) -> Tensor:
 def top(ink: Tensor) -> Tensor:
     """The 0.9 quantile of what is at least half as dark as the darkest, as `data.images.top`."""
     levels = ink.flatten().sort(descending=True).values
-    place = 0.1 * ((levels > 0.5 * levels[0]).sum() - 1)
+    place = 0.1 * ((levels >= 0.5 * levels[0]).sum() - 1)
     lower, upper = (levels.index_select(0, index.long()[None]) for index in (place.ceil(), place.floor()))
     return upper + (lower - upper) * (place - place.floor())
 
