@@ -99,7 +99,7 @@ def grey_levels(path: Path) -> Tensor:
                 opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
                 picture = ImageOps.exif_transpose(opened)
                 if is_deep(picture):
-                    levels = torch.from_numpy(np.array(picture, dtype=np.float32)).nan_to_num()
+                    levels = torch.from_numpy(np.array(picture, dtype=np.float32)).nan_to_num(0, 0, 0)
                     return (levels - levels.min()) / (levels.max() - levels.min()).clamp(min=1e-6)
                 colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
     except UnusableError:
