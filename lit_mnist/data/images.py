@@ -99,7 +99,7 @@ def grey_levels(path: Path) -> Tensor:
                 opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
                 picture = ImageOps.exif_transpose(opened)
                 if is_deep(picture):
-                    levels = torch.from_numpy(np.array(picture, dtype=np.float32))
+                    levels = torch.from_numpy(np.array(picture, dtype=np.float32)).nan_to_num(0, 0, 0)
                     return (levels - levels.min()) / (levels.max() - levels.min()).clamp(min=1e-6)
                 colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
     except UnusableError:
@@ -142,7 +142,9 @@ def digit(levels: Tensor) -> Tensor:
     pixels = levels.numpy()
     small = shrunk(pixels, WORKING_SIZE)
     ink = main_parts(ink_of(small))
-    x, y, width, height = cv2.boundingRect((ink > 0.1).astype(np.uint8))
+    x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
+    if not width:
+        raise UnusableError("nothing stands out from the background")
     if small is not pixels and 3 * max(width, height) < max(small.shape):  # once more, from the pixels about it
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
         first = (max(0, int((start - margin) * scale)) for start in (y, x))
@@ -220,8 +222,7 @@ def ink_of(levels: Pixels) -> Pixels:
     full = top((inner - bias).clip(min=0))
     if not full > max(0.04, 5 * noise):
         raise UnusableError("nothing stands out from the background")
-    ink = ink - bias
-    ink = (ink / full).clip(0, 1)
+    ink = ((ink - bias) / full).clip(0, 1)
     return np.where(ink > 3 * noise / full, ink, 0).astype(np.float32)
 
 
@@ -289,8 +290,8 @@ def digit_parts(mask: Mask) -> Mask:
     """Of the parts that hang together, nearly, those at least a tenth as large as the largest."""
     joined = cv2.dilate(mask, ones(*[1 + max(mask.shape) // 100] * 2))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
-    largest = stats[1:, cv2.CC_STAT_AREA].max(initial=0)
-    parts = [part for part in range(1, len(stats)) if stats[part, cv2.CC_STAT_AREA] >= 0.015 * largest]
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    parts = [int(part) + 1 for part in areas.argsort()[::-1][:100]]  # of noise there are thousands
     if inside := [part for part in parts if fits(stats[part, :4], mask.shape)]:
         parts = inside
     hollow = {part for part in parts if any(encloses(stats[part], stats[other]) for other in parts)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ from lit_mnist.data.images import (
     shrunk,
     unruled,
 )
+
+MOST = 400  # parts that are looked at, the largest
+Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
 def load_split(path: Path) -> list[Picture]:
@@ -49,21 +51,24 @@ def split(levels: Tensor) -> list[tuple[Box, Tensor]]:
     ink = unruled(ink_of(pixels))
     joined = cv2.dilate(inked(ink), ones(*[1 + max(ink.shape) // 500] * 2))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
-    parts = [part for part in range(1, len(stats)) if stats[part, 3] >= 0.1 * stats[1:, 3].max()]
+    heights = stats[1:, cv2.CC_STAT_HEIGHT]
+    parts = [part for part in range(1, len(stats)) if heights[part - 1] >= 0.1 * heights.max()]
+    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))[:MOST]
     parts = [part for part in parts if not at_border(stats[part], ink.shape)] or parts
+    if not parts:
+        raise UnusableError("nothing stands out from the background")
     hollow = {part for part in parts if any(encloses(stats[part], stats[other]) for other in parts)}
-    groups = [[part] for part in parts if part not in hollow]
-    tall = [stats[part, 3] for (part,) in groups]
-    height = float(np.median([side for side in tall if side >= 0.4 * max(tall)]))
-    groups = united(groups, stats, 1.6 * height)
-    boxes = [(bounds(stats[group]), group) for group in groups]
+    digits = [part for part in parts if part not in hollow]
+    tallest = max(int(stats[part, 3]) for part in digits)
+    height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
+    found = united([(bounds(stats[[part]]), [part]) for part in digits], 1.6 * height)
     scale = max(levels.shape) / max(pixels.shape)
-    found = []
-    for (x, y, across, down), group in in_lines([item for item in boxes if item[0][3] >= 0.4 * height]):
+    read = []
+    for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
         rows, columns = slice(y, y + down), slice(x, x + across)
         own = np.isin(labels[rows, columns], group)
-        found.append((scaled((x, y, across, down), scale), in_form(ink[rows, columns] * own)))
-    return found
+        read.append((scaled((x, y, across, down), scale), in_form(ink[rows, columns] * own)))
+    return read
 
 
 def at_border(part: Any, shape: tuple[int, ...]) -> bool:
@@ -71,15 +76,18 @@ def at_border(part: Any, shape: tuple[int, ...]) -> bool:
     return bool(min(x, y) <= 1 or x + width >= shape[1] - 1 or y + height >= shape[0] - 1)
 
 
-def united(groups: list[list[int]], stats: Any, tallest: float) -> list[list[int]]:
+def united(parts: list[Part], tallest: float) -> list[Part]:
     """Join the parts that lie one above the other and make no more than a digit: the two strokes of a 5."""
-    for first, second in combinations(groups, 2):
-        _, _, width, height = bounds(stats[first + second])
-        across = bounds(stats[first])[2], bounds(stats[second])[2]
-        if sum(across) - width >= 0.3 * min(across) and height <= tallest:
-            rest = [group for group in groups if group is not first and group is not second]
-            return united([*rest, first + second], stats, tallest)
-    return groups
+    digits: list[Part] = []
+    for box, own in parts:
+        for other in digits:
+            joined = bounds(np.array([box, other[0]]))
+            if box[2] + other[0][2] - joined[2] >= 0.3 * min(box[2], other[0][2]) and joined[3] <= tallest:
+                digits.remove(other)
+                box, own = joined, own + other[1]
+                break
+        digits.append((box, own))
+    return digits
 
 
 def scaled(box: Box, scale: float) -> Box:
@@ -94,7 +102,7 @@ def bounds(boxes: Any) -> Box:
     return x, y, right - x, below - y
 
 
-def in_lines(boxes: list[tuple[Box, list[int]]]) -> list[tuple[Box, list[int]]]:
+def in_lines(boxes: list[Part]) -> list[Part]:
     """As one reads: a line is what has its middle at the height of its highest one, each from left to right."""
     ordered = []
     while boxes:
