@@ -27,7 +27,7 @@ from lit_mnist.training.console import OneLineParser, shortened, shown
 from lit_mnist.training.results import commit
 from lit_mnist.training.state import StateError, check_weights
 
-ONNX = ("onnx", "onnxscript", "onnxruntime", "selenium")  # what the extra [export] installs
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs, and selenium for pages
 TOLERANCE = 1e-5  # of a probability
 BATCHES = (1, 500)  # sizes in which the written file is checked; the test set ends in a smaller one
 
@@ -207,7 +207,8 @@ def main(args: Sequence[str]) -> None:
     output: Path = options.output
     if output.suffix not in FORMATS:
         raise CommandError(f"--output {output}: the name must end in {', '.join(FORMATS)}")
-    if output.suffix != ".pt2" and (missing := [name for name in ONNX if find_spec(name) is None]):
+    needed = {".pt2": (), ".onnx": ONNX, ".html": (*ONNX, "selenium")}[output.suffix]
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise CommandError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
     if output.suffix == ".html":
         try:
