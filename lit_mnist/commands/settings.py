@@ -193,10 +193,10 @@ def choose_precision(settings: Settings, before: Mapping[str, Any]) -> None:
     """Put in place of the precision `auto` that of the checkpoint's run, or else what this machine has units for."""
     if settings.own["trainer.precision"] != "auto":
         return
-    settings.own["trainer.precision"], settings.precision = before.get("trainer.precision"), ""
-    if "trainer.precision" not in before:
-        chosen, reason = quickest_precision(settings.own["trainer.accelerator"])
-        settings.own["trainer.precision"], settings.precision = chosen, f"Precision: {chosen}, as {reason}"
+    chosen, reason = quickest_precision(settings.own["trainer.accelerator"])
+    if "trainer.precision" in before:
+        chosen, reason = before["trainer.precision"], "the run has it"
+    settings.own["trainer.precision"], settings.precision = chosen, f"Precision: {chosen}, as {reason}"
 
 
 def quickest_precision(accelerator: Any) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from lit_mnist.data.images import (
     unruled,
 )
 
-MOST = 400  # parts that are looked at, the largest
+MOST = 400  # parts of a digit's size
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
@@ -45,15 +45,19 @@ def split(levels: Tensor) -> list[tuple[Box, Tensor]]:
     """The digits of one picture, float (H, W), line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
 
     Raises:
-        UnusableError: nothing stands out from the background.
+        UnusableError: nothing stands out from the background, or too much.
     """
     pixels = shrunk(levels.numpy(), FINE_SIZE)
     ink = unruled(ink_of(pixels))
     joined = cv2.dilate(inked(ink), ones(*[1 + max(ink.shape) // 500] * 2))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
     heights = stats[1:, cv2.CC_STAT_HEIGHT]
+    speck = max(ink.shape) / 150
     parts = [part for part in range(1, len(stats)) if heights[part - 1] >= 0.1 * heights.max()]
-    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))[:MOST]
+    parts = [part for part in parts if max(stats[part, 2:4]) >= speck]
+    if len(parts) > MOST:
+        raise UnusableError(f"{len(parts)} parts of a digit's size, at most {MOST} are read")
+    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
     parts = [part for part in parts if not at_border(stats[part], ink.shape)] or parts
     if not parts:
         raise UnusableError("nothing stands out from the background")

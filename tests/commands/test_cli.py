@@ -145,7 +145,7 @@ def test_the_precision_is_what_the_processor_has_and_stays_that_of_the_run(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", *auto) == 0
     out = capsys.readouterr().out
-    assert "Precision:" not in out
+    assert "Precision: bf16-mixed, as the run has it\n" in out
     assert "trainer.precision" not in out
     assert json.loads((run / "results.json").read_text())["fit"]["settings"]["trainer.precision"] == "bf16-mixed"
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"

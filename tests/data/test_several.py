@@ -62,6 +62,16 @@ def test_what_is_no_digit() -> None:
         several.split(torch.full((50, 50), 0.5))
 
 
+def test_nothing_is_dropped_from_a_sheet_that_has_too_much() -> None:
+    places = [(90 * column + 30, 110 * row + 30) for row in range(21) for column in range(20)]
+    with pytest.raises(images.UnusableError, match="420 parts of a digit's size, at most 400 are read"):
+        several.split(sheet(places, 21 * 110 + 40, 20 * 90 + 40))
+    specks = torch.ones(1000, 1000)
+    specks[5::71, 5::67] = 0
+    with pytest.raises(images.UnusableError, match="nothing stands out"):
+        several.split(specks)
+
+
 def test_boxes_in_the_files_own_pixels(tmp_path: Path) -> None:
     """A large photograph is read at a fraction of its size, and turned as its camera was."""
     places = [(40, 60), (200, 60)]
