@@ -128,13 +128,14 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
         settings.config = without_enums(parser.parse_args(args))
     except (CommandError, UnicodeDecodeError, RecursionError) as error:  # jsonargparse does not say which file
         raise CommandError(f"{error} (in {' or '.join([*configs, 'a flag'])})" if configs else str(error)) from error
-    choose_precision(settings, {})
     wanted = settings.own.get("ckpt_path")
     if wanted is None and settings.command != "fit":
         raise CommandError(f"{settings.command} needs --ckpt_path best, last or the path of a checkpoint")
     if wanted is not None:
         settings.checkpoint, settings.loaded = find_and_read(str(wanted), settings.runs)
         take_over(settings, parser, args)
+    else:
+        choose_precision(settings, {})
     # The methods that run the trainer pass it on. LightningCLI 2.6 would lay the checkpoint's settings over the flags.
     settings.own["ckpt_path"] = None
     if images is not None:
@@ -193,9 +194,10 @@ def choose_precision(settings: Settings, before: Mapping[str, Any]) -> None:
     """Put in place of the precision `auto` that of the checkpoint's run, or else what this machine has units for."""
     if settings.own["trainer.precision"] != "auto":
         return
-    chosen, reason = quickest_precision(settings.own["trainer.accelerator"])
     if "trainer.precision" in before:
         chosen, reason = before["trainer.precision"], "the run has it"
+    else:
+        chosen, reason = quickest_precision(settings.own["trainer.accelerator"])
     settings.own["trainer.precision"], settings.precision = chosen, f"Precision: {chosen}, as {reason}"
 
 

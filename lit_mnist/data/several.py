@@ -51,10 +51,9 @@ def split(levels: Tensor) -> list[tuple[Box, Tensor]]:
     ink = unruled(ink_of(pixels))
     joined = cv2.dilate(inked(ink), ones(*[1 + max(ink.shape) // 500] * 2))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
-    heights = stats[1:, cv2.CC_STAT_HEIGHT]
-    speck = max(ink.shape) / 150
-    parts = [part for part in range(1, len(stats)) if heights[part - 1] >= 0.1 * heights.max()]
-    parts = [part for part in parts if max(stats[part, 2:4]) >= speck]
+    heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
+    large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
+    parts = (1 + np.flatnonzero(large)).tolist()
     if len(parts) > MOST:
         raise UnusableError(f"{len(parts)} parts of a digit's size, at most {MOST} are read")
     parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
