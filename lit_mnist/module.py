@@ -14,7 +14,6 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.network import NETWORKS
-from lit_mnist.teacher import Teacher
 from lit_mnist.training.averaging import MovingAverage
 from lit_mnist.training.schedule import total_steps
 
@@ -44,8 +43,6 @@ class LitMNIST(LightningModule):
         warmup: share of all steps, 0 to 1, in which the learning rate rises linearly from a tenth of `lr`.
         label_smoothing: share of the target that the loss spreads evenly over the classes
             (https://arxiv.org/abs/1512.00567). The metrics `*/loss` are cross-entropy without it, so they compare.
-        teacher: checkpoint whose network's probabilities the loss takes in place of the targets
-            (https://arxiv.org/abs/1503.02531), for the same augmented images; empty for none.
         ema_decay: decay of the exponential moving average of the weights, which is validated, tested and kept; 0 for
             none.
         network: name of the network, from `network.NETWORKS`.
@@ -68,7 +65,6 @@ class LitMNIST(LightningModule):
         schedule: Literal["constant", "linear", "cosine"] = "linear",
         warmup: float = 0.2,
         label_smoothing: float = 0.0,
-        teacher: str = "",
         ema_decay: float = 0.99,
         network: str = "digitnet",
         classes: int = 10,
@@ -78,7 +74,6 @@ class LitMNIST(LightningModule):
         check_ranges(self.hparams)
         # channels_last is 1.5 times as fast on a CPU
         self.network = NETWORKS[network](layers, dropout, activation, classes).to(memory_format=torch.channels_last)
-        self.teacher = Teacher(teacher, classes) if teacher else None
         # neither looks at the values it is given, which would wait for the device in every step
         metrics: dict[str, Metric | MetricCollection] = {
             "loss": CrossEntropy(nan_strategy="disable"),
@@ -97,8 +92,6 @@ class LitMNIST(LightningModule):
         images, targets = batch
         logits = self(images)
         self.train_metrics.update(logits, targets)
-        if self.teacher:
-            targets = self.teacher(images).to(logits.dtype)
         return F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -129,8 +122,7 @@ class LitMNIST(LightningModule):
         metrics.reset()
 
     def configure_callbacks(self) -> list[Callback]:
-        average = [MovingAverage(self.hparams["ema_decay"])] if self.hparams["ema_decay"] else []
-        return [*average, *([self.teacher] if self.teacher else [])]
+        return [MovingAverage(self.hparams["ema_decay"])] if self.hparams["ema_decay"] else []
 
     def configure_optimizers(self) -> Any:
         hp: Any = self.hparams

@@ -156,7 +156,10 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
     if settings.command == "fit":
         check_training_state(settings)
     before = settings_of(loaded, settings.command)
-    before = {key: value for key, value in before.items() if key in settings.defaults}
+    gone = [key for key in before if key not in settings.defaults]
+    if settings.command == "fit":
+        settings.changes += [f"{key}: {shortened(repr(before[key]))} -> no longer a setting" for key in gone]
+    before = {key: value for key, value in before.items() if key not in gone}
     settings.parser.set_defaults(before)
     found = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else {}
     text = yaml.safe_dump({"trainer": found}) if found else ""
@@ -240,8 +243,8 @@ def settings_of(checkpoint: Mapping[str, Any], command: str) -> dict[str, Any]:
     settings: dict[str, Any] = plain_settings("model", checkpoint["hyper_parameters"])
     settings |= plain_settings("data", checkpoint["datamodule_hyper_parameters"])
     settings["seed_everything"] = settings.pop("data.seed", DEFAULT_SEED)
-    # where data lies and whether it may be fetched is the machine's matter
-    for key in ("data.root", "data.download"):
+    # where data lies and whether it may be fetched is the machine's matter, and how many classes it has, the data's
+    for key in ("data.root", "data.download", "model.classes"):
         settings.pop(key, None)
     if command == "fit" and isinstance(checkpoint.get("settings"), dict):
         settings |= run_settings(checkpoint["settings"])

@@ -134,6 +134,19 @@ def test_fit_goes_on_in_the_same_run(command: Command, capsys: pytest.CaptureFix
     assert results["best"]["val/accuracy"] == pytest.approx(max(accuracies))
 
 
+def test_a_setting_that_is_gone_is_not_dropped_in_silence(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("fit", *TINY) == 0
+    last = only("lightning_logs/version_0/checkpoints/last-*")
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["hyper_parameters"]["mixup"] = 0.2
+    torch.save(checkpoint, last)
+    capsys.readouterr()
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.mixup: 0.2 -> no longer a setting" in lines
+    assert not [line for line in lines if "no longer" in line and "mixup" not in line]
+
+
 def test_the_precision_is_what_the_processor_has_and_stays_that_of_the_run(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
