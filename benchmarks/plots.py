@@ -114,8 +114,10 @@ def main() -> None:
         axes.axhline(y, color="black", linewidth=0.5, linestyle=":")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
-    by_parameters.set(xlabel="parameters", ylabel="test error, %", xlim=(0, 17_000), ylim=(0, None))
+    by_parameters.set(xlabel="parameters", ylabel="test error, %", xscale="log", ylim=(0, None))
     by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
+    by_parameters.set_xticks(ticks := [3_000, 6_000, 15_000, 30_000, 60_000], [f"{tick:,}" for tick in ticks])
+    by_parameters.minorticks_off()
     for figure, name in ((first, "error-parameters"), (second, "accuracy-seconds")):
         save(figure, name)
 
