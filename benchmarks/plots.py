@@ -4,8 +4,7 @@
 
 Every single run is a dot, the mean of a recipe's runs a ring. A recipe's seconds are its epochs times those of an epoch
 in results/speed.jsonl, where nothing else ran on the machine; the baseline's are its 20 epochs there. The baseline
-stands at its author's accuracy, 99.44 % (0.56 % error). A distilled network, whose teacher takes time too, is in the
-first picture alone.
+stands at its author's accuracy, 99.44 % (0.56 % error).
 """
 
 from __future__ import annotations
@@ -104,10 +103,9 @@ def main() -> None:
     for number, (name, fit) in enumerate(sorted(runs.items())):
         accuracy = [100 * value for value in fit["accuracy"]]
         errors = [100 - value for value in accuracy]
+        seconds = statistics.median(epoch_seconds[name]) * fit["epochs"]
         scatter(by_parameters, name, fit["parameters"], errors, f"C{number}")
-        if name in epoch_seconds:
-            seconds = statistics.median(epoch_seconds[name]) * fit["epochs"]
-            scatter(by_seconds, name, seconds, accuracy, f"C{number}")
+        scatter(by_seconds, name, seconds, accuracy, f"C{number}")
     for axes, x, y in (
         (by_parameters, baseline["parameters"], 100 - BASELINE),
         (by_seconds, baseline["epochs"] * baseline_seconds, BASELINE),

@@ -14,7 +14,6 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.network import NETWORKS
-from lit_mnist.teacher import Teacher
 from lit_mnist.training.averaging import MovingAverage
 from lit_mnist.training.schedule import total_steps
 
@@ -44,9 +43,6 @@ class LitMNIST(LightningModule):
         warmup: share of all steps, 0 to 1, in which the learning rate rises linearly from a tenth of `lr`.
         label_smoothing: share of the target that the loss spreads evenly over the classes
             (https://arxiv.org/abs/1512.00567). The metrics `*/loss` are cross-entropy without it, so they compare.
-        teacher: checkpoint whose network's probabilities for the same augmented images the loss takes in place of the
-            targets (https://arxiv.org/abs/1503.02531); empty for none.
-        temperature: what the teacher's logits and the student's are divided by in that loss; nothing without a teacher.
         ema_decay: decay of the exponential moving average of the weights, which is validated, tested and kept; 0 for
             none.
         network: name of the network, from `network.NETWORKS`.
@@ -69,8 +65,6 @@ class LitMNIST(LightningModule):
         schedule: Literal["constant", "linear", "cosine"] = "linear",
         warmup: float = 0.2,
         label_smoothing: float = 0.0,
-        teacher: str = "",
-        temperature: float = 1.0,
         ema_decay: float = 0.99,
         network: str = "digitnet",
         classes: int = 10,
@@ -80,7 +74,6 @@ class LitMNIST(LightningModule):
         check_ranges(self.hparams)
         # channels_last is 1.5 times as fast on a CPU
         self.network = NETWORKS[network](layers, dropout, activation, classes).to(memory_format=torch.channels_last)
-        self.teacher = Teacher(teacher, classes, temperature) if teacher else None
         # neither looks at the values it is given, which would wait for the device in every step
         metrics: dict[str, Metric | MetricCollection] = {
             "loss": CrossEntropy(nan_strategy="disable"),
@@ -99,8 +92,6 @@ class LitMNIST(LightningModule):
         images, targets = batch
         logits = self(images)
         self.train_metrics.update(logits, targets)
-        if self.teacher:
-            return self.teacher.loss(images, logits)
         return F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -131,8 +122,7 @@ class LitMNIST(LightningModule):
         metrics.reset()
 
     def configure_callbacks(self) -> list[Callback]:
-        average = [MovingAverage(self.hparams["ema_decay"])] if self.hparams["ema_decay"] else []
-        return [*average, *([self.teacher] if self.teacher else [])]
+        return [MovingAverage(self.hparams["ema_decay"])] if self.hparams["ema_decay"] else []
 
     def configure_optimizers(self) -> Any:
         hp: Any = self.hparams
@@ -179,8 +169,6 @@ def check_ranges(hp: Any) -> None:
             ("weight_decay", "in [0, 1e6]", 0 <= hp.weight_decay <= 1e6),
             ("warmup", "in [0, 1]", 0 <= hp.warmup <= 1),
             ("label_smoothing", "in [0, 1)", 0 <= hp.label_smoothing < 1),
-            ("label_smoothing", "0 with a teacher", not (hp.label_smoothing and hp.teacher)),
-            ("temperature", "in (0, 1e6]", 0 < hp.temperature <= 1e6),
             ("ema_decay", "in [0, 1)", 0 <= hp.ema_decay < 1),
             ("network", " or ".join(NETWORKS), hp.network in NETWORKS),
             ("classes", "in 2..256", 2 <= hp.classes <= 256),

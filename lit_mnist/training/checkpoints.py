@@ -41,11 +41,8 @@ def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
     return next((part for part in trainer.callbacks if isinstance(part, kind)), None)  # type: ignore[attr-defined]
 
 
-def read_checkpoint(path: Path, flag: str = "--ckpt_path") -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`: it can make the program neither run code nor import a module.
-
-    Args:
-        flag: what named it, for the errors.
 
     Raises:
         RunError: the file is no intact checkpoint of this project, or of a newer format.
@@ -56,23 +53,23 @@ def read_checkpoint(path: Path, flag: str = "--ckpt_path") -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a file that is none of its own
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise RunError(f"{flag} {path}: that file is no intact checkpoint ({reason})") from error
+        raise RunError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
     # a Trainer without this package writes no format
     known = isinstance(checkpoint, dict) and {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys()
     if not known or "state_dict" not in checkpoint:
-        raise RunError(f"{flag} {path}: that file is no checkpoint of {PROGRAM}")
+        raise RunError(f"--ckpt_path {path}: that file is no checkpoint of {PROGRAM}")
     version = checkpoint.get(FORMAT_ENTRY, FORMAT)
     fill({"hyper_parameters": {}, "datamodule_hyper_parameters": {}}, checkpoint)  # of those that have saved none
     if type(version) is not int or version != FORMAT:
         newer = type(version) is int and version > FORMAT
         raise RunError(
-            f"{flag} {path}: that checkpoint has the format {shortened(repr(version), 40)}, and this version reads"
+            f"--ckpt_path {path}: that checkpoint has the format {shortened(repr(version), 40)}, and this version reads"
             f" {FORMAT}; {'install a newer' if newer else 'use the'} {PROGRAM}{'' if newer else ' that wrote it'}"
         )
     try:
         check_entries(checkpoint, ENTRIES)
     except StateError as error:
-        raise not_restorable(path, error, flag) from error
+        raise not_restorable(path, error) from error
     return checkpoint
 
 

@@ -237,9 +237,9 @@ def restoring(error: BaseException) -> bool:
     return isinstance(error, StateError) or not functions.isdisjoint(RESTORING)
 
 
-def not_restorable(path: Any, reason: BaseException, flag: str = "--ckpt_path") -> RunError:
+def not_restorable(path: Any, reason: BaseException) -> RunError:
     """The one error for whatever goes wrong with a checkpoint's state."""
     words = " ".join(str(reason).split()) or type(reason).__name__
     if not isinstance(reason, StateError):
         words = f"{type(reason).__name__}: {words}"
-    return RunError(f"{flag} {path}: that checkpoint's state cannot be restored ({shortened(words)})")
+    return RunError(f"--ckpt_path {path}: that checkpoint's state cannot be restored ({shortened(words)})")
