@@ -158,7 +158,7 @@ def take_over(settings: Settings, parser: LightningArgumentParser, args: list[st
     before = settings_of(loaded, settings.command)
     gone = [key for key in before if key not in settings.defaults]
     if settings.command == "fit":
-        settings.changes += [f"{key}: {shortened(repr(before[key]))} -> no longer a setting" for key in gone]
+        settings.changes += [f"{shortened(f'{key}: {before[key]!r}')} -> no longer a setting" for key in gone]
     before = {key: value for key, value in before.items() if key not in gone}
     settings.parser.set_defaults(before)
     found = classes_of(runs.run_folder(checkpoint)) if settings.command == "fit" and checkpoint else {}
