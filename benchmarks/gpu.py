@@ -47,14 +47,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
 from lit_mnist import LitMNIST, MNISTDataModule
-from lit_mnist.commands.cli import DEFAULT_EPOCHS
-from lit_mnist.commands.main import main as lit_mnist
-from lit_mnist.commands.settings import quickest_precision
-from lit_mnist.data import mnist
+from lit_mnist.__main__ import main as lit_mnist
+from lit_mnist.cli.cli import DEFAULT_EPOCHS
+from lit_mnist.cli.settings import quickest_precision
+from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches
+from lit_mnist.exact.checkpoints import LastCheckpoint
+from lit_mnist.exact.conditions import conditions
 from lit_mnist.network import NETWORKS
-from lit_mnist.training.checkpoints import LastCheckpoint
-from lit_mnist.training.results import conditions
 
 TARGET = 0.9944  # the baseline's test accuracy
 MUST, AIM = 3.0, 1.0  # seconds
@@ -359,7 +359,7 @@ class Loop:
 
 
 def all_images(bench: Bench) -> tuple[Tensor, Tensor]:
-    images, targets = mnist.load(bench.root, train=True)
+    images, targets = datasets.load(bench.root, train=True)
     return images.to(bench.device), targets.to(bench.device)
 
 
@@ -574,7 +574,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if settings.cpu else "cuda")
     records = argparse.Namespace(record=not settings.cpu, records=RESULTS / "gpu.jsonl")
     root = str(Path(settings.root).resolve())
-    mnist.prepare(root)
+    datasets.prepare(root)
     bench = Bench(root, device, 1 if settings.cpu else settings.seeds, perf_counter() + 60 * settings.minutes)
     conditions_here = where(device)
     failed = []

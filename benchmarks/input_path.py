@@ -22,7 +22,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from lit_mnist.data import mnist
+from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD, normalise
 
@@ -46,8 +46,8 @@ def main() -> None:
     add_flag(parser, "input_path")
     settings = parser.parse_args()
 
-    mnist.prepare(settings.root)
-    ours = TensorBatches(*mnist.load(settings.root, train=True), BATCH_SIZE, seed=1)
+    datasets.prepare(settings.root)
+    ours = TensorBatches(*datasets.load(settings.root, train=True), BATCH_SIZE, seed=1)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     theirs = DataLoader(datasets.MNIST(settings.root, transform=transform), BATCH_SIZE, shuffle=True)
 

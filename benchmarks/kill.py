@@ -31,8 +31,8 @@ from records import add_flag, append
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_mnist.data import mnist
-from lit_mnist.training.results import conditions
+from lit_mnist.data import datasets
+from lit_mnist.exact.conditions import conditions
 
 REPOSITORY = Path(__file__).parent.parent
 TIMINGS = {"train/samples_per_second"}
@@ -42,7 +42,7 @@ RECIPES = {
     "default": SHORT,
     "seed": ["--config", str(REPOSITORY / "configs" / "seed.yaml"), *SHORT],
     "smoke": ["--config", str(REPOSITORY / "configs" / "smoke.yaml"), *SHORT],
-    "foreign": [],  # lit_mnist/training in another project, under another name
+    "foreign": [],  # lit_mnist/exact in another project, under another name
 }
 # one thread a process: two trials run side by side, and sums come out in one order
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -161,7 +161,7 @@ def main() -> int:
     settings = parser.parse_args()
     if unknown := set(settings.recipes) - set(RECIPES):
         parser.error(f"unknown recipes {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
-    mnist.prepare(settings.root)
+    datasets.prepare(settings.root)
     share = -(-settings.kills // len(settings.recipes))
 
     where = conditions(torch.device("cpu"))

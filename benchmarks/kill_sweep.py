@@ -27,8 +27,8 @@ import torch
 from kill import ENVIRONMENT, REPOSITORY, same, tensors
 from records import add_flag, append
 
-from lit_mnist.data import mnist
-from lit_mnist.training.results import conditions
+from lit_mnist.data import datasets
+from lit_mnist.exact.conditions import conditions
 
 STUDY = """\
 base: [{configs}/smoke.yaml, base.yaml]
@@ -112,7 +112,7 @@ def main() -> int:
     add_flag(parser, "kill_sweep")
     options = parser.parse_args()
     root = str(Path(options.root).resolve())
-    mnist.prepare(root)
+    datasets.prepare(root)
     different = 0
     with tempfile.TemporaryDirectory() as name:
         for way in ["never killed", *options.ways]:

@@ -32,8 +32,10 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from lit_mnist import LitMNIST
-from lit_mnist.data import images, mnist, several
-from lit_mnist.training.checkpoints import read_checkpoint
+from lit_mnist.data import datasets
+from lit_mnist.exact.checkpoint_io import read_checkpoint
+from lit_mnist.pictures import prepare as images
+from lit_mnist.pictures import several
 
 COUNT, HARDER = 1000, 300
 CANVAS = 240
@@ -378,8 +380,8 @@ def main() -> None:
     read_checkpoint(settings.checkpoint)
     model = LitMNIST.load_from_checkpoint(settings.checkpoint, map_location="cpu", weights_only=True)
     network = model.network.eval()
-    mnist.prepare(settings.root)
-    originals, targets = mnist.load(settings.root, train=False)
+    datasets.prepare(settings.root)
+    originals, targets = datasets.load(settings.root, train=False)
     originals, targets = originals[:COUNT], targets[:COUNT]
     rows: dict[str, tuple[int, int]] = {}
     confidences: dict[str, list[float]] = {"right answers": [], "wrong answers": []}

@@ -36,7 +36,7 @@ from records import add_flag, append
 from rich.progress import track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_mnist.data import mnist
+from lit_mnist.data import datasets
 
 QUIET = ["--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0", "--trainer.accelerator", "cpu"]
 CORES = os.cpu_count() or 1
@@ -318,7 +318,7 @@ def main() -> None:
     if unknown := set(options.measures) - set(MEASURES):
         parser.error(f"unknown measures {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
     root = str(Path(options.root).resolve())
-    mnist.prepare(root)
+    datasets.prepare(root)
     for name in options.measures or MEASURES:
         values = MEASURES[name](root, options)
         append(options, {"measure": name, "values": values})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lit_mnist.training.results import conditions
+from lit_mnist.exact.conditions import conditions
 
 RESULTS = Path(__file__).parent / "results"
 

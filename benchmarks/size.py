@@ -28,8 +28,8 @@ import torch
 from records import add_flag, append
 from torch import Tensor
 
-from lit_mnist.commands.main import main as lit_mnist
-from lit_mnist.data import mnist
+from lit_mnist.__main__ import main as lit_mnist
+from lit_mnist.data import datasets
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import seeded_generator
 
@@ -47,7 +47,7 @@ def memory(field: str) -> float:
 
 def fill(images: Tensor, targets: Tensor, root: str) -> None:
     """MNIST's training set, as often as it takes, each repetition but the first moved at random."""
-    originals, labels = mnist.load(root, train=True)
+    originals, labels = datasets.load(root, train=True)
     for start in range(0, len(images), STEP):
         stop = min(start + STEP, len(images))
         part = torch.arange(start, stop) % len(originals)
@@ -71,7 +71,7 @@ def one(size: int, root: str, steps: int, mapped: bool) -> dict[str, Any]:
         targets = torch.empty(size, dtype=torch.int64)
         fill(images, targets, root)
         make_seconds = perf_counter() - started
-        mnist.load = lambda root, train, name="mnist": (images, targets)
+        datasets.load = lambda root, train, name="mnist": (images, targets)
         flags = ["fit", "--data.root", root, "--data.val_size", "0", "--trainer.max_epochs", "1"]
         flags += ["--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu"]
         flags += ["--trainer.limit_train_batches", str(steps)] if steps else []
@@ -105,7 +105,7 @@ def main() -> None:
     if options.here:
         print(json.dumps(one(options.sizes[0], root, options.steps, options.mapped)))
         return
-    mnist.prepare(root)
+    datasets.prepare(root)
     print("| images | data, MB | peak memory, MB | of it before the data, MB | steps | seconds | images a second |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for size in options.sizes:

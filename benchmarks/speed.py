@@ -49,9 +49,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from lit_mnist import LitMNIST, MNISTDataModule
+from lit_mnist.__main__ import main as lit_mnist
 from lit_mnist.board import TrainingBoard, ValidationBoard
-from lit_mnist.commands.main import main as lit_mnist
-from lit_mnist.data import mnist
+from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.network import MEAN, STD
 
@@ -314,8 +314,7 @@ def board(root: str, rounds: int) -> dict[str, Any]:
 
 FIRST_STEP = """
 import os, sys
-from lit_mnist.commands.main import main
-from lit_mnist.module import LitMNIST
+from lit_mnist.__main__ import main
 LitMNIST.training_step = lambda self, batch, batch_idx: os._exit(0)
 main(sys.argv[1:])
 """
@@ -447,7 +446,7 @@ def repeat(work: Callable[[], Any], times: int) -> list[float]:
 
 
 def predict(root: str, rounds: int) -> dict[str, Any]:
-    images, _ = mnist.load(root, train=False)
+    images, _ = datasets.load(root, train=False)
     network = LitMNIST().network.eval()
     alone, command = [], []
     with folder_of_runs() as where:
@@ -489,7 +488,7 @@ def main() -> None:
     if unknown := set(settings.measures) - set(MEASURES):
         parser.error(f"unknown measures {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
     root = str(Path(settings.root).resolve())
-    mnist.prepare(root)
+    datasets.prepare(root)
     for name in settings.measures or MEASURES:
         measure, rounds = MEASURES[name]
         values = measure(root, settings.rounds or rounds)

@@ -24,9 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
+from lit_mnist.exact.ddp import joined
+from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.module import Batch
-from lit_mnist.training.loggers import RunLogger
-from lit_mnist.training.processes import joined
 
 # The tab "custom scalars": what belongs together on one chart.
 LAYOUT = {

@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_mnist.exact.averaging import MovingAverage
+from lit_mnist.exact.schedule import total_steps
 from lit_mnist.network import NETWORKS
-from lit_mnist.training.averaging import MovingAverage
-from lit_mnist.training.schedule import total_steps
 
 Batch = tuple[Tensor, Tensor]
 

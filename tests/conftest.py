@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import pytest
 
-from lit_mnist.commands.main import main
-from lit_mnist.commands.page import chromium
-from lit_mnist.data import mnist, sources
+from lit_mnist.__main__ import main
+from lit_mnist.cli.page import chromium
+from lit_mnist.data import datasets, download
+from lit_mnist.exact.errors import UserError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parent.parent
 
 
-def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, mnist.IDXFile]:
+def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, datasets.IDXFile]:
     """Write four IDX files into RAW, each class a pattern of its own plus noise, the classes in equal numbers.
 
     Returns:
-        What `mnist.FILES` has to be for them to verify. The same sizes give the same files on every machine.
+        What `datasets.FILES` has to be for them to verify. The same sizes give the same files on every machine.
     """
     generator = np.random.Generator(np.random.PCG64(0))
     patterns = np.kron(generator.integers(0, 2, (10, 7, 7)), np.ones((4, 4), np.int64)) * 180
@@ -40,7 +41,7 @@ def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, 
             header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
             content = header + array.tobytes()
             (raw / name).write_bytes(content)
-            files[name] = mnist.IDXFile(len(content), hashlib.sha256(content).hexdigest())
+            files[name] = datasets.IDXFile(len(content), hashlib.sha256(content).hexdigest())
     return files
 
 
@@ -48,7 +49,7 @@ def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, 
 def tiny_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data root with 400 training and 100 test images, which `mnist` takes for the real ones."""
     root = tmp_path / "tiny"
-    monkeypatch.setattr(mnist, "FILES", write_tiny_mnist(root / "MNIST" / "raw"))
+    monkeypatch.setattr(datasets, "FILES", write_tiny_mnist(root / "MNIST" / "raw"))
     return root
 
 
@@ -66,8 +67,8 @@ def real_root() -> Path:
     """A data root with the real MNIST: LIT_MNIST_ROOT, or `data` in the repository, fetched where it is missing."""
     root = Path(os.environ.get("LIT_MNIST_ROOT") or REPOSITORY / "data")
     try:
-        mnist.prepare(root)
-    except mnist.DataError as error:
+        datasets.prepare(root)
+    except UserError as error:
         if os.environ.get("LIT_MNIST_REQUIRE_DATA") == "1":
             pytest.fail(str(error))
         pytest.skip(str(error))
@@ -96,5 +97,5 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> NoReturn:
         pytest.fail("a test must not reach the network")
 
-    monkeypatch.setattr(sources, "mirrors", stop)
-    monkeypatch.setattr(sources, "_pip_download", stop)
+    monkeypatch.setattr(download, "mirrors", stop)
+    monkeypatch.setattr(download, "_pip_download", stop)

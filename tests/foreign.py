@@ -1,6 +1,6 @@
 """Another project with lit_mnist's training/ in it, under the name `machinery`: its own module, metrics, data, loggers.
 
-Nothing here is of lit_mnist. tests/training/test_lifted.py copies both to a folder and kills it there.
+Nothing here is of lit_mnist. tests/exact/test_lifted.py copies both to a folder and kills it there.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from machinery.checkpoints import BestCheckpoint, LastCheckpoint, read_checkpoint
-from machinery.processes import ExactDDP
-from machinery.run import Run, callbacks, place_logger, plugins, run_logger
+from machinery.assembly import make_logger, place_logger
+from machinery.checkpoint_io import read_checkpoint
+from machinery.checkpoints import BestCheckpoint, LastCheckpoint
+from machinery.ddp import ExactDDP
+from machinery.run import Run, callbacks, plugins
 from machinery.runs import newest
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
@@ -146,7 +148,7 @@ def fit(folder: str, devices: int = 1) -> None:
             EarlyStopping("val/mse", patience=3),
         ],
         plugins=plugins(run),
-        logger=[run_logger(run), own],
+        logger=[make_logger(run), own],
     )
     with run.held(trainer):
         trainer.fit(Regression(), datamodule=Numbers(), ckpt_path=checkpoint, weights_only=True)

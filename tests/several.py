@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_mnist.commands.main import main
-from lit_mnist.data import mnist
+from lit_mnist.__main__ import main
+from lit_mnist.data import datasets
 
 # one process imports everything once, and the others are forked from it
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lit_mnist.commands.cli", "tensorboard", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
 LONGEST = 120  # seconds: a test must fail, not hang
 
 
@@ -44,7 +44,7 @@ def run(
     processes: int,
     arguments: Sequence[str],
     folder: Path,
-    files: dict[str, mnist.IDXFile],
+    files: dict[str, datasets.IDXFile],
     death: Death | None = None,
     environment: Sequence[dict[str, str]] | None = None,
     patience: float = LONGEST,
@@ -88,10 +88,10 @@ def _one(rank: int, flags: list[str], folder: str, files: Any, variables: dict[s
     from lit_mnist.module import LitMNIST
 
     torch.set_num_threads(1)
-    mnist.FILES = files
+    datasets.FILES = files
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
     if rank and any(name in variables for name in ("LOCAL_RANK", "SLURM_LOCALID")):
-        mnist.prepare = _forbidden  # type: ignore[assignment]  # the first alone fetches data
+        datasets.prepare = _forbidden  # type: ignore[assignment]  # the first alone fetches data
     if death:
         original = LitMNIST.training_step
         left = [death.step]

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lit_mnist import MNISTDataModule, board
-from lit_mnist.commands.main import main
+from lit_mnist.__main__ import main
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -86,7 +86,7 @@ def in_copy(home: str, args: list[str], kill_at: int, environment: dict[str, str
         os.dup2(os.open(f".{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     import lit_mnist
-    from lit_mnist.commands.main import main
+    from lit_mnist.__main__ import main
 
     assert str(lit_mnist.__file__).startswith(home)
     if kill_at:

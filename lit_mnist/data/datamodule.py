@@ -10,11 +10,12 @@ from pytorch_lightning import LightningDataModule
 from rich.progress import track
 from torch import Tensor
 
-from lit_mnist.data import images as pictures
-from lit_mnist.data import mnist
+from lit_mnist.data import datasets
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
-from lit_mnist.data.several import load_split
+from lit_mnist.exact.errors import UserError
+from lit_mnist.pictures import prepare as pictures
+from lit_mnist.pictures.segment import load_split
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 # Larger batches only wait longer for memory on a CPU; the scores do not depend on it.
@@ -74,7 +75,7 @@ class MNISTDataModule(LightningDataModule):
 
     Raises:
         ValueError: an argument is out of range.
-        DataError: the data cannot be had, from `prepare_data` and `setup`.
+        UserError: the data cannot be had, from `prepare_data` and `setup`.
     """
 
     def __init__(
@@ -106,21 +107,21 @@ class MNISTDataModule(LightningDataModule):
         """How many classes the data has, which the network must have too; of `idx` the training labels are read.
 
         Raises:
-            DataError: they cannot be read.
+            UserError: they cannot be read.
         """
-        return mnist.classes(self.root, self.hparams["name"])
+        return datasets.classes(self.root, self.hparams["name"])
 
     def prepare_data(self) -> None:
         if self.images and self.trainer and self.trainer.state.fn == "predict":
             return
-        mnist.prepare(self.root, self.download, self.hparams["name"])
+        datasets.prepare(self.root, self.download, self.hparams["name"])
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate") and "train" not in self.sets:
             images, targets = self._load(train=True)
             val_size = self.hparams["val_size"]
             if val_size >= len(targets):
-                raise mnist.DataError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
+                raise UserError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
             if val_size:
                 parts = stratified_split(targets, val_size, self.hparams["split_seed"])
                 # validate must score the very images that fit held out, so both stages split alike
@@ -144,8 +145,8 @@ class MNISTDataModule(LightningDataModule):
         name = self.hparams["name"]
         known = self.trainer.lightning_module.hparams.get("classes") if self.trainer else None
         if known is not None and known < self.classes:
-            raise mnist.DataError(f"data.name {name} has {self.classes} classes, and the model was made for {known}")
-        return mnist.load(self.root, train, name)
+            raise UserError(f"data.name {name} has {self.classes} classes, and the model was made for {known}")
+        return datasets.load(self.root, train, name)
 
     def train_dataloader(self) -> TensorBatches:
         self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
@@ -199,7 +200,7 @@ def check_ranges(hp: Any, root: str, images: list[str] | None, split: bool) -> N
         f"data.{argument} must be {allowed}, got {value}"
         for argument, value, allowed, ok in (
             ("root", root, "a folder", bool(root)),
-            ("name", hp.name, f"one of {', '.join(mnist.SETS)}", hp.name in mnist.SETS),
+            ("name", hp.name, f"one of {', '.join(datasets.SETS)}", hp.name in datasets.SETS),
             ("batch_size", hp.batch_size, "in 1..60000", 1 <= hp.batch_size <= 60_000),
             ("val_size", hp.val_size, "in 0..59999", 0 <= hp.val_size <= 59_999),
             ("split_seed", hp.split_seed, "an integer from 0", hp.split_seed >= 0),

@@ -23,9 +23,7 @@ from .cases import Result
 
 # one process imports everything once; the workers are forked from it, and each case from a worker
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["lit_mnist.commands.cli", "lit_mnist.commands.export", "tensorboard", "torch.utils.tensorboard"]
-)
+CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "lit_mnist.cli.export", "tensorboard", "torch.utils.tensorboard"])
 CHUNK = 5  # cases that a worker is given at once
 QUIET_SECONDS = 30  # between two lines where there is no terminal
 

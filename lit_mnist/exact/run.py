@@ -1,0 +1,80 @@
+"""A run: the folder it writes to, and the state it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .ddp import is_first
+from .errors import UserError
+from .runs import claim_version, discard, newest, run_folder
+
+
+@dataclass
+class Run:
+    """Where a fit writes, and what it begins with.
+
+    Args:
+        folder: of its checkpoints, config.yaml and results.json; None on all processes but the first until it starts.
+        checkpoint: what it begins with; None for nothing.
+        loaded: the content of that checkpoint.
+        origin: the run that the checkpoint belongs to; None where it lies in no run's folder.
+        unchanged: whether it is resumed with the settings that it had; then one that a callback had stopped stays so.
+        made: the last folder above `folder` that was there before; None where `folder` was there itself.
+    """
+
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    origin: Path | None = None
+    unchanged: bool = True
+    made: Path | None = None
+    started: bool = False
+
+    @classmethod
+    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> Run:
+        """A run in a new folder `version_N`, which only one process can make.
+
+        Raises:
+            UserError: no folder can be made there.
+        """
+        run = cls(None, checkpoint, loaded or {}, run_folder(checkpoint) if checkpoint else None)
+        if is_first():
+            runs = runs.absolute()
+            run.made = next(folder for folder in (runs, *runs.parents) if folder.exists())
+            try:
+                run.folder = runs / f"version_{claim_version(runs)}"
+            except OSError as error:
+                raise UserError(f"no run can be written to {runs} ({error.strerror})") from error
+        return run
+
+    @classmethod
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
+        """The run that a checkpoint belongs to, in its own folder."""
+        folder = run_folder(checkpoint)
+        return cls(folder, checkpoint, loaded, folder, unchanged)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it goes on in the folder of its checkpoint."""
+        return self.origin is not None and self.made is None and self.folder == self.origin
+
+    @property
+    def parent(self) -> str | None:
+        """The checkpoint of another run that this one begins with."""
+        return f"{self.origin.name}/{self.checkpoint.name}" if self.checkpoint and self.origin and self.made else None
+
+    def discard_unused(self) -> None:
+        """Remove the folder that was made for a run which never started."""
+        if self.folder and self.made and not self.started:
+            discard(self.folder, self.made)
+            self.folder = None
+
+
+def is_newest(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the newest state of the run that it belongs to."""
+    folder = run_folder(checkpoint)
+    last = newest(folder) if folder else None
+    return last is not None and last.resolve() == checkpoint.resolve()

@@ -1,0 +1,65 @@
+"""Synchronised batch norm on a CPU, on one process; tests/exact/test_processes.py has several."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from several import free_port
+from torch import nn
+
+from lit_mnist import LitMNIST
+from lit_mnist.exact.batchnorm import SyncBatchNorm2d, SynchronizedBatchNorm
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    if torch.distributed.is_initialized():  # DDP on one process leaves its own, as it does in a user's program
+        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def layers() -> tuple[SyncBatchNorm2d, nn.BatchNorm2d]:
+    torch.manual_seed(0)
+    ours, theirs = SyncBatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def test_it_is_batch_norm(group: None) -> None:
+    ours, theirs = layers()
+    images = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    for _ in range(3):
+        inputs = [images.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(given) for layer, given in zip((ours, theirs), inputs, strict=True)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+        for output in outputs:
+            (output * torch.arange(6)).square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-10)
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-10)
+        for one, another in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(one, another, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+def test_gradients_are_those_of_finite_differences(group: None) -> None:
+    ours, _ = layers()
+    images = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ours, images)
+
+
+def test_the_plugin_changes_layers_and_takes_it_back() -> None:
+    model, plugin = LitMNIST(), SynchronizedBatchNorm()
+    names = list(model.state_dict())
+    parameters = [id(parameter) for parameter in model.parameters()]
+    plugin.apply(model)
+    assert sum(type(module) is SyncBatchNorm2d for module in model.modules()) == 5
+    assert not any(type(module) is nn.BatchNorm2d for module in model.modules())
+    plugin.revert(model)
+    assert sum(type(module) is nn.BatchNorm2d for module in model.modules()) == 5
+    assert list(model.state_dict()) == names
+    assert [id(parameter) for parameter in model.parameters()] == parameters

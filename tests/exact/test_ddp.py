@@ -1,0 +1,268 @@
+"""Several processes are one: the same batches, losses and scores, and a lost one costs nothing."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import several
+import torch
+from several import Death, Outcome, free_port
+from test_resume import assert_same, curve, state
+
+from lit_mnist.__main__ import main
+from lit_mnist.data import datamodule, datasets
+
+# 350 images to train on: 4 batches of 87 and one of 2, of which one of three processes, or two of four, have none
+SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
+SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_decay", "0.9", "--data.batch_size", "87"]
+SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
+EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
+DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
+STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # as srun sets it
+REPOSITORY = Path(__file__).parents[2]
+Run = Callable[..., list[Outcome]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 11)
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, tiny_root: Path) -> Run:
+    def run(processes: int, command: str, *flags: str, **kwargs: Any) -> list[Outcome]:
+        return several.run(
+            processes, [command, "--data.root", str(tiny_root), *flags], folder, datasets.FILES, **kwargs
+        )
+
+    return run
+
+
+@pytest.fixture
+def alone(folder: Path, tiny_root: Path) -> Callable[..., int]:
+    return lambda command, *flags: main([command, "--data.root", str(tiny_root), *flags])
+
+
+def losses(run: Path) -> dict[str, list[float]]:
+    return {
+        tag: [value for _, value in points]
+        for tag, points in curve(run).items()
+        if tag.startswith(("train/loss", "train/accuracy", "val/", "norm/"))
+    }
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], processes: int) -> None:
+    assert alone("fit", *EXACT) == 0
+    outcomes = run(processes, "fit", *EXACT)
+    assert [outcome.status for outcome in outcomes] == [0] * processes
+    assert "Epoch 1: train loss" in outcomes[0].out
+    assert [outcome.out + outcome.err for outcome in outcomes[1:]] == [""] * (processes - 1)
+    assert re.fullmatch(r"Waiting at 127\.0\.0\.1:\d+ for the other processes\n", outcomes[0].err)
+    ours, theirs = (Path(f"lightning_logs/version_{version}") for version in (1, 0))
+    expected = losses(theirs)
+    assert len(expected["train/loss_step"]) == 10
+    for tag, values in losses(ours).items():  # events hold 32 bits
+        assert values == pytest.approx(expected[tag], rel=3e-7), tag
+    # every picture of the board and the PR curves, drawn from the answers of all processes
+    assert curve(ours).keys() == curve(theirs).keys()
+    for tag in ("answers/confusion matrix", "answers/most confident errors"):
+        assert curve(ours)[tag] == curve(theirs)[tag]
+    weights, expected_weights = state(ours), state(theirs)
+    for name, tensor in expected_weights["state_dict"].items():
+        torch.testing.assert_close(weights["state_dict"][name], tensor, rtol=1e-9, atol=1e-11)
+    results = [json.loads((path / "results.json").read_text())["fit"] for path in (ours, theirs)]
+    assert [result["processes"] for result in results] == [processes, 1]
+    assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
+
+
+def test_without_synchronised_batch_norm_it_is_another_training(run: Run, alone: Callable[..., int]) -> None:
+    flags = [*EXACT, "--data.batch_size", "50", "--trainer.sync_batchnorm", "false", "--model.activation", "relu"]
+    assert alone("fit", *flags) == 0
+    assert [outcome.status for outcome in run(2, "fit", *flags)] == [0, 0]
+    ours, theirs = (losses(Path(f"lightning_logs/version_{version}"))["train/loss_step"] for version in (1, 0))
+    assert ours[0] == pytest.approx(theirs[0], abs=0.2)
+    assert ours[0] != pytest.approx(theirs[0], abs=1e-4)
+
+
+def test_every_image_is_scored_once(run: Run, alone: Callable[..., int]) -> None:
+    assert alone("fit", *SETTINGS) == 0
+    results = Path("lightning_logs/version_0/results.json")
+    predictions = Path("lightning_logs/version_0")
+    expected, answers = None, None
+    for processes in (1, 2, 3, 4):
+        (first, *others) = run(processes, "test", "--ckpt_path", "best")
+        assert first.status == 0
+        assert f"/{100} (" in first.out
+        assert [other.out for other in others] == [""] * (processes - 1)
+        test = json.loads(results.read_text())["test"]
+        assert test["processes"] == processes
+        assert test["samples"] == 100
+        scores = test["test/accuracy"], pytest.approx(test["test/loss"], rel=1e-6), first.out
+        expected = expected or scores
+        assert scores == expected
+        assert run(processes, "predict", "--ckpt_path", "best")[0].status == 0
+        (path,) = predictions.glob("predictions-*.csv")
+        rows = list(csv.reader(path.open()))
+        answers = answers or rows
+        assert [row[:2] for row in rows] == [row[:2] for row in answers]
+    validated = [run(processes, "validate", "--ckpt_path", "best")[0].out for processes in (1, 2, 3, 4)]
+    assert len(set(validated)) == 1
+    assert "/50 (" in validated[0]
+
+
+@pytest.mark.parametrize(
+    ("processes", "rank", "step"),
+    [(2, 0, 1), (2, 1, 4), (2, 0, 5), (2, 1, 6), (3, 2, 5), (3, 1, 8), (4, 1, 4), (4, 3, 6), (4, 0, 9)],
+)
+def test_resume_is_exact(run: Run, tmp_path: Path, processes: int, rank: int, step: int) -> None:
+    assert {outcome.status for outcome in run(processes, "fit", *DROPOUT)} == {0}
+    uninterrupted = tmp_path / "uninterrupted"
+    shutil.move("lightning_logs/version_0", uninterrupted)
+    started = monotonic()
+    outcomes = run(processes, "fit", *DROPOUT, death=Death(rank, step))
+    assert monotonic() - started < 60
+    for number, outcome in enumerate(outcomes):
+        assert outcome.status == (-signal.SIGKILL if number == rank else 3)
+        if number != rank:
+            assert "another process of this run was lost" in outcome.err
+            assert (
+                "to resume: python -m lit_mnist fit --ckpt_path lightning_logs/version_0/checkpoints/last"
+                in outcome.err
+            )
+    if rank:  # the first could say so
+        assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["state"] == "interrupted"
+    resumed = run(processes, "fit", "--ckpt_path", "last")
+    assert {outcome.status for outcome in resumed} == {0}
+    assert "processes:" not in resumed[0].out
+    ours = Path("lightning_logs/version_0")
+    assert_same(state(ours), state(uninterrupted))
+    assert curve(ours) == curve(uninterrupted)
+    assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (4, 2)])
+def test_resume_on_another_number(run: Run, alone: Callable[..., int], before: int, after: int) -> None:
+    assert alone("fit", *EXACT) == 0
+    run(before, "fit", *EXACT, death=Death(before - 1, 4))
+    first = run(after, "fit", "--ckpt_path", "last")[0]
+    assert first.status == 0
+    assert f"processes: {before} -> {after} (the same batches, but the last bits may differ)" in first.out
+    ours, theirs = (losses(Path(f"lightning_logs/version_{version}")) for version in (1, 0))
+    for tag, values in ours.items():
+        assert values == pytest.approx(theirs[tag], rel=3e-7), tag
+
+
+def test_processes_draw_dropout_of_their_own(run: Run) -> None:
+    assert {outcome.status for outcome in run(2, "fit", *DROPOUT)} == {0}
+    (last,) = Path("lightning_logs/version_0/checkpoints").glob("last-*.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    own, other = (process["random"]["torch"] for process in checkpoint["processes"])
+    assert not torch.equal(own, other)
+
+
+def test_a_signal_to_one_stops_all(run: Run, tmp_path: Path) -> None:
+    flags = [*DROPOUT, "--trainer.max_epochs", "8", "--checkpoint.every_n_steps", "0"]
+    assert {outcome.status for outcome in run(2, "fit", *flags)} == {0}
+    uninterrupted = tmp_path / "uninterrupted"
+    shutil.move("lightning_logs/version_0", uninterrupted)
+    first, second = run(2, "fit", *flags, death=Death(1, 6, signal.SIGTERM))
+    assert first.status == second.status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; to resume: python -m lit_mnist fit --ckpt_path lightning_logs" in first.err
+    assert second.err == ""
+    assert {outcome.status for outcome in run(2, "fit", "--ckpt_path", "last")} == {0}
+    assert_same(state(Path("lightning_logs/version_0")), state(uninterrupted))
+
+
+def test_waiting_for_a_silent_one_ends(run: Run, alone: Callable[..., int]) -> None:
+    started = monotonic()
+    first, second = run(2, "fit", *SETTINGS, "--processes.timeout", "4", death=Death(1, 5, signal.SIGSTOP), patience=30)
+    assert monotonic() - started < 60
+    assert first.status == 3
+    assert "another process of this run was lost" in first.err
+    assert second.status == -signal.SIGKILL  # by this test, at last
+    assert alone("fit", "--ckpt_path", "last") == 0
+
+
+def test_slurm(run: Run) -> None:
+    common = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "1234"}
+    common |= {"SLURM_NODEID": "0", "SLURM_JOB_NAME": "digits"} | STEP
+    each = [{**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+    first, second = run(2, "fit", *SETTINGS, environment=each)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "Epoch 1" in first.out
+    assert second.out == ""
+    results = json.loads(Path("lightning_logs/version_0/results.json").read_text())
+    assert results["fit"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.batch_size", "1"], "data.batch_size must be at least the number of processes, 2, got 1"),
+        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy must be auto or ddp"),
+        (["--processes.timeout", "0"], "processes.timeout must be a number of seconds"),
+        (
+            ["--data.batch_size", "349", "--trainer.sync_batchnorm", "false"],
+            "trainer.sync_batchnorm must be true and trainer.precision not mixed",
+        ),
+    ],
+)
+def test_bad_input(run: Run, flags: list[str], message: str) -> None:
+    first, second = run(2, "fit", *SETTINGS, *flags)
+    assert (first.status, second.status) == (2, 2)
+    (line,) = (line for line in first.err.splitlines() if not line.startswith("Waiting at"))
+    assert message in line
+    assert second.err == ""
+
+
+def test_started_otherwise_than_asked(run: Run) -> None:
+    each = [
+        {**STEP, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_PROCID": rank}
+        for rank in "01"
+    ]
+    each = [{**one, "SLURM_LOCALID": one["SLURM_PROCID"], "SLURM_NODEID": "0"} for one in each]
+    first, second = run(2, "fit", *SETTINGS, "--trainer.devices", "1", environment=each)
+    assert (first.status, second.status) == (2, 2)
+    assert "ask for 1 processes in all, but 2 on each of 1 machines were started" in first.err
+    assert not Path("lightning_logs").exists()
+
+
+def test_a_launch_leaves_nothing_in_the_environment(alone: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    assert alone("fit", *SETTINGS, "--trainer.strategy", "ddp") == 0
+    assert {name: os.environ.get(name) for name in names} == before
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_real_launchers(real_root: Path, folder: Path, launcher: str) -> None:
+    flags = ["-m", "lit_mnist", "fit", "--config", str(REPOSITORY / "configs" / "smoke.yaml")]
+    flags += ["--config", str(REPOSITORY / "configs" / "ddp.yaml"), "--data.root", str(real_root.resolve())]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4"]
+    program = [sys.executable]
+    if launcher == "torchrun":
+        program += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    else:
+        flags += ["--trainer.devices", "2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Epoch 1: train loss") == 1
+    assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["processes"] == 2
