@@ -1,6 +1,6 @@
-"""The command line: `main`, the top-level help, and how errors reach a user.
+"""The command line: its commands, its help, and how errors become exit statuses.
 
-Nothing here imports torch: `--version` and `--help` answer at once. The commands themselves are in files of their own.
+Nothing here imports torch: `--version` and `--help` answer at once. The commands are in files of their own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lit_mnist import __version__
 from lit_mnist.cli import COMMANDS
-from lit_mnist.cli.console import BAD_INPUT, complain, console
-from lit_mnist.exact.console import number, shortened, shown
+from lit_mnist.cli.console import BAD_INPUT, complain, console, resume_command
+from lit_mnist.exact.console import number, shortened
+from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
 
 HELP = f"""\
 usage: python -m lit_mnist [-h] [--version] {{{",".join(COMMANDS)}}} ...
@@ -32,8 +32,8 @@ examples:
 
 `python -m lit_mnist COMMAND --help` lists all settings of a command; `--print_config` prints them as YAML.
 """
-
 FAILED_TRAINING = 3
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 OUTPUT_FLAGS = ("-h", "--help", "--version", "--print")
 
 
@@ -41,94 +41,83 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: what would stand on the command line; None takes `sys.argv`.
+        args: the command line without the program's name; None takes `sys.argv`.
 
     Returns:
         The exit status: 0, 2 for input that cannot be used, 3 for a training that failed, 128 + the signal's number
         for one that a signal stopped. The reason is one message on stderr.
     """
     args = list(sys.argv[1:] if args is None else args)
-    with console() as streams:
+    with console() as output:
         status = run_command(args)
-        sys.stdout.flush()
-        fault = streams[0].fault
-        if fault and fault.errno != errno.EPIPE:  # whoever closes a pipe early has seen enough
-            # those that have written files have not failed; of others the output is the result
+        output.flush()
+        if output.fault and output.fault.errno != errno.EPIPE:  # who closes a pipe early has read enough
+            # a command that has written files has not failed; of others the output is the result
             prints = args[:1] in ([], ["runs"], ["validate"]) or any(arg.startswith(OUTPUT_FLAGS) for arg in args)
-            status = complain(f"standard output: {fault.strerror}", status or (BAD_INPUT if prints else 0))
-        return status
+            status = complain(f"standard output: {output.fault.strerror}", status or (BAD_INPUT if prints else 0))
+    return status
 
 
 def run_command(args: list[str]) -> int:
-    if args[:1] == ["--version"]:
-        print(f"lit_mnist {__version__}")
-        return 0
-    if args[:1] in ([], ["-h"], ["--help"]):
-        print(HELP, end="")
-        return 0 if args else BAD_INPUT
-    if args[0] not in COMMANDS:
-        return complain(f"unknown command {shortened(repr(args[0]))}, allowed are {', '.join(COMMANDS)}", BAD_INPUT)
-
-    if args[0] == "runs":
-        from lit_mnist.cli.runs import list_runs
-
-        return list_runs(args[1:])
-
+    """Run a command, and return the exit status of how it ended."""
     try:
-        Path.cwd()
-        from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except OSError as error:  # torch asks for the current folder while it is imported
-        return complain(f"the current folder cannot be used: {error.strerror}", BAD_INPUT)
-
-    try:
-        start(args)
+        return dispatch(args) or 0
     except Interrupted as stop:
-        name = signal.Signals(stop.signum).name
-        resume = f"python -m lit_mnist fit --ckpt_path {shown(stop.checkpoint)}{stop.flags}" if stop.checkpoint else ""
-        resume = f"; to resume: {resume}" if resume else "; there is no checkpoint yet, start again"
-        return complain(f"stopped by {name}{resume}", 128 + stop.signum, everywhere=False)
+        name, resume = signal.Signals(stop.signum).name, resume_command(stop.checkpoint)
+        return complain(f"stopped by {name}; {resume}", 128 + stop.signum, everywhere=False)
     except KeyboardInterrupt:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingFailed as error:
         return complain(str(error), FAILED_TRAINING, everywhere=isinstance(error, ProcessLost))
     except UserError as error:
-        # a machine's first process tells what only this machine may lack
+        # a machine's first process prints what this machine alone may lack
         return complain(str(error), BAD_INPUT, everywhere=number("LOCAL_RANK", "SLURM_LOCALID") == 0)
-    except SystemExit as stop:  # --help and --print_config end the parser that way
+    except OSError as error:
+        return complain(str(error), FAILED_TRAINING if error.errno in FULL else BAD_INPUT)
+    except SystemExit as stop:  # from --help, --print_config and argparse's errors
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
-    return 0
 
 
-def start(args: list[str]) -> None:
-    """Run the command `args[0]` with the flags that follow; its file is imported now, and may need packages of its own.
+def dispatch(args: list[str]) -> int | None:
+    """Call the command `args[0]` with the flags after it; its file, and what that needs, is imported now."""
+    command = args[0] if args else ""
+    if command in ("", "-h", "--help"):
+        print(HELP, end="")
+        return 0 if args else BAD_INPUT
+    if command == "--version":
+        print(f"lit_mnist {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {shortened(repr(command))}, allowed are {', '.join(COMMANDS)}")
+    if command == "runs":
+        from lit_mnist.cli.runs import list_runs
 
-    Raises:
-        UserError: the input cannot be used.
-        TrainingFailed: the training failed.
-        SystemExit: from `--help` and `--print_config`.
-    """
+        return list_runs(args[1:])
+
     from lit_mnist.cli.cli import MNISTCLI, translate_errors
-    from lit_mnist.exact.errors import UserError
 
     with translate_errors():
-        if args[0] == "export":
-            from lit_mnist.cli.export import main
+        if command == "predict":
+            from lit_mnist.cli.predict import predict
 
-            main(args[1:])
-        elif args[0] == "sweep":
+            predict(args[1:])
+        elif command == "export":
+            from lit_mnist.cli.export import main as export
+
+            export(args[1:])
+        elif command == "demo":
+            from lit_mnist.cli.demo import demo
+
+            demo(args[1:])
+        elif command == "sweep":
             try:
                 from lit_mnist.sweep.sweep import sweep
             except ModuleNotFoundError as error:
                 raise UserError(f"sweep needs {error.name}: pip install 'lit_mnist[sweep]'") from error
             sweep(args[1:])
-        elif args[0] == "demo":
-            from lit_mnist.cli.demo import demo
-
-            demo(args[1:])
         else:
             MNISTCLI(args)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a user reads and hears: one line for an error, streams that may be closed, and no advertisements.
+"""What a command prints: one line for an error, streams that may be closed, and no advertisements.
 
 Nothing here imports torch: `--help` answers at once.
 """
@@ -13,21 +13,36 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from lit_mnist.exact.console import PROGRAM, number
+from lit_mnist.exact.console import PROGRAM, number, shortened, shown
 
 BAD_INPUT = 2  # exit status
-# callbacks that a user has asked for speak; Lightning itself advertises
+# Lightning's callbacks print what a user asked for; Lightning itself advertises
 LEVELS = {
     "pytorch_lightning": logging.WARNING,
     "lightning_fabric": logging.WARNING,
     "pytorch_lightning.callbacks": logging.INFO,
 }
+MEANT = (  # warnings that a user can do nothing about
+    ".*does not have many workers.*",  # batches come from memory
+    ".*Checkpoint directory .* exists and is not empty.*",  # of a resumed run
+    ".*smaller than the logging interval.*",
+    ".*Previous log files in this directory will be deleted.*",  # they are kept
+    ".*callbacks used to create the checkpoint need to be provided.*",  # only fit writes checkpoints
+    ".*Total length of `.*` across ranks is zero.*",  # data.val_size is 0
+    ".*You requested to overfit but.*",
+    ".*is supported for historical reasons.*",
+    ".*is not supported by the model summary.*",
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
+    ".*broadcast_buffers. is deprecated.*",  # in torch 2.15; torch 2.10 does not know the new name
+    ".*on epoch level in distributed setting.*",  # the metrics are those of all processes when they are logged
+)
 
 
 def complain(message: str, status: int, everywhere: bool = True) -> int:
-    """Say it on stderr: on the first of several processes alone, or on each with its number."""
+    """Print an error on stderr, on the first of several processes alone or on each with its number."""
     process = number("RANK", "SLURM_PROCID", "LOCAL_RANK")
     if process == 0 or everywhere:
         kind = "error: " if 0 < status < 128 else ""
@@ -36,60 +51,66 @@ def complain(message: str, status: int, everywhere: bool = True) -> int:
     return status
 
 
+def one_line(error: object) -> str:
+    return shortened(" ".join(str(error).split()), 300)
+
+
+def resume_command(checkpoint: Path | None) -> str:
+    """Return what to do after a training that was stopped; config.yaml has all the settings."""
+    if not checkpoint:
+        return "there is no checkpoint yet, start again"
+    return f"to resume: python -m {PROGRAM} fit --ckpt_path {shown(checkpoint)}"
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SystemExit(complain(message, BAD_INPUT))
 
 
 class Stream:
-    """Standard output or error that may be closed, full or a broken pipe: then what is written is dropped.
+    """Standard output or error; where it is closed, full or a broken pipe, what is written is dropped.
 
     Args:
         stream: None where the file was closed before the program started.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115
+        self.stream: Any = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115
+        self.stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
         self.fault: OSError | None = None  # the first
 
     def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-        except UnicodeEncodeError:  # file names may hold any bytes
-            self.write(text.encode(self.stream.encoding or "ascii", "backslashreplace").decode())
-        except OSError as error:
-            self._drop(error)
+        self._attempt(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self._drop(error)
+        self._attempt(self.stream.flush)
 
-    def _drop(self, error: OSError) -> None:
-        if not self.fault:
-            self.fault = error
-            # what is still buffered goes nowhere, or Python would complain of it when it exits
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())
-            os.close(null)
+    def _attempt(self, action: Any, *args: Any) -> None:
+        try:
+            action(*args)
+        except OSError as error:
+            if not self.fault:
+                self.fault = error
+                # what is still buffered goes nowhere, or Python would complain of it when it exits
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 @contextmanager
-def console() -> Iterator[tuple[Stream, Stream]]:
-    """Let a command go on, and end in good order, where nobody can read what it prints."""
+def console() -> Iterator[Stream]:
+    """Let a command continue, and end in good order, where nobody can read what it prints."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # or the next file that is opened would be what libraries take for the console
     os.close(descriptor)
     before = sys.stdout, sys.stderr
-    streams = Stream(sys.stdout), Stream(sys.stderr)
-    sys.stdout, sys.stderr = streams
+    sys.stdout, sys.stderr = streams = Stream(sys.stdout), Stream(sys.stderr)
     try:
-        yield streams
+        yield streams[0]
     finally:
         for stream in streams:
             stream.flush()
@@ -98,35 +119,20 @@ def console() -> Iterator[tuple[Stream, Stream]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what a user can do nothing about off the console: advertisements, and warnings about what is meant."""
-    levels = {logging.getLogger(name): level for name, level in LEVELS.items()}
-    before = {logger: logger.level for logger in levels}
-    for logger, level in levels.items():
-        logger.setLevel(level)
+    """Keep advertisements, and warnings about what is meant, off the console."""
+    before = {name: logging.getLogger(name).level for name in LEVELS}
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     hook, threading.excepthook = threading.excepthook, writer_failed
     with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",  # batches come from memory
-            ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
-            ".*smaller than the logging interval.*",
-            ".*Previous log files in this directory will be deleted.*",  # they are kept
-            ".*callbacks used to create the checkpoint need to be provided.*",  # only fit writes checkpoints
-            ".*Total length of `.*` across ranks is zero.*",  # data.val_size is 0, or no picture shows a digit
-            ".*You requested to overfit but.*",
-            ".*is supported for historical reasons.*",
-            ".*is not supported by the model summary.*",
-            ".*infer the batch indices.*",  # predictions come in the order of the test set
-            ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
-            ".*broadcast_buffers. is deprecated.*",  # in torch 2.15; the new name is unknown to 2.10
-            ".*on epoch level in distributed setting.*",  # the metrics are of all processes when they are logged
-        ):
+        for message in MEANT:
             warnings.filterwarnings("ignore", message)
         try:
             yield
         finally:
-            for logger, level in before.items():
-                logger.setLevel(level)
             threading.excepthook = hook
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def writer_failed(failure: threading.ExceptHookArgs) -> None:
