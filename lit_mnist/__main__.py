@@ -1,6 +1,6 @@
 """The command line: its commands, its help, and how errors become exit statuses.
 
-Nothing here imports torch: `--version` and `--help` answer at once. The commands are in files of their own.
+Nothing here imports torch: `--version` and `--help` answer at once. Each command is a function in a file of its name.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lit_mnist import __version__
 from lit_mnist.cli import COMMANDS
@@ -34,7 +35,6 @@ examples:
 """
 FAILED_TRAINING = 3
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-OUTPUT_FLAGS = ("-h", "--help", "--version", "--print")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -52,16 +52,16 @@ def main(args: Sequence[str] | None = None) -> int:
         status = run_command(args)
         output.flush()
         if output.fault and output.fault.errno != errno.EPIPE:  # who closes a pipe early has read enough
+            wrote = args[:1] not in ([], ["runs"], ["validate"]) and not {"-h", "--help", "--version"} & set(args)
             # a command that has written files has not failed; of others the output is the result
-            prints = args[:1] in ([], ["runs"], ["validate"]) or any(arg.startswith(OUTPUT_FLAGS) for arg in args)
-            status = complain(f"standard output: {output.fault.strerror}", status or (BAD_INPUT if prints else 0))
+            status = complain(f"standard output: {output.fault.strerror}", status or (0 if wrote else BAD_INPUT))
     return status
 
 
 def run_command(args: list[str]) -> int:
-    """Run a command, and return the exit status of how it ended."""
+    """Run a command, and return the exit status for how it ended."""
     try:
-        return dispatch(args) or 0
+        return call_command(args)
     except Interrupted as stop:
         name, resume = signal.Signals(stop.signum).name, resume_command(stop.checkpoint)
         return complain(f"stopped by {name}; {resume}", 128 + stop.signum, everywhere=False)
@@ -69,8 +69,7 @@ def run_command(args: list[str]) -> int:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingFailed as error:
         return complain(str(error), FAILED_TRAINING, everywhere=isinstance(error, ProcessLost))
-    except UserError as error:
-        # a machine's first process prints what this machine alone may lack
+    except UserError as error:  # a machine's first process prints what this machine alone may lack
         return complain(str(error), BAD_INPUT, everywhere=number("LOCAL_RANK", "SLURM_LOCALID") == 0)
     except OSError as error:
         return complain(str(error), FAILED_TRAINING if error.errno in FULL else BAD_INPUT)
@@ -78,46 +77,37 @@ def run_command(args: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
 
 
-def dispatch(args: list[str]) -> int | None:
-    """Call the command `args[0]` with the flags after it; its file, and what that needs, is imported now."""
-    command = args[0] if args else ""
-    if command in ("", "-h", "--help"):
-        print(HELP, end="")
-        return 0 if args else BAD_INPUT
+def call_command(args: list[str]) -> int:
+    """Call a command with the flags after its name; its file, and what that needs, is imported now."""
+    command = args[0] if args else "--help"
     if command == "--version":
         print(f"lit_mnist {__version__}")
-        return 0
-    if command not in COMMANDS:
+    elif command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command == "runs":
+        from lit_mnist.cli.runs import runs
+
+        runs(args[1:])
+    elif command in COMMANDS:
+        from lit_mnist.cli.cli import MNISTCLI, translate_errors
+
+        with translate_errors():
+            if command in ("fit", "validate", "test"):
+                MNISTCLI(args)
+            else:
+                call_function(command, args[1:])
+    else:
         raise UserError(f"unknown command {shortened(repr(command))}, allowed are {', '.join(COMMANDS)}")
-    if command == "runs":
-        from lit_mnist.cli.runs import list_runs
+    return 0 if args else BAD_INPUT
 
-        return list_runs(args[1:])
 
-    from lit_mnist.cli.cli import MNISTCLI, translate_errors
-
-    with translate_errors():
-        if command == "predict":
-            from lit_mnist.cli.predict import predict
-
-            predict(args[1:])
-        elif command == "export":
-            from lit_mnist.cli.export import main as export
-
-            export(args[1:])
-        elif command == "demo":
-            from lit_mnist.cli.demo import demo
-
-            demo(args[1:])
-        elif command == "sweep":
-            try:
-                from lit_mnist.sweep.sweep import sweep
-            except ModuleNotFoundError as error:
-                raise UserError(f"sweep needs {error.name}: pip install 'lit_mnist[sweep]'") from error
-            sweep(args[1:])
-        else:
-            MNISTCLI(args)
-    return None
+def call_function(command: str, args: list[str]) -> None:
+    room = "sweep" if command == "sweep" else "cli"
+    try:
+        module = import_module(f"lit_mnist.{room}.{command}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{command} needs {error.name}: pip install 'lit_mnist[{command}]'") from error
+    getattr(module, command)(args)
 
 
 if __name__ == "__main__":

@@ -25,19 +25,16 @@ LEVELS = {
     "lightning_fabric": logging.WARNING,
     "pytorch_lightning.callbacks": logging.INFO,
 }
-MEANT = (  # warnings that a user can do nothing about
-    ".*does not have many workers.*",  # batches come from memory
-    ".*Checkpoint directory .* exists and is not empty.*",  # of a resumed run
-    ".*smaller than the logging interval.*",
-    ".*Previous log files in this directory will be deleted.*",  # they are kept
-    ".*callbacks used to create the checkpoint need to be provided.*",  # only fit writes checkpoints
-    ".*Total length of `.*` across ranks is zero.*",  # data.val_size is 0
-    ".*You requested to overfit but.*",
-    ".*is supported for historical reasons.*",
-    ".*is not supported by the model summary.*",
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
-    ".*broadcast_buffers. is deprecated.*",  # in torch 2.15; torch 2.10 does not know the new name
-    ".*on epoch level in distributed setting.*",  # the metrics are those of all processes when they are logged
+MEANT = (  # warnings about what is meant here, or that a user can do nothing about
+    "does not have many workers",  # batches come from memory
+    "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
+    "callbacks used to create the checkpoint need to be provided",  # only fit writes checkpoints
+    "Total length of `.*` across ranks is zero",  # data.val_size is 0
+    "smaller than the logging interval|You requested to overfit but",
+    "is supported for historical reasons|is not supported by the model summary",
+    "isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
+    "broadcast_buffers. is deprecated",  # in torch 2.15; torch 2.10 does not know the new name
+    "on epoch level in distributed setting",  # the metrics are those of all processes when they are logged
 )
 
 
@@ -80,22 +77,24 @@ class Stream:
         self.fault: OSError | None = None  # the first
 
     def write(self, text: str) -> int:
-        self._attempt(self.stream.write, text)
+        with self._dropping():
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self._attempt(self.stream.flush)
+        with self._dropping():
+            self.stream.flush()
 
-    def _attempt(self, action: Any, *args: Any) -> None:
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
         try:
-            action(*args)
+            yield
         except OSError as error:
             if not self.fault:
                 self.fault = error
                 # what is still buffered goes nowhere, or Python would complain of it when it exits
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self.stream.fileno())
-                os.close(null)
+                with open(os.devnull, "w") as null:  # noqa: PTH123
+                    os.dup2(null.fileno(), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -120,19 +119,13 @@ def console() -> Iterator[Stream]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep advertisements, and warnings about what is meant, off the console."""
-    before = {name: logging.getLogger(name).level for name in LEVELS}
     for name, level in LEVELS.items():
         logging.getLogger(name).setLevel(level)
-    hook, threading.excepthook = threading.excepthook, writer_failed
+    threading.excepthook = writer_failed
     with warnings.catch_warnings():
         for message in MEANT:
-            warnings.filterwarnings("ignore", message)
-        try:
-            yield
-        finally:
-            threading.excepthook = hook
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
+            warnings.filterwarnings("ignore", f".*({message})")
+        yield
 
 
 def writer_failed(failure: threading.ExceptHookArgs) -> None:

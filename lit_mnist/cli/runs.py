@@ -6,101 +6,80 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_mnist.cli.console import BAD_INPUT, OneLineParser, complain
+from lit_mnist.cli.console import OneLineParser
 from lit_mnist.exact.console import shortened
+from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.runs import being_trained, number, read_results, section, text, versions
 
 COLUMNS = ("run", "recipe", "parameters", "epochs", "val_accuracy", "test_accuracy", "seconds", "state")
 FORMS = {"parameters": "{:,}", "seconds": "{:.1f}"}
 
 
-def list_runs(args: Sequence[str]) -> int:
-    """Print the table, and return the exit status."""
+def runs(args: Sequence[str]) -> None:
+    """Print the table.
+
+    Raises:
+        UserError: there are no runs, or no such column.
+    """
     parser = OneLineParser(
-        prog="python -m lit_mnist runs",
-        description="List the runs under lightning_logs/, with the settings in which they differ.",
+        prog="python -m lit_mnist runs", description="List runs and the settings in which they differ."
     )
     parser.add_argument("--root_dir", type=Path, default=Path(), help="the folder of lightning_logs (this one)")
-    help_ = f"of {', '.join(COLUMNS)}, any setting such as model.lr, and any metric such as val/loss"
-    parser.add_argument("--columns", type=lambda names: [name.strip() for name in names.split(",")], help=help_)
+    columns_help = f"of {', '.join(COLUMNS)}, any setting such as model.lr, and any metric such as val/loss"
+    parser.add_argument("--columns", type=lambda names: [name.strip() for name in names.split(",")], help=columns_help)
     parser.add_argument("--sort", metavar="COLUMN", help="sort by this column, ascending")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     options = parser.parse_args(args)
-    try:
-        folders = versions(options.root_dir / "lightning_logs")
-        runs = [read_run(folder) for folder in reversed(folders)]
-    except OSError as error:
-        return complain(f"--root_dir {shortened(str(options.root_dir))}: {error.strerror}", BAD_INPUT)
-    if not runs:
-        return complain(f"--root_dir {shortened(str(options.root_dir))}: no run in its lightning_logs", BAD_INPUT)
+    found = [read_run(folder) for folder in reversed(versions(options.root_dir / "lightning_logs"))]
+    if not found:
+        raise UserError(f"--root_dir {shortened(str(options.root_dir))}: there are no runs in a folder lightning_logs")
 
-    from pandas import DataFrame  # after --help and errors, which do without it
+    from pandas import DataFrame  # here, for --help does without it
 
-    table = DataFrame(runs, dtype=object)
-    differing = [name for name in table if is_setting(name) and table[name].dropna().astype(str).nunique() > 1]
+    table = DataFrame(found, dtype=object)
+    settings = [name for name in table if "." in name or name == "seed_everything"]
+    differing = [name for name in settings if table[name].dropna().astype(str).nunique() > 1]
     columns = options.columns or [*COLUMNS, *differing]
-    for flag, names in (("--columns", columns), ("--sort", [options.sort] if options.sort else [])):
+    for flag, names in (("--columns", columns), ("--sort", [options.sort or "run"])):
         if unknown := [name for name in names if name not in table]:
-            return complain(f"{flag} {shortened(unknown[0], 80)}: no run has it (see runs --help)", BAD_INPUT)
-    if options.sort and options.sort != "run":  # numbers before words
-        table = table.sort_values(
-            options.sort,
-            key=lambda values: values.map(lambda value: (isinstance(value, str), value), na_action="ignore"),
-            kind="stable",
-            na_position="first",
-        )
+            raise UserError(f"{flag} {shortened(unknown[0], 80)}: no run has it (see runs --help)")
+    if options.sort and options.sort != "run":
+        keys = table[options.sort].map(lambda value: (isinstance(value, str), value), na_action="ignore")
+        table = table.loc[keys.sort_values(kind="stable", na_position="first").index]  # numbers before words
     table = table[columns]
     if options.format == "json":
         print(table.to_json(orient="records", indent=2, double_precision=15))
     elif options.format == "csv":
         print(table.to_csv(index=False), end="")
     else:
-        shown = {name: [shown_value(str(name), value) for value in table[name]] for name in table}
-        print(DataFrame(shown).to_string(index=False))
-    return 0
-
-
-def is_setting(name: str) -> bool:
-    return "." in name or name == "seed_everything"
+        forms = {name: lambda value, name=name: shown_value(name, value) for name in columns}
+        print(table.fillna("-").to_string(index=False, formatters=forms))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return what a run's results.json has, by column, setting and metric.
-
-    The state is `running`, `finished`, `interrupted` (also if the process was killed), `failed`, or `unknown` without
-    results.
-    """
+    """Return what a run's results.json has, by column, setting and metric; its state is `unknown` without results."""
     results = read_results(folder)
     fit, test = section(results, "fit"), section(results, "test")
-    state = text(fit, "state") or "unknown"
     values = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
-    values |= dict(section(fit, "settings")) | {"seed_everything": values.pop("data.seed", None)}
-    values |= {name: value for name, value in test.items() if name.startswith("test/")} | dict(section(fit, "metrics"))
-    plain = {name: plain_value(values, name) for name in values if plain_value(values, name) is not None}
-    return plain | {
-        "run": folder.name,
-        "recipe": plain_value(fit, "recipe"),
-        "parameters": number(fit, "parameters"),
-        "epochs": number(fit, "epochs"),
-        "val_accuracy": number(section(fit, "best") or section(fit, "metrics"), "val/accuracy"),
-        "test_accuracy": number(test, "test/accuracy"),
-        "seconds": number(fit, "train_seconds"),
-        "state": "interrupted" if state == "running" and not being_trained(folder) else shortened(state),
-    }
+    values["seed_everything"] = values.pop("data.seed", None)
+    for found in (section(fit, "settings"), test, section(fit, "metrics")):
+        values |= {name: value for name, value in found.items() if "." in name or "/" in name}
+    state = text(fit, "state") or "unknown"
+    if state == "running" and not being_trained(folder):
+        state = "interrupted"  # the process was killed and could not write it
+    values |= {"run": folder.name, "state": state, "recipe": text(fit, "recipe"), "epochs": fit.get("epochs")}
+    values |= {"parameters": fit.get("parameters"), "seconds": fit.get("train_seconds")}
+    values["val_accuracy"] = (section(fit, "best") or section(fit, "metrics")).get("val/accuracy")
+    values["test_accuracy"] = test.get("test/accuracy")
+    return {name: plain_value(values, name) for name in values}
 
 
-def plain_value(values: Mapping[str, Any], name: str) -> str | float | None:
-    """Return a string on one line, a boolean or a number; nothing of another kind."""
-    value = values.get(name)
+def plain_value(values: Mapping[str, Any], name: str) -> Any:
+    """Return a string on one line, a boolean or a number; None in place of anything else."""
+    value = values[name]
     return shortened(value) if isinstance(value, str) else value if isinstance(value, bool) else number(values, name)
 
 
 def shown_value(name: str, value: Any) -> str:
     form = "{:.2%}" if name.endswith("accuracy") else FORMS.get(name, "{}")
-    return (
-        "-"
-        if value is None or value != value
-        else form.format(value)
-        if isinstance(value, (int, float))
-        else str(value)
-    )
+    return value if isinstance(value, str) else form.format(value)

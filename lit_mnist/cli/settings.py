@@ -126,7 +126,7 @@ def parse_args(parser: LightningArgumentParser, args: list[str], files: list[str
     try:
         return parser.parse_args(args)
     except (ValueError, RecursionError) as error:  # jsonargparse does not say which file
-        raise UserError(f"{one_line(error)} (in {' or '.join([*files, 'a flag'])})") from error
+        raise UserError(one_line(error) + (f" (in {' or '.join(files)} or a flag)" if files else "")) from error
 
 
 def configs_of(args: list[str]) -> list[str]:
@@ -174,8 +174,10 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{run / 'config.yaml'}: the run's settings cannot be read ({one_line(error)})") from error
     config = {key: value for key, value in config.items() if key not in MACHINE}
+    before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
-    return config | hparams, hparams | config if settings.continues else config | hparams
+    base = hparams | config if settings.continues else before
+    return {key: value for key, value in before.items() if key not in ("data.root", "data.download")}, base
 
 
 def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:

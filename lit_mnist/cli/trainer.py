@@ -11,13 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from pytorch_lightning import Callback, LightningDataModule, Trainer
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    RichModelSummary,
-    RichProgressBar,
-    StochasticWeightAveraging,
-)
+from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
@@ -37,9 +31,9 @@ from lit_mnist.exact.runs import run_folder, section
 # what is restored to score a checkpoint: not the states of callbacks and loops
 SCORED = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
-    LearningRateFinder: "set model.lr to what it found",
-    BatchSizeFinder: "set data.batch_size to what it found",
-    StochasticWeightAveraging: "use model.ema_decay",
+    lightning.LearningRateFinder: "set model.lr to what it found",
+    lightning.BatchSizeFinder: "set data.batch_size to what it found",
+    lightning.StochasticWeightAveraging: "use model.ema_decay",
 }
 
 
@@ -104,14 +98,14 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     callbacks = [*watch, *as_list(trainer["callbacks"])]
     if command == "fit":
         callbacks = fit_callbacks(settings, run, made, callbacks)
-        callbacks += [RichModelSummary()] if trainer["enable_model_summary"] is not False else []
+        callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] is not False else []
     else:
         callbacks.append(lines := EpochLines())
         callbacks += [Results(run, lines=lines), *made["board"].callbacks()] if command == "test" else []
     keeps = command == "fit" and not trainer["fast_dev_run"]
     return {
         **trainer,
-        "callbacks": [*callbacks, RichProgressBar(refresh_rate=10)] if bar else callbacks,
+        "callbacks": [*callbacks, lightning.RichProgressBar(refresh_rate=10)] if bar else callbacks,
         "logger": make_loggers(settings, run, trainer["logger"]) or False,
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),

@@ -14,6 +14,8 @@ from lit_mnist.__main__ import main
 
 TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
 TINY += ["--model.layers", "4x5/2", "--data.batch_size", "50", "--data.val_size", "50", "--board.every_n_epochs", "0"]
+TINY += ["--trainer.enable_model_summary", "false"]
+RUN = Path("lightning_logs/version_0")
 Command = Callable[..., int]
 
 
@@ -31,49 +33,35 @@ OUTPUTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_the_console_is_lost_and_nothing_else(
-    command: Command, capsys: pytest.CaptureFixture[str], output: str
-) -> None:
+def test_only_what_is_printed_is_lost(command: Command, capsys: pytest.CaptureFixture[str], output: str) -> None:
     def lost(*arguments: str) -> tuple[int, str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", OUTPUTS[output]())
-            status = command(*arguments) if arguments[0] in ("fit", "test", "predict", "validate") else main(arguments)
+            status = command(*arguments) if arguments[0] in ("fit", "test", "validate") else main(arguments)
         return status, capsys.readouterr().err
 
     full = "standard output: No space left on device\n" if output == "full" else ""
     printed_only = (2, f"lit_mnist: error: {full}") if full else (0, "")
     written = (0, f"lit_mnist: {full}" if full else "")
-    assert lost("fit", *TINY) == written  # the training went on
-    assert list(Path("lightning_logs/version_0/checkpoints").glob("last-epoch=01-*"))
+    assert lost("fit", *TINY) == written  # the training continued
+    assert list(RUN.glob("checkpoints/last-epoch=01-*"))
     assert lost("test", "--ckpt_path", "last") == written
-    assert "test/accuracy" in Path("lightning_logs/version_0/results.json").read_text()
-    assert lost("predict", "--ckpt_path", "last") == written
-    assert list(Path("lightning_logs/version_0").glob("predictions-*"))
-    for arguments in (
-        ["validate", "--ckpt_path", "last"],
-        ["runs"],
-        ["runs", "--format", "json"],
-        ["--help"],
-        ["--version"],
-    ):
+    assert "test/accuracy" in (RUN / "results.json").read_text()
+    for arguments in (["validate", "--ckpt_path", "last"], ["runs"], ["runs", "--format", "json"], ["--version"]):
         assert lost(*arguments) == printed_only
-    assert lost("fit", "--print_config")[0] == printed_only[0]
 
 
-def test_a_real_console_that_is_closed_or_full() -> None:
-    for redirection, status, error in ((">&-", 0, b""), (">/dev/full", 2, b"No space left on device\n")):
-        shell = ["sh", "-c", f'"{sys.executable}" -m lit_mnist --version {redirection}']
-        done = subprocess.run(shell, capture_output=True, check=False)
-        assert (done.returncode, done.stdout) == (status, b"")
-        assert done.stderr.endswith(error)
-        assert done.stderr.count(b"\n") == (1 if error else 0)
+@pytest.mark.parametrize(("redirection", "status"), [(">&-", 0), (">/dev/full", 2)])
+def test_a_real_console_that_is_closed_or_full(redirection: str, status: int) -> None:
+    shell = ["sh", "-c", f'"{sys.executable}" -m lit_mnist --version {redirection}']
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1 if status else 0)
 
 
 def test_a_disk_that_fills_up_with_events(
-    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = RecordWriter.write
-    left = [12]
+    original, left = RecordWriter.write, [12]
 
     def write(self: RecordWriter, data: bytes) -> None:
         left[0] -= 1
@@ -81,38 +69,34 @@ def test_a_disk_that_fills_up_with_events(
             raise OSError(28, "No space left on device")
         original(self, data)
 
+    longer = ["--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", write)
-        assert command("fit", *TINY) == 3
+        assert command("fit", "--ckpt_path", "last", "--trainer.enable_model_summary", "false", *longer) == 3
     error = capsys.readouterr().err
-    assert error == (
-        "lit_mnist: error: training stopped: the files for TensorBoard: No space left on device; checkpoints written"
-        " before are as they were\n"
-    )
-    assert not list(Path("lightning_logs").rglob("*.tmp"))
-    assert command("fit", "--ckpt_path", "last") == 0
+    assert "training stopped: [Errno 28] No space left on device" in error
+    assert error.count("\n") == 1
+    assert not list(RUN.rglob("*.tmp"))
+    assert command("fit", "--ckpt_path", "last", *longer) == 0
 
 
 def test_results_that_cannot_be_written(
-    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("fit", *TINY) == 0
-    original = Path.write_text
+    original, before = Path.write_text, (RUN / "results.json").read_bytes()
 
     def write_text(self: Path, *arguments: Any, **keywords: Any) -> int:
         original(self, "half")
         raise OSError(28, "No space left on device", str(self))
 
-    before = Path("lightning_logs/version_0/results.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)
         assert command("test", "--ckpt_path", "last") == 3
     error = capsys.readouterr().err
     assert "results.json" in error
-    assert "No space left on device" in error
     assert error.count("\n") == 1
-    assert Path("lightning_logs/version_0/results.json").read_bytes() == before
-    assert not list(Path("lightning_logs").rglob("*.tmp"))
+    assert (RUN / "results.json").read_bytes() == before
+    assert not list(RUN.rglob("*.tmp"))
 
 
 def test_a_current_folder_that_is_gone(
@@ -123,5 +107,4 @@ def test_a_current_folder_that_is_gone(
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert main(["fit"]) == 2
-    error = "lit_mnist: error: the current folder cannot be used: No such file or directory\n"
-    assert capsys.readouterr().err == error
+    assert "No such file or directory" in capsys.readouterr().err
