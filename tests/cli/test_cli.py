@@ -79,7 +79,8 @@ def test_fit_then_validate_and_test(command: Command, capsys: pytest.CaptureFixt
     assert tested
     test = results()["test"]
     assert (test["test/accuracy"], test["checkpoint"]) == (int(tested[1]) / 100, last.name)
-    assert scalars(RUN)["test/accuracy"] == [(14, pytest.approx(int(tested[1]) / 100))]
+    ((step, value),) = scalars(RUN)["test/accuracy"]
+    assert (step, value) == (14, pytest.approx(int(tested[1]) / 100))
     assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
 
 
