@@ -22,20 +22,18 @@ from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
 from lit_mnist.cli.trainer import (
     AutoTrainer,
     Processes,
-    check_network,
     check_processes,
     make_run,
     place_loggers,
     trainer_settings,
 )
 from lit_mnist.data.datamodule import MNISTDataModule
-from lit_mnist.exact.checkpoint_io import CheckpointWriteError
-from lit_mnist.exact.checkpoints import BestSettings, LastCheckpoint, SaveSettings, callback_of
+from lit_mnist.exact.checkpoint_io import translate_restoring
+from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of
 from lit_mnist.exact.console import shortened, shown
 from lit_mnist.exact.ddp import environment_kept, launched, lost
 from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
 from lit_mnist.exact.run import Run
-from lit_mnist.exact.state import not_restorable, restoring
 from lit_mnist.module import LitMNIST
 from lit_mnist.pictures import report as predict
 
@@ -150,10 +148,8 @@ class MNISTCLI(LightningCLI):
         check_processes(settings, self.trainer, self.datamodule)
         if settings.precision and self.trainer.is_global_zero:
             print(settings.precision, flush=True)
-        if settings.checkpoint:
-            if self.trainer.is_global_zero:
-                print("\n".join([f"Checkpoint: {settings.checkpoint}", *settings.changes]), flush=True)
-            check_network(settings, self.model)
+        if settings.checkpoint and self.trainer.is_global_zero:
+            print("\n".join([f"Checkpoint: {settings.checkpoint}", *settings.changes]), flush=True)
 
     # LightningCLI calls these four in place of the trainer's methods: checkpoints load with weights_only=True.
 
@@ -170,14 +166,14 @@ class MNISTCLI(LightningCLI):
         self._score("test", datamodule=datamodule, model=model, verbose=False)
 
     def _score(self, name: str, **kwargs: Any) -> None:
-        with failures(self):
+        with failures(self), translate_restoring(self.settings.checkpoint):
             scores = getattr(self.trainer, name)(ckpt_path=self.settings.checkpoint, weights_only=True, **kwargs)
         if not scores:
             raise UserError(f"trainer.limit_{name.replace('validate', 'val')}_batches leaves no image to score")
 
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         assert isinstance(datamodule, MNISTDataModule)
-        with failures(self):
+        with failures(self), translate_restoring(self.settings.checkpoint):
             predict.predict(self.trainer, self.settings.checkpoint, model, datamodule)
 
 
@@ -200,7 +196,7 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
         if cli.run.started:  # what only the training can show, such as a score that the module does not log
             raise TrainingFailed(f"training stopped: {shortened(' '.join(str(error).split()), 300)}") from error
         raise
-    except (UserError, TrainingFailed, CheckpointWriteError):
+    except (UserError, TrainingFailed):
         raise
     except Interrupted as stop:
         stop.flags = flags
@@ -209,12 +205,10 @@ def failures(cli: MNISTCLI) -> Iterator[None]:
         if (reason := lost(error)) and not torch.distributed.is_initialized():
             raise ProcessLost(f"the processes could not be joined: {reason}") from error
         if reason:
-            last = callback_of(cli.trainer, LastCheckpoint)
-            path = shown(last.path) if last and last.path else ""
+            keeper = callback_of(cli.trainer, CheckpointKeeper)
+            path = shown(keeper.last_path) if keeper and keeper.last_path else ""
             resume = f"; to resume: python -m lit_mnist fit --ckpt_path {path}{flags}" if path else ""
             raise ProcessLost(f"another process of this run was lost ({reason}){resume}") from error
-        if cli.settings.checkpoint and restoring(error):
-            raise not_restorable(cli.settings.checkpoint, error) from error
         if isinstance(error, ImportError) and innermost(error).startswith("pytorch_lightning."):
             raise UserError(shortened(str(error), 300)) from error  # what a callback needs
         if not cli.run.started:
@@ -258,8 +252,6 @@ def translate_errors() -> Iterator[None]:
             raise UserError(str(error)) from error
         except (ValueError, MisconfigurationException) as error:  # this project's and Lightning's for what users set
             raise UserError(" ".join(str(error).split())) from error
-        except CheckpointWriteError as error:
-            raise TrainingFailed(stopped(error)) from error
         except OSError as error:
             if error.errno in FULL:
                 raise TrainingFailed(failed_file(error)) from error  # it has begun: the input was right

@@ -7,7 +7,7 @@ from pathlib import Path
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 from lit_mnist.exact.assembly import hold
-from lit_mnist.exact.checkpoints import LastCheckpoint, callback_of
+from lit_mnist.exact.checkpoints import CheckpointKeeper, callback_of
 from lit_mnist.exact.console import shown
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import RunLogger
@@ -42,9 +42,9 @@ def fit(trainer: Trainer, run: Run, model: LightningModule, data: LightningDataM
 
 def print_summary(trainer: Trainer, run: Run, folder: Path, flags: str) -> None:
     """Once the progress bar, which wraps long lines, is gone."""
-    keeper, progress = callback_of(trainer, LastCheckpoint), callback_of(trainer, Progress)
+    keeper, progress = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress)
     assert progress
-    last, clock = (keeper.path if keeper else None) or run.checkpoint, progress.state_dict()
+    last, clock = (keeper.last_path if keeper else None) or run.checkpoint, progress.state_dict()
     done = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}, {trainer.global_step} steps"
     seconds = clock["train_seconds"] + clock["validation_seconds"]
     best = best_of(trainer)

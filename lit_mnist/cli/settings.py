@@ -16,12 +16,11 @@ from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_mnist.exact import runs
-from lit_mnist.exact.checkpoint_io import find_and_read
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import shortened
 from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.reader import check_resumable, find_and_read
 from lit_mnist.exact.run import is_newest
-from lit_mnist.exact.state import TRAINING_ENTRIES, StateError, check_entries, mapping, not_restorable
 
 DEFAULT_SEED = 1
 # What a resumed run takes over of the trainer's settings from its checkpoint. Nothing that jsonargparse would look up
@@ -128,7 +127,12 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
     if wanted is None and settings.command != "fit":
         raise UserError(f"{settings.command} needs --ckpt_path best, last or the path of a checkpoint")
     if wanted is not None:
-        settings.checkpoint, settings.loaded = find_and_read(str(wanted), settings.runs)
+        try:
+            settings.checkpoint, settings.loaded = find_and_read(str(wanted), settings.runs)
+            if settings.command == "fit":
+                check_resumable(settings.checkpoint, settings.loaded)
+        except UserError as error:
+            raise UserError(f"--ckpt_path {error}") from error
         apply_run_settings(settings, parser, args)
     else:
         choose_precision(settings, {})
@@ -215,17 +219,7 @@ def quickest_precision(accelerator: Any) -> tuple[str, str]:
 
 
 def check_training_state(settings: Settings) -> None:
-    path, loaded = settings.checkpoint, settings.loaded
-    if not {"loops", "optimizer_states", "callbacks"} <= loaded.keys():
-        raise UserError(f"--ckpt_path {path}: it holds weights alone, no state to resume")
-    try:
-        check_entries(loaded, TRAINING_ENTRIES)
-        progress = loaded["loops"]
-        for name in ("fit_loop", "epoch_loop.batch_progress"):
-            progress = mapping(progress.get(name), f"loops/{name}")
-        check_entries(progress, {"is_last_batch": bool})
-    except StateError as error:
-        raise not_restorable(path, error) from error
+    path = settings.checkpoint
     if path and not settings.continues:
         settings.changes.append(
             "A new run: that checkpoint is not the newest state of its run, which stays as it is"
@@ -261,7 +255,7 @@ def classes_of(run: Path | None) -> dict[str, Any]:
         return {}
     try:
         config = yaml.safe_load(path.read_text())
-        trainer = mapping(mapping(config, "config.yaml").get("trainer", {}), "trainer")
+        trainer = runs.section(config, "trainer")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = shortened(" ".join(str(error).split()), 120)
         raise UserError(f"{path}: the run's settings cannot be read ({reason})") from error

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
@@ -25,10 +25,10 @@ from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
 from lit_mnist.exact.progress import EpochLines
+from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.run import Run
 from lit_mnist.exact.runs import run_folder, section
-from lit_mnist.exact.state import ENTRIES, StateError, check_weights
 from lit_mnist.pictures.report import PredictionWriter
 
 NOT_SHOWN = {"root", "download", "images", "split"}  # in the tab HParams: where data lies
@@ -225,16 +225,6 @@ def check_processes(settings: Settings, trainer: Trainer, data: LightningDataMod
     batch_size = data.hparams["batch_size"]
     if batch_size < asked:
         raise UserError(f"data.batch_size must be at least the number of processes, {asked}, got {batch_size}")
-
-
-def check_network(settings: Settings, model: LightningModule) -> None:
-    try:
-        check_weights(model, settings.loaded["state_dict"])
-    except StateError as error:
-        raise UserError(
-            f"--ckpt_path {settings.checkpoint}: its weights do not fit the network of model.layers:"
-            f" {settings.own.get('model.layers')} ({error})"
-        ) from error
 
 
 class Unprofiled(PassThroughProfiler):

@@ -20,7 +20,7 @@ PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics"
 
 @cache  # the code that runs is that of the start
 def commit() -> str | None:
-    """The git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
+    """Return the git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent
@@ -34,30 +34,31 @@ def commit() -> str | None:
         return None
 
 
+@cache
 def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
+    """Return the processor's name, as the system reports it."""
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code: versions, hardware, commit."""
-    versions = {"python": platform.python_version()}
+@cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {
-        "versions": versions,
-        "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "commit": commit(),
+            found[name] = version(name)
+    return found
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Return the versions, the hardware and the commit that a figure depends on."""
+    hardware = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
+    return {"versions": dict(versions()), "hardware": hardware, "commit": commit()}

@@ -10,10 +10,7 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):  # noqa: N818, it is an outcome
-    """The training failed for a reason of its own: it diverged, or a disk is full. Exit status 3.
-
-    Checkpoints written before stay as they are.
-    """
+    """The training diverged, or a disk is full; earlier checkpoints are intact. Exit status 3."""
 
 
 class ProcessLost(TrainingFailed):
@@ -32,4 +29,4 @@ class Interrupted(Exception):  # noqa: N818, it is no error
         super().__init__(signum, checkpoint)
         self.signum = signum
         self.checkpoint = checkpoint
-        self.flags = ""  # that resume it, beside that
+        self.flags = ""  # that the command to resume needs besides

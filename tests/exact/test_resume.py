@@ -61,7 +61,7 @@ def state(run: Path) -> dict[str, Any]:
     }
     result = {key: loaded[key] for key in kept & loaded.keys()} | {"last": last.name}
     if best := list((run / "checkpoints").glob("best-*.ckpt")):
-        callback = next(value for key, value in loaded["callbacks"].items() if key.startswith("BestCheckpoint"))
+        callback = next(value for key, value in loaded["callbacks"].items() if key == "CheckpointKeeper")
         result["scores"] = callback
         result["best"] = [path.name for path in best]
         result["best weights"] = torch.load(best[0], weights_only=True)["state_dict"]
