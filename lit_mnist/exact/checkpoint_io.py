@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,23 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     TorchCheckpointIO of Lightning 2.6 writes to a temporary folder, which may be on another file system, and copies
     from there without flushing: a kill in the middle leaves half a file.
+
+    Args:
+        loaded: checkpoints that were read before, by path.
     """
 
     def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
-        self.loaded = loaded or {}  # by path: checkpoints that were read before
-        self.readable = False  # whether one that was written could be read again
+        self.loaded = loaded or {}
+        self._readable = False  # whether one that was written could be read again
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         content = io.BytesIO()  # in memory first: torch's writer aborts the process on a full disk
         torch.save(checkpoint, content)
-        if not self.readable:
+        if not self._readable:
             check_readable(checkpoint)
-            self.readable = True
+            self._readable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -57,9 +60,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             reason = f"{shortened(str(path))}: {error.strerror}"
             raise TrainingFailed(f"training stopped: {reason}; checkpoints written before are as they were") from error
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         if str(path) in self.loaded:
             return dict(self.loaded[str(path)])
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -69,20 +70,18 @@ def check_readable(checkpoint: dict[str, Any]) -> None:
     """Check that each entry can be loaded with `weights_only=True`.
 
     Raises:
-        UserError: one holds something else than tensors and plain values.
+        UserError: one cannot.
     """
     for name, value in checkpoint.items():
         for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
             part = io.BytesIO()
             torch.save(inner, part)
-            part.seek(0)
             try:
-                torch.load(part, weights_only=True)
+                torch.load(io.BytesIO(part.getvalue()), weights_only=True)
             except Exception as error:
-                raise UserError(
-                    f"a checkpoint could not be loaded again: in {name}/{key} there is something else than tensors,"
-                    f" numbers, strings and booleans ({type(inner).__name__})"
-                ) from error
+                allowed = "than tensors, numbers, strings and booleans"
+                message = f"a checkpoint could not be loaded again: in {name}/{key} there is something else {allowed}"
+                raise UserError(message) from error
 
 
 @contextmanager

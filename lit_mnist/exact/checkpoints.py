@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -37,20 +37,14 @@ class SaveSettings:
     Args:
         every_seconds: how often, in seconds of training.
         every_n_steps: also after every step that this number divides; 0 means never.
-
-    Raises:
-        ValueError: a negative number.
     """
 
     every_seconds: float = 10.0
     every_n_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.every_seconds < 0 or self.every_n_steps < 0:
-            raise ValueError(
-                "checkpoint.every_seconds and checkpoint.every_n_steps must be numbers from 0, got"
-                f" {self.every_seconds} and {self.every_n_steps}"
-            )
+        if min(self.every_seconds, self.every_n_steps) < 0:
+            raise ValueError(f"checkpoint.every_seconds and checkpoint.every_n_steps must be from 0, got {self}")
 
 
 @dataclass
@@ -61,18 +55,11 @@ class BestSettings:
         monitor: validation score that decides, as the module logs it.
         mode: `max` where the greatest score is the best, else `min`.
         loss: loss that decides between equal scores, the lower the better: on a small held-out set many are equal.
-
-    Raises:
-        ValueError: another mode.
     """
 
     monitor: str = "val/accuracy"
-    mode: str = "max"
+    mode: Literal["min", "max"] = "max"
     loss: str = "val/loss"
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"best.mode must be min or max, got {self.mode}")
 
 
 class CheckpointKeeper(Checkpoint):
@@ -109,21 +96,20 @@ class CheckpointKeeper(Checkpoint):
         return str(self.best_path or "")
 
     def state_dict(self) -> dict[str, Any]:
-        best = {"monitor": self.best.monitor, "mode": self.best.mode} if self.best else {}
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
-        best |= {"name": self.best_path and self.best_path.name, "score": self.best_score, "loss": self._best_loss}
-        return {"epoch": self._epoch, "score": self._score, "best": best}
+        best = {"name": self.best_path and self.best_path.name, "score": self.best_score, "loss": self._best_loss}
+        by = [self.best.monitor, self.best.mode] if self.best else []
+        return {"epoch": self._epoch, "score": self._score, "by": by, "best": best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._score, best = int(state_dict["epoch"]), state_dict["score"], state_dict["best"]
-        if not (self.best and best["name"] and (best["monitor"], best["mode"]) == (self.best.monitor, self.best.mode)):
+        if not (best["name"] and self.best and state_dict["by"] == [self.best.monitor, self.best.mode]):
             return
         before = self._of_origin(best["name"])
         # without its file there is no best; the first process decides, as machines may have folders of their own
         if gather_all(before is not None and before.is_file())[0]:
             self.best_path = self._folder / Path(best["name"]).name
-            self.best_score = float(best["score"])
-            self._best_loss = best["loss"] if best["loss"] is None else float(best["loss"])
+            self.best_score, self._best_loss = float(best["score"]), best["loss"]
 
     @property
     def _folder(self) -> Path:
@@ -140,11 +126,10 @@ class CheckpointKeeper(Checkpoint):
             # the handlers that are now in place do without
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         # a run that begins with an earlier one's curve begins with its best, too
-        before = self._of_origin(self.best_path.name) if self.best_path else None
-        if before and self.best_path and trainer.is_global_zero and not self.best_path.exists():
+        if self.best_path and trainer.is_global_zero and not self.best_path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.best_path) as partial:
-                shutil.copyfile(before, partial)
+                shutil.copyfile(self._of_origin(self.best_path.name) or "", partial)
         self._step = self._agreed_step = trainer.global_step
         self.save(trainer)  # at no moment is there nothing to resume
 
@@ -221,20 +206,17 @@ class CheckpointKeeper(Checkpoint):
 
     def _is_best(self, trainer: Trainer, best: BestSettings) -> bool:
         """Read the scores of a validation, and return whether they are the best; then they are from now on."""
-        metrics = trainer.callback_metrics
-        if best.monitor not in metrics:
-            found = ", ".join(sorted(metrics)) or "none"
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if best.monitor not in scores:
+            found = ", ".join(sorted(scores)) or "none"
             raise TrainingFailed(f"training stopped: the module logs no {best.monitor} to choose the best by: {found}")
-        loss = float(metrics[best.loss]) if best.loss in metrics else None
         # those of the first process: a module may log what each process has found alone
-        score, loss = gather_all((float(metrics[best.monitor]), loss))[0]
-        self._score, before = score, self.best_score
-        if isnan(score):
-            return False
+        self._score, loss = gather_all((scores[best.monitor], scores.get(best.loss)))[0]
+        score, before = self._score, self.best_score
         if score == before:
             better = loss is not None and self._best_loss is not None and loss < self._best_loss
         else:
-            better = before is None or (score > before) == (best.mode == "max")
+            better = not isnan(score) and (before is None or (score > before) == (best.mode == "max"))
         if better:
             self.best_score, self._best_loss = score, loss
         return better

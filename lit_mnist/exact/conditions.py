@@ -21,20 +21,18 @@ PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics"
 @cache  # the code that runs is that of the start
 def commit() -> str | None:
     """Return the git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
+    folder, output = Path(__file__).parent, ""
+    # the first fails where the checkout around it is another project's
+    for command in ("ls-files --error-unmatch conditions.py", "describe --always --dirty --abbrev=40 --exclude=*"):
+        try:
+            output = subprocess.check_output(
+                ["git", *command.split()], cwd=folder, stderr=subprocess.DEVNULL, text=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return output.strip()
 
-    def git(*args: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
 
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # the checkout around it may be another project's
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-@cache
 def processor() -> str:
     """Return the processor's name, as the system reports it."""
     with suppress(OSError):
@@ -45,20 +43,16 @@ def processor() -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def conditions(device: torch.device) -> dict[str, Any]:
     """Return the versions, the hardware and the commit that a figure depends on."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     hardware = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    return {"versions": dict(versions()), "hardware": hardware, "commit": commit()}
+    return {"versions": versions, "hardware": hardware, "commit": commit()}

@@ -18,12 +18,7 @@ class ProcessLost(TrainingFailed):
 
 
 class Interrupted(Exception):  # noqa: N818, it is no error
-    """The training was stopped by a signal. Exit status 128 + the signal's number.
-
-    Args:
-        signum: the signal.
-        checkpoint: the checkpoint to resume from; None where there is none.
-    """
+    """The training was stopped by a signal, and can be resumed from a checkpoint. Exit status 128 + signum."""
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
         super().__init__(signum, checkpoint)

@@ -6,7 +6,6 @@ given to `self.log` for the end of the epoch. Each process has its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,24 +20,17 @@ def find_metrics(module: LightningModule) -> dict[str, Metric]:
     """Return all metrics of a module by name, also those in plain lists and dictionaries, and those of callbacks."""
     found = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
     known = {id(metric) for metric in found.values()}
-    holders: dict[str, Any] = dict(module.named_modules())
     callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    holders |= {f"callback {number}": callback for number, callback in enumerate(callbacks)}
+    holders = {**dict(module.named_modules()), **{f"callback {n}": part for n, part in enumerate(callbacks)}}
     for place, holder in holders.items():
         if isinstance(holder, Metric) or type(holder).__module__.startswith(("torch", "pytorch_lightning.")):
             continue
         for name, value in vars(holder).items():
-            for key, part in parts_of(value):
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            for key, part in value.items() if isinstance(value, dict) else enumerate(listed):
                 if isinstance(part, Metric) and id(part) not in known:
                     found[f"{place}.{name}.{key}"] = part
     return found
-
-
-def parts_of(value: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        yield from value.items()
-    else:
-        yield from enumerate(value if isinstance(value, (list, tuple)) else [value])
 
 
 def metric_states(trainer: Trainer, module: LightningModule) -> dict[str, dict[str, Any]]:
@@ -50,15 +42,19 @@ def metric_states(trainer: Trainer, module: LightningModule) -> dict[str, dict[s
 
 def metric_state(metric: Metric) -> dict[str, Any]:
     """Return a metric's states, its counters (private integers) and the tensors that it keeps beside its states."""
-    state: dict[str, Any] = {name: moved(value, torch.device("cpu")) for name, value in metric.metric_state.items()}
-    for name, value in vars(metric).items():
-        if (name.startswith("_") and type(value) is int) or (not name.startswith("_") and isinstance(value, Tensor)):
-            state[name] = moved(value, torch.device("cpu"))
+    beside = {
+        name: value
+        for name, value in vars(metric).items()
+        if (type(value) is int if name.startswith("_") else isinstance(value, Tensor))
+    }
+    state: dict[str, Any] = moved({**metric.metric_state, **beside}, torch.device("cpu"))
     return state
 
 
 def moved(value: Any, device: torch.device) -> Any:
     """Copy the tensors of a state to a device."""
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [moved(part, device) for part in value]
     return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
@@ -77,12 +73,12 @@ def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> N
         for key, value in fresh.items():  # one of another shape would be broadcast
             if isinstance(value, Tensor) and value.shape != state[key].shape:
                 raise ValueError(f"{name}/{key} has the shape {tuple(state[key].shape)}, not {tuple(value.shape)}")
-        own = {key: moved(value, metric.device) for key, value in state.items()}
-        if number == 0:
+        own = moved(state, metric.device)
+        if number:
+            metric.merge_state({key: own[key] for key in metric.metric_state})
+        else:
             for key, value in own.items():
                 setattr(metric, key, value)
-        else:
-            metric.merge_state({key: own[key] for key in metric.metric_state})
 
 
 def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
@@ -93,8 +89,8 @@ def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
     """
     return [
         {
-            **{name: getattr(entry.meta, name) for name in LOG_SETTINGS},
-            **{"fx": entry.meta.fx, "name": entry.meta.name, "reduce_fx": entry.meta.reduce_fx.__name__},
+            **{name: getattr(entry.meta, name) for name in ("fx", "name", *LOG_SETTINGS)},
+            "reduce_fx": entry.meta.reduce_fx.__name__,
             **{"sync_dist": entry.meta.sync.should, "rank_zero_only": entry.meta.sync.rank_zero_only},
             "state": metric_state(entry) if entry.is_tensor else {},
         }
@@ -103,29 +99,24 @@ def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
     ]
 
 
-def restore_logged(trainer: Trainer, module: LightningModule, parts: list[Any]) -> None:
-    """Continue the logged values of an unfinished epoch.
-
-    Args:
-        parts: those of this process, or of all that there were.
-    """
-    results = trainer.fit_loop.epoch_loop._results
+def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[dict[str, Any]]]) -> None:
+    """Continue the logged values of an unfinished epoch: those of this process, or of all that there were."""
+    results, metrics = trainer.fit_loop.epoch_loop._results, find_metrics(module)
     for entries in zip(*parts, strict=True):
-        states = [entry["state"] for entry in entries]
         settings = {key: value for key, value in entries[0].items() if key != "state"}
-        value: Any = torch.zeros((), device=module.device)
-        if settings["metric_attribute"]:
-            value = find_metrics(module)[settings["metric_attribute"]]
+        name = settings["metric_attribute"]
+        value: Any = metrics[name] if name else torch.zeros((), device=module.device)
         # as if the module had logged it, and then its state; all but the state must agree when it does
         results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **settings)
         logged = results[f"{settings['fx']}.{settings['name']}"]
-        if logged.is_tensor:
-            restore_metric(logged, states[:1], f"logged/{settings['name']}")
-            combine = {"max": torch.maximum, "min": torch.minimum}.get(settings["reduce_fx"], torch.add)
-            for state in states[1:]:
-                logged.value = combine(logged.value, moved(state["value"], module.device))
-                if "cumulated_batch_size" in state:
-                    logged.cumulated_batch_size = logged.cumulated_batch_size + state["cumulated_batch_size"]
+        if not logged.is_tensor:
+            continue
+        restore_metric(logged, [entries[0]["state"]], f"logged/{settings['name']}")
+        combine = {"max": torch.maximum, "min": torch.minimum}.get(settings["reduce_fx"], torch.add)
+        for state in (moved(entry["state"], module.device) for entry in entries[1:]):
+            logged.value = combine(logged.value, state["value"])
+            if "cumulated_batch_size" in state:
+                logged.cumulated_batch_size = logged.cumulated_batch_size + state["cumulated_batch_size"]
     # The first step after a resume looks to Lightning 2.6 like an epoch's first, where it begins all values anew.
     results.reset = lambda *_, **__: None  # type: ignore[method-assign]
 

@@ -16,26 +16,23 @@ from .runs import newest, versions
 FORMAT = 3  # goes up when a resumed run needs other entries
 FORMAT_ENTRY = f"{PROGRAM}_format"
 SCORED = (2, FORMAT, None)  # whose weights can be scored; a Trainer without this package writes no format
-# what scoring reads, and its types
+# what scoring reads
 ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
 ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 def find_checkpoint(wanted: str, runs: Path) -> Path:
-    """Return the file that `best`, `last` or a path means.
-
-    `best` and `last` mean the newest run that has one: the best checkpoint by the validation score, and the last one
-    written.
+    """Return the file that a path means, or `best` or `last`: that of the newest run that has one.
 
     Raises:
         UserError: there is none.
     """
     if wanted in ("best", "last"):
-        found = next(filter(None, (newest(run, wanted) for run in versions(runs))), None)
-        if not found:
-            hint = "" if wanted == "last" else " (a run without validation has only a last one)"
-            raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
-        return found
+        for run in versions(runs):
+            if found := newest(run, wanted):
+                return found
+        hint = "" if wanted == "last" else " (a run without validation has only a last one)"
+        raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
     path, named = Path(wanted), shortened(wanted)
     if "://" in wanted:
         raise UserError(f"{named}: only local files are loaded; download it first, then pass its path")
@@ -64,10 +61,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
         raise UserError(f"{path}: that file is no checkpoint of {PROGRAM}")
     if (version := checkpoint.get(FORMAT_ENTRY)) not in SCORED:
-        version = shortened(repr(version), 40)
-        raise UserError(f"{path}: that checkpoint has the format {version}, and this version reads 2 and {FORMAT}")
-    for name in ("hyper_parameters", "datamodule_hyper_parameters"):
-        checkpoint.setdefault(name, {})  # of a module that has saved none
+        found = shortened(repr(version), 40)
+        raise UserError(f"{path}: that checkpoint has the format {found}, and this version reads 2 and {FORMAT}")
+    checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
     for name, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"{path}: that file is no intact checkpoint ({name} is missing or no {kind.__name__})")
@@ -75,17 +71,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that `best`, `last` or a path means, and its contents.
+    """Return the checkpoint that a path, `best` or `last` means, and its contents.
 
     Raises:
-        UserError: there is none, or it cannot be read; where a name was given, with the newest intact one.
+        UserError: there is none, or it cannot be read; the message then names the newest intact one.
     """
     path = find_checkpoint(wanted, runs)
     try:
         return path, read_checkpoint(path)
     except UserError as error:
-        others = (newest(run, kind) for run in versions(runs) for kind in ("last", "best"))
-        for other in filter(None, others) if wanted in ("best", "last") else ():
+        candidates = [newest(run, kind) for run in versions(runs) for kind in ("last", "best")]
+        for other in filter(None, candidates) if wanted in ("best", "last") else ():
             try:
                 read_checkpoint(other)
             except UserError:
@@ -95,15 +91,13 @@ def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Check that a training can be resumed from a checkpoint, as far as can be said before there is a trainer.
+    """Check that a checkpoint has a state to resume.
 
     Raises:
-        UserError: it is of an older format, or holds weights alone.
+        UserError: it holds weights alone, or is of an older format.
     """
     if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= checkpoint.keys():
         raise UserError(f"{path}: it holds weights alone, no state to resume")
     if (version := checkpoint.get(FORMAT_ENTRY)) != FORMAT:
-        raise UserError(
-            f"{path}: that checkpoint has the format {version}: this version scores it, and the {PROGRAM} that wrote it"
-            " resumes it"
-        )
+        advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
+        raise UserError(f"{path}: that checkpoint has the format {version}: {advice}")

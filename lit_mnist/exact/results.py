@@ -41,19 +41,17 @@ class Results(Callback):
     ) -> None:
         self.run = run
         self.progress = progress or Progress()
-        self.recipe = recipe
-        self.commands = [command]
-        self.lines = lines
         self.settings = dict(settings or {})
-        self.parent = run.parent or ""
+        self.lines = lines
+        self._kept = {"recipe": recipe, "parent": run.parent, "commands": [command]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "commands": self.commands, "parent": self.parent}
+        return self._kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.recipe = state_dict["recipe"]
-        self.parent = self.parent or state_dict["parent"]
-        self.commands = [*state_dict["commands"], *self.commands]
+        commands = [*state_dict["commands"], *self._kept["commands"]]
+        parent = self._kept["parent"] or state_dict["parent"]
+        self._kept = {"recipe": state_dict["recipe"], "parent": parent, "commands": commands}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_fit(trainer, pl_module, "running")
@@ -79,9 +77,7 @@ class Results(Callback):
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
         fit = {
             "state": state,
-            "recipe": self.recipe,
-            "parent": self.parent or None,
-            "commands": self.commands,
+            **self._kept,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "parameters": sum(p.numel() for p in pl_module.parameters()),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torchmetrics.wrappers import MetricTracker
@@ -29,6 +31,7 @@ from .runs import replaced
 
 # hooks of the module that come after a checkpoint is saved: a resume would leave them out
 TOO_LATE = {"on_train_batch_end": "training_step", "on_validation_end": "on_validation_epoch_end"}
+PLAIN = (int, float, str)
 PROGRESS = {"last_epoch", "_last_lr", "base_lrs"}  # of a schedule: without them it would silently begin again
 
 
@@ -273,8 +276,8 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def configured_hparams(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return the plain settings of optimizers and schedules as `configure_optimizers` gives them, and the names of each
-    optimizer's parameters.
+    """Return what `configure_optimizers` gives, before it is restored: the plain settings of each group and schedule,
+    and the names of the parameters of each group.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -287,35 +290,50 @@ def configured_hparams(trainer: Trainer, module: LightningModule) -> dict[str, A
 
 def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     def is_plain(value: Any) -> bool:
-        return (
-            all(map(is_plain, value)) if isinstance(value, list) else isinstance(value, (int, float, str, type(None)))
-        )
+        return all(map(is_plain, value)) if isinstance(value, list) else value is None or isinstance(value, PLAIN)
 
     listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return {key: value for key, value in listed.items() if key != "params" and is_plain(value)}
 
 
+def restore_states(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any]) -> None:
+    """Restore what `load_state_dict` of torch 2.15 rounds, and refuse what it lets through.
+
+    Raises:
+        ValueError: a state has another form than its parameter, and a fused step, which does not look at it, would read
+            and write elsewhere in memory.
+    """
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    for (parameter, group), number in zip(parameters, count()):
+        for name, saved in loaded["state"].get(number, {}).items():
+            state = optimizer.state[parameter]
+            if isinstance(saved, Tensor) and parameter.ndim and not saved.ndim:
+                state[name] = saved.to(
+                    state[name].device, copy=True
+                )  # cast to the type of the parameter, as NAdam's mu
+            elif isinstance(saved, Tensor) and group.get("fused") and name != "step":
+                if saved.shape != parameter.shape or saved.untyped_storage().nbytes() < saved.nbytes:
+                    raise ValueError(f"optimizer_states/state/{number}/{name} does not have the form of its parameter")
+
+
 def apply_settings(trainer: Trainer, loaded: Mapping[str, Any], now: dict[str, Any]) -> bool:
-    """Let the present settings of optimizers and schedules win over the restored ones.
+    """Let the present settings of optimizers and schedules win over the restored ones; return whether any differs.
 
     Lightning restores both as they were saved, settings included. Only what differs from what the saved run was
     configured with is set: what a schedule or a callback changes in training stays as it was. A rate under a schedule
     is multiplied by as much as its highest; under LambdaLR, which is a function of the step, it is computed anew.
 
-    Returns:
-        Whether anything differs.
-
     Raises:
-        ValueError: the checkpoint has other optimizers, parameters or schedules, and a part would begin again.
+        ValueError: the checkpoint has other optimizers, parameters or schedules, of which a part would begin again.
     """
     before, schedulers = loaded["configured"], [config.scheduler for config in trainer.lr_scheduler_configs]
-    # torch takes the state of other parameters, as long as there are as many
-    if len(loaded["optimizer_states"]) != len(trainer.optimizers) or before["parameters"] != now["parameters"]:
-        raise ValueError("its optimizers have other parameters, or the same ones in another order")
-    if any(
-        PROGRESS & vars(s).keys() - state.keys() for s, state in zip(schedulers, loaded["lr_schedulers"], strict=True)
-    ):
-        raise ValueError("the progress of a schedule is missing")
+    if before["parameters"] != now["parameters"]:  # torch takes the states of others, as long as there are as many
+        raise ValueError("the optimizers had other parameters, or the same ones in another order")
+    for optimizer, state in zip(trainer.optimizers, loaded["optimizer_states"], strict=True):
+        restore_states(optimizer, state)
+    for scheduler, state in zip(schedulers, loaded["lr_schedulers"], strict=True):
+        if missing := PROGRESS & vars(scheduler).keys() - state.keys():
+            raise ValueError(f"lr_schedulers/{min(missing)} is missing")
     differs = False
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group, old, new in zip(groups, before["groups"], now["groups"], strict=False):  # a callback may have added some
@@ -330,7 +348,8 @@ def apply_settings(trainer: Trainer, loaded: Mapping[str, Any], now: dict[str, A
         differs |= bool(changed)
         vars(scheduler).update(changed)
         if isinstance(scheduler, LambdaLR):
-            rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            for group, base, factor in rates:
-                group["lr"] = base * factor(scheduler.last_epoch)
+            parts = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, base, factor in parts:
+                if not getattr(factor, "__dict__", None):  # an object with a state would count one call more
+                    group["lr"] = base * factor(scheduler.last_epoch)
     return differs

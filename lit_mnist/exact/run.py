@@ -41,9 +41,8 @@ class Run:
         Raises:
             UserError: no folder can be made there, or nothing can be resumed from that checkpoint.
         """
-        if checkpoint:
-            check_resumable(checkpoint, loaded or {})
-        run = cls(None, checkpoint, loaded or {}, run_folder(checkpoint) if checkpoint else None)
+        run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
+        run.folder = None
         if is_first():
             runs = runs.absolute()
             run.made = next(folder for folder in (runs, *runs.parents) if folder.exists())

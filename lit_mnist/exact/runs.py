@@ -36,12 +36,8 @@ def expanded(path: str | Path, setting: str) -> Path:
 
 def versions(runs: Path) -> list[Path]:
     """Return the folders of all runs, the newest (highest number) first."""
-    numbered = [
-        (int(match[1]), folder)
-        for folder in (runs.iterdir() if runs.is_dir() else ())
-        if (match := VERSION.fullmatch(folder.name)) and folder.is_dir()
-    ]
-    return [folder for _, folder in sorted(numbered, reverse=True)]
+    found = [path for path in (runs.iterdir() if runs.is_dir() else ()) if VERSION.fullmatch(path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[len("version_") :]), reverse=True)
 
 
 @contextmanager
@@ -60,8 +56,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def claim_version(runs: Path) -> Path:
     """Make a new folder `version_N` that no other process has."""
-    latest = next(iter(versions(runs)), None)
-    number = int(latest.name.removeprefix("version_")) + 1 if latest else 0
+    number = int(versions(runs)[0].name[len("version_") :]) + 1 if versions(runs) else 0
     while True:
         folder = runs / f"version_{number}"
         try:
@@ -88,15 +83,12 @@ def only_process(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it.
     """
-    lock = FileLock(run / LOCK)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(run / LOCK).acquire(timeout=0)
     except Timeout:
         raise UserError(f"{run}: another process is training this run") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def being_trained(run: Path) -> bool:
@@ -104,12 +96,12 @@ def being_trained(run: Path) -> bool:
     try:
         if (run / LOCK).exists():
             with only_process(run):
-                pass
-        return False
+                return False
     except UserError:
         return True
     except OSError:  # another user's folder
-        return False
+        pass
+    return False
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def stop_on_signals(keeper: CheckpointKeeper) -> Iterator[None]:
     keeper.on_start = install  # again: Lightning 2.6 puts its own before them, which end a validation with status 0
     try:
         yield
-    except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning 2.6 turns it into exit status 1
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning 2.6 turns it into exit status 1
             raise Interrupted(signal.SIGINT, keeper.last_path) from None
         raise
     finally:
