@@ -37,9 +37,9 @@ def make_callbacks(
     """Return the callbacks that make a fit exact, durable and reported, in the order in which they must be called.
 
     Args:
-        save: how often the newest state is saved; None never saves it, and nothing can be resumed.
+        save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
         best: which state is kept as the best; None keeps none.
-        own: callbacks of the user's, which keep their order.
+        own: the user's callbacks.
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key that go into each checkpoint.
         config: the text of the run's config.yaml; empty for none.
@@ -97,9 +97,7 @@ def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
     In a resumed run it is the place that it had; in a new one, where it writes files among the runs, the run's folder.
 
     Args:
-        logger: its `class_path` and `init_args`, changed in place.
-        number: which of the run's loggers it is.
-        runs: the folder of all runs.
+        logger: its `class_path` and `init_args`, changed in place; the run's logger of this `number`.
     """
     if not (run.folder and "class_path" in logger and "version" in logger["init_args"]):
         return

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,12 @@ PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics"
 @cache  # the code that runs is that of the start
 def commit() -> str | None:
     """Return the git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
-    folder, output = Path(__file__).parent, ""
-    # the first fails where the checkout around it is another project's
-    for command in ("ls-files --error-unmatch conditions.py", "describe --always --dirty --abbrev=40 --exclude=*"):
-        try:
-            output = subprocess.check_output(
-                ["git", *command.split()], cwd=folder, stderr=subprocess.DEVNULL, text=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-    return output.strip()
+    git = partial(subprocess.check_output, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
+    with suppress(OSError, subprocess.SubprocessError):
+        # fails where the checkout around it is another project's
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
+        return str(git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])).strip()
+    return None
 
 
 def processor() -> str:

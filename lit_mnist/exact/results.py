@@ -43,7 +43,7 @@ class Results(Callback):
         self.progress = progress or Progress()
         self.settings = dict(settings or {})
         self.lines = lines
-        self._kept = {"recipe": recipe, "parent": run.parent, "commands": [command]}
+        self._kept: dict[str, Any] = {"recipe": recipe, "parent": run.parent, "commands": [command]}
 
     def state_dict(self) -> dict[str, Any]:
         return self._kept

@@ -1,12 +1,11 @@
-"""Exact resume: saves and restores the state that Lightning's checkpoints omit. No file is modified until everything
-has been restored.
-"""
+"""Exact resume: saves and restores the state that Lightning's checkpoints omit, before any file is modified."""
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Mapping
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -31,19 +30,17 @@ from .runs import replaced
 
 # hooks of the module that come after a checkpoint is saved: a resume would leave them out
 TOO_LATE = {"on_train_batch_end": "training_step", "on_validation_end": "on_validation_epoch_end"}
-PLAIN = (int, float, str)
+PLAIN = (int, float, str, type(None))
 PROGRESS = {"last_epoch", "_last_lr", "base_lrs"}  # of a schedule: without them it would silently begin again
 
 
 class ExactResume(Callback):
-    """Puts into checkpoints what Lightning 2.6 leaves out, and restores it: random states, partial metric states and
-    logged values, the metrics that callbacks look at, how much of the curves was written, and the settings.
+    """Adds to checkpoints what Lightning 2.6 leaves out, and restores it: random states, partial metric states, logged
+    values, the metrics that callbacks look at, the lengths of the curves, and the settings. The order of the batches is
+    the data's: a function of its seed, or in its loader's state.
 
-    The order of the batches and their augmentation are the data's: a function of its seed, or in its loader's state.
-
-    It must be the first callback. The folder of a run is touched only once everything is restored: until then a failure
-    costs nothing. Then the curve is brought to where the checkpoint was, and config.yaml is written, which
-    SaveConfigCallback of Lightning 2.6 would replace before anything is restored.
+    It must be the first callback. Only once everything is restored is the run's folder touched: the curve is brought to
+    where the checkpoint was, and config.yaml is written (SaveConfigCallback of Lightning 2.6 does so before).
 
     Args:
         settings: plain settings with dotted keys, for whoever reads the checkpoint.
@@ -89,9 +86,12 @@ class ExactResume(Callback):
             checkpoint["curves"] = curves(trainer.loggers)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        fresh = trainer.fit_loop.state_dict()
-        # without the loaders' states, which there are none of yet
-        check_form(fresh, checkpoint["loops"]["fit_loop"] | {"state_dict": fresh["state_dict"]}, "loops/fit_loop")
+        def form(loop: dict[str, Any]) -> str:
+            return re.sub(r"\b(\d+|true|false)\b", "0", json.dumps({**loop, "state_dict": {}}, sort_keys=True))
+
+        # where a counter or a callback's state is missing, Lightning 2.6 silently begins again
+        if form(trainer.fit_loop.state_dict()) != form(checkpoint["loops"]["fit_loop"]):
+            raise ValueError("loops/fit_loop does not have the form of a loop's progress")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             ours = type(callback).__module__.startswith(f"{__package__}.")
             if ours and callback.state_dict() and not checkpoint["callbacks"].get(callback.state_key):
@@ -107,10 +107,8 @@ class ExactResume(Callback):
         # each process reads the checkpoint for itself, and machines may see different files
         states = gather_all((trainer.current_epoch, trainer.global_step))
         if len(set(states)) > 1:
-            raise UserError(
-                "the processes have read different checkpoints, of these epochs and steps:"
-                f" {', '.join(map(str, states))}; give all machines the same file"
-            )
+            found = ", ".join(map(str, states))
+            raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {found}")
         loaded = self.run.loaded
         if self.run.checkpoint:
             changed = self.restore_rest(trainer, pl_module)
@@ -135,33 +133,31 @@ class ExactResume(Callback):
         self.run.started = True
 
     def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Restore what Lightning does not; the random state and logged values only as far as to see that they can be.
+        """Restore what Lightning does not; the logged values only as far as to see that they can be.
 
         Returns:
             Whether settings of optimizers and schedules differ from those of the checkpoint.
         """
-        loaded, rank = self.run.loaded, trainer.global_rank
+        loaded, rank, device = self.run.loaded, trainer.global_rank, pl_module.device
         if trainer.global_step != loaded["global_step"]:
             raise ValueError(f"loops/fit_loop is at step {trainer.global_step}, not {loaded['global_step']}")
         loop = loaded["loops"]["fit_loop"]
         if loaded["global_step"] and not loop["epoch_loop.batch_progress"]["is_last_batch"]:
-            start_epoch_again(trainer, pl_module)
-            reload(trainer, loop["state_dict"]["combined_loader"])
-        changed = apply_settings(trainer, loaded, self._configured)
-        latest = {name: value.to(pl_module.device) for name, value in loaded["latest"].items()}
-        trainer.callback_metrics.update(latest)
+            continue_epoch(trainer, pl_module, loop["state_dict"]["combined_loader"])
+        restore_optimizers(trainer, loaded)
+        changed = apply_settings(trainer, loaded["configured"], self._configured)
+        trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
         parts = loaded["processes"]
-        same = len(parts) == trainer.world_size
-        own = [parts[rank]] if same else parts if rank == 0 else []  # the first has all that was counted
+        # on another number of processes the first has all that was counted
+        own = [parts[rank]] if len(parts) == trainer.world_size else parts if rank == 0 and parts[0] else []
         for name, metric in find_metrics(pl_module).items():
-            states = [part["metrics"].get(name) for part in own]
-            restore_metric(metric, list(filter(None, states)), f"metrics/{name}")
+            restore_metric(metric, list(filter(None, (part["metrics"][name] for part in own))), name)
         restore_logged(trainer, pl_module, [part["logged"] for part in own])
         self._logged = logged_state(trainer)
         trainer.fit_loop.epoch_loop._results.clear()  # not to be seen before the next step
         if rank < len(parts):
             self._random = parts[rank]["random"]
-            set_random_state(parts[rank]["random"], pl_module.device)
+            set_random_state(parts[rank]["random"], device)
         return changed
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,20 +165,8 @@ class ExactResume(Callback):
             set_random_state(self._random, pl_module.device)  # what on_train_start of the module drew does not count
         self._random = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._continue_epoch(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._continue_epoch(trainer, pl_module)  # of a run that is resumed after an epoch's last step
-        unfreeze_reset(trainer)
-        if trainer.fit_loop.restarting and trainer.max_steps == -1:
-            # Lightning 2.6 keeps no metrics, and so leaves ReduceLROnPlateau out at the end of a resumed epoch; here
-            # they are restored
-            trainer.fit_loop.restarting = False
-
-    def _continue_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue an epoch's random state and logged values, the first time that it is called after a resume."""
-        self.on_train_epoch_start(trainer, pl_module)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # which Lightning does not call within an epoch
         if trainer.global_step == 0:
             # Lightning 2.6 resumes a checkpoint of step 0 with this counter of the loggers' steps at 1
             trainer.fit_loop.epoch_loop._batches_that_stepped = 0
@@ -191,6 +175,14 @@ class ExactResume(Callback):
             restore_logged(trainer, pl_module, [self._logged])
             self._logged = None
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_batch_start(trainer, pl_module)  # of a run that is resumed after an epoch's last step
+        unfreeze_reset(trainer)
+        if trainer.fit_loop.restarting and trainer.max_steps == -1:
+            # Lightning 2.6 keeps no metrics, and so leaves ReduceLROnPlateau out at the end of a resumed epoch; here
+            # they are restored
+            trainer.fit_loop.restarting = False
+
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     """Refuse what could not be resumed exactly, or is not the same on several processes.
@@ -198,8 +190,7 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         UserError: one line about it.
     """
-    loaders = trainer.train_dataloader
-    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+    for loader in loaders_of(trainer):
         if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
             raise UserError(
                 f"train_dataloader gives a {type(loader).__name__}, which has no state_dict and load_state_dict: a run"
@@ -228,41 +219,29 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def check_form(fresh: Any, loaded: Any, path: str) -> None:
-    """Check that nested counters have the form of fresh ones: Lightning 2.6 silently begins again without them.
-
-    Raises:
-        ValueError: a counter is missing, or is none.
-    """
-    if isinstance(fresh, dict) and isinstance(loaded, dict) and fresh.keys() == loaded.keys():
-        for key, value in fresh.items():
-            check_form(value, loaded[key], f"{path}/{key}")
-    elif isinstance(fresh, dict) or type(fresh) is not type(loaded) or loaded < 0:
-        raise ValueError(f"{path} does not have the form of a loop's progress")
+def loaders_of(trainer: Trainer) -> list[Any]:
+    loaders = trainer.train_dataloader
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
 
 
-def start_epoch_again(trainer: Trainer, module: LightningModule) -> None:
-    """Call what sets up an epoch: Lightning 2.6 does not where it resumes within one. Metrics are restored after it."""
+def continue_epoch(trainer: Trainer, module: LightningModule, states: list[Any]) -> None:
+    """Do what Lightning 2.6 does not where it resumes within an epoch."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         theirs = not type(callback).__module__.startswith(("pytorch_lightning.", f"{__package__}."))
         if (theirs and not isinstance(callback, ProgressBar)) or isinstance(callback, GradientAccumulationScheduler):
             callback.on_train_epoch_start(trainer, module)
     module.on_train_epoch_start()
-
-
-def reload(trainer: Trainer, states: list[Any]) -> None:
-    """Give loaders their states once more: Lightning 2.6 does not where `configure_optimizers` has read
-    `trainer.estimated_stepping_batches` (issue 20550). A DataLoader keeps the iterator that it was asked for before.
-    """
-    loaders = trainer.train_dataloader
-    for loader, state in zip(loaders if isinstance(loaders, (list, tuple)) else [loaders], states, strict=True):
+    # it gives loaders no states where `configure_optimizers` has read `trainer.estimated_stepping_batches` (issue
+    # 20550); a DataLoader keeps the iterator that it was asked for before
+    for loader, state in zip(loaders_of(trainer), states, strict=True):
         if not isinstance(loader, DataLoader):
             loader.load_state_dict(state)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the generators that a module may draw from: torch's, numpy's and Python's."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, *rest = numpy
     state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -275,48 +254,53 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def groups_of(trainer: Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
 def configured_hparams(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return what `configure_optimizers` gives, before it is restored: the plain settings of each group and schedule,
-    and the names of the parameters of each group.
-    """
+    """Return what `configure_optimizers` gives: plain settings of groups and schedules, names of parameters."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return {
-        "groups": [plain_values(group) for group in groups],
+        "groups": [plain_values(group) for group in groups_of(trainer)],
         "schedules": [plain_values(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
-        "parameters": [[names.get(id(parameter), "") for parameter in group["params"]] for group in groups],
+        "parameters": [[names.get(id(part), "") for part in group["params"]] for group in groups_of(trainer)],
     }
 
 
 def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     def is_plain(value: Any) -> bool:
-        return all(map(is_plain, value)) if isinstance(value, list) else value is None or isinstance(value, PLAIN)
+        return isinstance(value, PLAIN) or (isinstance(value, list) and all(map(is_plain, value)))
 
     listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return {key: value for key, value in listed.items() if key != "params" and is_plain(value)}
 
 
-def restore_states(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any]) -> None:
-    """Restore what `load_state_dict` of torch 2.15 rounds, and refuse what it lets through.
+def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
+    """Restore what `Optimizer.load_state_dict` of torch 2.15 rounds, and refuse what it and schedules let through.
 
     Raises:
-        ValueError: a state has another form than its parameter, and a fused step, which does not look at it, would read
-            and write elsewhere in memory.
+        ValueError: a part would begin again, or a fused step, which looks at no form, would leave a state's memory.
     """
-    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-    for (parameter, group), number in zip(parameters, count()):
-        for name, saved in loaded["state"].get(number, {}).items():
-            state = optimizer.state[parameter]
-            if isinstance(saved, Tensor) and parameter.ndim and not saved.ndim:
-                state[name] = saved.to(
-                    state[name].device, copy=True
-                )  # cast to the type of the parameter, as NAdam's mu
-            elif isinstance(saved, Tensor) and group.get("fused") and name != "step":
-                if saved.shape != parameter.shape or saved.untyped_storage().nbytes() < saved.nbytes:
+    for optimizer, saved in zip(trainer.optimizers, loaded["optimizer_states"], strict=True):
+        parameters = [(part, group.get("fused")) for group in optimizer.param_groups for part in group["params"]]
+        for number, state in saved["state"].items():
+            parameter, fused = parameters[number]
+            for name, value in state.items():
+                if not isinstance(value, Tensor):
+                    continue
+                short = value.shape != parameter.shape or value.untyped_storage().nbytes() < value.nbytes
+                if fused and short and name != "step":
                     raise ValueError(f"optimizer_states/state/{number}/{name} does not have the form of its parameter")
+                if parameter.ndim and not value.ndim:  # NAdam's mu_product, cast to the type of the parameter
+                    own = optimizer.state[parameter]
+                    own[name] = value.to(own[name].device, copy=True)
+    for config, state in zip(trainer.lr_scheduler_configs, loaded["lr_schedulers"], strict=True):
+        if missing := PROGRESS & vars(config.scheduler).keys() - state.keys():
+            raise ValueError(f"lr_schedulers/{min(missing)} is missing")
 
 
-def apply_settings(trainer: Trainer, loaded: Mapping[str, Any], now: dict[str, Any]) -> bool:
+def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Let the present settings of optimizers and schedules win over the restored ones; return whether any differs.
 
     Lightning restores both as they were saved, settings included. Only what differs from what the saved run was
@@ -324,25 +308,18 @@ def apply_settings(trainer: Trainer, loaded: Mapping[str, Any], now: dict[str, A
     is multiplied by as much as its highest; under LambdaLR, which is a function of the step, it is computed anew.
 
     Raises:
-        ValueError: the checkpoint has other optimizers, parameters or schedules, of which a part would begin again.
+        ValueError: the optimizers had other parameters: torch takes their states, as long as there are as many.
     """
-    before, schedulers = loaded["configured"], [config.scheduler for config in trainer.lr_scheduler_configs]
-    if before["parameters"] != now["parameters"]:  # torch takes the states of others, as long as there are as many
+    if before["parameters"] != now["parameters"]:
         raise ValueError("the optimizers had other parameters, or the same ones in another order")
-    for optimizer, state in zip(trainer.optimizers, loaded["optimizer_states"], strict=True):
-        restore_states(optimizer, state)
-    for scheduler, state in zip(schedulers, loaded["lr_schedulers"], strict=True):
-        if missing := PROGRESS & vars(scheduler).keys() - state.keys():
-            raise ValueError(f"lr_schedulers/{min(missing)} is missing")
-    differs = False
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    for group, old, new in zip(groups, before["groups"], now["groups"], strict=False):  # a callback may have added some
+    differs, schedulers = False, [config.scheduler for config in trainer.lr_scheduler_configs]
+    # a callback may have added groups
+    for group, old, new in zip(groups_of(trainer), before["groups"], now["groups"], strict=False):
         changed = {key: value for key, value in new.items() if old.get(key) != value}
         differs |= bool(changed)
         if "lr" in changed and schedulers and old.get("lr"):
             group["lr"] *= changed.pop("lr") / float(old["lr"])
-        for key, value in changed.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in changed.items()}
     for scheduler, old, new in zip(schedulers, before["schedules"], now["schedules"], strict=True):
         changed = {key: value for key, value in new.items() if old.get(key) != value and key != "_last_lr"}
         differs |= bool(changed)
