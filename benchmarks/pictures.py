@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from lit_mnist import LitMNIST
 from lit_mnist.data import datasets
-from lit_mnist.exact.checkpoint_io import read_checkpoint
+from lit_mnist.exact.reader import read_checkpoint
 from lit_mnist.pictures import prepare as images
 from lit_mnist.pictures import several
 

@@ -1,4 +1,4 @@
-"""Another project with lit_mnist's training/ in it, under the name `machinery`: its own module, metrics, data, loggers.
+"""Another project with lit_mnist's exact/ in it, under the name `machinery`: its own module, metrics, data, loggers.
 
 Nothing here is of lit_mnist. tests/exact/test_lifted.py copies both to a folder and kills it there.
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from machinery.assembly import make_logger, place_logger
-from machinery.checkpoint_io import read_checkpoint
-from machinery.checkpoints import BestCheckpoint, LastCheckpoint
+from machinery.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
+from machinery.checkpoints import BestSettings, SaveSettings
 from machinery.ddp import ExactDDP
-from machinery.run import Run, callbacks, plugins
+from machinery.reader import read_checkpoint
+from machinery.run import Run
 from machinery.runs import newest
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
@@ -132,8 +132,6 @@ def fit(folder: str, devices: int = 1) -> None:
     place_logger(run, table, 1, runs)
     module, _, name = table["class_path"].rpartition(".")
     own = getattr(__import__(module, fromlist=[name]), name)(**table["init_args"])
-    last = LastCheckpoint(every_n_steps=1)
-    last.monitor = "val/mse"
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -143,12 +141,15 @@ def fit(folder: str, devices: int = 1) -> None:
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[
-            *callbacks(run, last, BestCheckpoint("val/mse", "min", "loss"), config="a: 1\n"),
-            EarlyStopping("val/mse", patience=3),
-        ],
-        plugins=plugins(run),
+        callbacks=make_callbacks(
+            run,
+            SaveSettings(every_n_steps=1),
+            BestSettings("val/mse", "min", "loss"),
+            own=[EarlyStopping("val/mse", patience=3)],
+            config="a: 1\n",
+        ),
+        plugins=make_plugins(run),
         logger=[make_logger(run), own],
     )
-    with run.held(trainer):
+    with hold(run, trainer):
         trainer.fit(Regression(), datamodule=Numbers(), ckpt_path=checkpoint, weights_only=True)

@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from lit_mnist.cli.console import OneLineParser, complain
 from lit_mnist.cli.export import Probabilities, restored
 from lit_mnist.data import datasets
-from lit_mnist.exact.checkpoint_io import find_and_read, read_checkpoint
 from lit_mnist.exact.console import shortened, shown
 from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.reader import find_and_read, read_checkpoint
 from lit_mnist.exact.runs import newest, read_results, run_folder, section, text, versions
 from lit_mnist.pictures import prepare as images
 from lit_mnist.pictures.prepare import Picture

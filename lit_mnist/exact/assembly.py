@@ -10,13 +10,13 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from .batchnorm import SynchronizedBatchNorm
-from .checkpoint_io import DurableCheckpointIO
-from .checkpoints import BestCheckpoint, BestSettings, LastCheckpoint, SaveSettings, callback_of
+from .checkpoint_io import DurableCheckpointIO, translate_restoring
+from .checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of
 from .errors import UserError
 from .loggers import FILE_LOGGERS, RunLogger
 from .progress import EpochLines, Progress
 from .results import Results
-from .resume import ExactResume, RunStart
+from .resume import ExactResume
 from .run import Run
 from .runs import only_process, read_results, section
 from .signals import stop_on_signals
@@ -37,9 +37,9 @@ def make_callbacks(
     """Return the callbacks that make a fit exact, durable and reported, in the order in which they must be called.
 
     Args:
-        save: how often the newest state is saved; None never saves it, and nothing can be resumed.
+        save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
         best: which state is kept as the best; None keeps none.
-        own: callbacks of the user's, which keep their order.
+        own: the user's callbacks.
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key that go into each checkpoint.
         config: the text of the run's config.yaml; empty for none.
@@ -47,61 +47,57 @@ def make_callbacks(
         command: the command line.
     """
     progress = Progress()
-    resume = ExactResume(run, dict(settings or {}))
-    monitor = best.monitor if best else "val/accuracy"
-    best_keeper = [BestCheckpoint(run, best)] if best and save else []
-    last_keeper = [LastCheckpoint(run, save, monitor)] if save else []
+    keeper = CheckpointKeeper(run, save, best) if save else None
     return [
-        RunStart(run, resume, config),  # first: nothing may touch the run before all of it is restored
+        ExactResume(run, settings or {}, config),  # first: nothing may touch the run before all of it is restored
         *own,
-        EpochLines(progress, best_keeper[0] if best_keeper else None),  # before the timer, which an epoch resets
+        EpochLines(progress, keeper),  # before the timer, which an epoch resets
         progress,
         Results(run, progress, recipe, command, settings),
         *board,  # after the timer, which leaves their time out
-        resume,  # before the keepers: what it restores, the first checkpoint must have
-        *best_keeper,
-        *last_keeper,  # last: it saves what all others have done
+        *([keeper] if keeper else []),  # last: it saves what all others have done
     ]
 
 
 @contextmanager
 def hold(run: Run, trainer: Trainer) -> Iterator[None]:
-    """Hold a run's folder for this process, and let SIGTERM and Ctrl-C stop the training after the step at hand.
+    """Hold a run's folder for this process, and let SIGTERM and Ctrl-C stop the training after the current step.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or its checkpoint cannot be restored.
         Interrupted: the training was stopped.
     """
     with ExitStack() as held:
         if trainer.is_global_zero and run.folder:
             held.enter_context(only_process(run.folder))
             if run.checkpoint and not run.checkpoint.is_file():
-                raise UserError(f"--ckpt_path {run.checkpoint}: another process resumed it just now")
-        held.enter_context(stop_on_signals(callback_of(trainer, LastCheckpoint)))
+                raise UserError(f"{run.checkpoint}: another process resumed it just now")
+        if keeper := callback_of(trainer, CheckpointKeeper):
+            held.enter_context(stop_on_signals(keeper))
+        held.enter_context(translate_restoring(run.checkpoint))
         yield
 
 
 def make_plugins(run: Run, sync_batchnorm: bool = True) -> list[Any]:
-    """Durable checkpoints, and batch norm over all processes."""
-    # what was read is used: until the trainer would read it, a run in progress may have removed the file
+    """Return the plugins for durable checkpoints and for batch norm over all processes."""
+    # the trainer restores what was read before: a run in progress may have removed the file since
     loaded = {str(run.checkpoint): dict(run.loaded)} if run.checkpoint else {}
     return [DurableCheckpointIO(loaded), *([SynchronizedBatchNorm()] if sync_batchnorm else [])]
 
 
 def make_logger(run: Run, **settings: Any) -> RunLogger:
-    """TensorBoard's events in the run's folder."""
+    """Return a logger of TensorBoard's events in the run's folder."""
     folder = run.folder or Path()  # of the other processes, which write nothing
     return RunLogger(folder.parent, name="", version=folder.name, default_hp_metric=False, **settings)
 
 
 def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
-    """Give a configured logger its place: in a resumed run the one that it had, in a new one, where it writes files
-    among the runs, the folder of its run; and a class that writes nothing before the training starts.
+    """Give a configured logger its place, and a class that writes nothing before the training starts.
+
+    In a resumed run it is the place that it had; in a new one, where it writes files among the runs, the run's folder.
 
     Args:
-        logger: its `class_path` and `init_args`, changed in place.
-        number: which of the run's loggers it is.
-        runs: the folder of all runs.
+        logger: its `class_path` and `init_args`, changed in place; the run's logger of this `number`.
     """
     if not (run.folder and "class_path" in logger and "version" in logger["init_args"]):
         return

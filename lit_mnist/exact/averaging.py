@@ -5,13 +5,10 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-from .state import check
 
 
 class MovingAverage(WeightAveraging):
@@ -36,8 +33,8 @@ class MovingAverage(WeightAveraging):
         if trainer.state.fn != "fit":  # WeightAveraging 2.6 would warn that it has nothing to average
             return
         # without them, WeightAveraging 2.6 would begin a new average
-        check(dict(pl_module.state_dict()), checkpoint.get("current_model_state"), "current_model_state")
-        check({"n_averaged": torch.tensor(0)}, checkpoint.get("averaging_state"), "averaging_state")
+        if missing := {"current_model_state", "averaging_state"} - checkpoint.keys():
+            raise KeyError(min(missing))
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

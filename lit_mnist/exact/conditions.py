@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,35 @@ PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics"
 
 @cache  # the code that runs is that of the start
 def commit() -> str | None:
-    """The git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
-
-    def git(*args: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # the checkout around it may be another project's
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """Return the git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
+    git = partial(subprocess.check_output, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
+    with suppress(OSError, subprocess.SubprocessError):
+        # fails where the checkout around it is another project's
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
+        return str(git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])).strip()
+    return None
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
+    """Return the processor's name, as the system reports it."""
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
+@cache
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code: versions, hardware, commit."""
+    """Return the versions, the hardware and the commit that a figure depends on."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return {
-        "versions": versions,
-        "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "commit": commit(),
+    hardware = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
+    return {"versions": versions, "hardware": hardware, "commit": commit()}

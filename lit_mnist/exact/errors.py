@@ -10,10 +10,7 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):  # noqa: N818, it is an outcome
-    """The training failed for a reason of its own: it diverged, or a disk is full. Exit status 3.
-
-    Checkpoints written before stay as they are.
-    """
+    """The training diverged, or a disk is full; earlier checkpoints are intact. Exit status 3."""
 
 
 class ProcessLost(TrainingFailed):
@@ -21,15 +18,10 @@ class ProcessLost(TrainingFailed):
 
 
 class Interrupted(Exception):  # noqa: N818, it is no error
-    """The training was stopped by a signal. Exit status 128 + the signal's number.
-
-    Args:
-        signum: the signal.
-        checkpoint: the checkpoint to resume from; None where there is none.
-    """
+    """The training was stopped by a signal, and can be resumed from a checkpoint. Exit status 128 + signum."""
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
         super().__init__(signum, checkpoint)
         self.signum = signum
         self.checkpoint = checkpoint
-        self.flags = ""  # that resume it, beside that
+        self.flags = ""  # that the command to resume needs besides

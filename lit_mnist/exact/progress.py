@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
@@ -152,7 +151,7 @@ class EpochLines(Callback):
         best: keeps the best checkpoint; an epoch that gave it is marked.
     """
 
-    def __init__(self, progress: Progress | None = None, best: ModelCheckpoint | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, best: Any = None) -> None:
         self.progress = progress
         self.best = best
         self._best_path = ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from .ddp import is_first
 from .errors import UserError
+from .reader import check_resumable
 from .runs import claim_version, discard, newest, run_folder
 
 
@@ -22,7 +23,7 @@ class Run:
         loaded: the content of that checkpoint.
         origin: the run that the checkpoint belongs to; None where it lies in no run's folder.
         unchanged: whether it is resumed with the settings that it had; then one that a callback had stopped stays so.
-        made: the last folder above `folder` that was there before; None where `folder` was there itself.
+        made: the last folder above `folder` that existed before; None where `folder` itself did.
     """
 
     folder: Path | None = None
@@ -35,30 +36,36 @@ class Run:
 
     @classmethod
     def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> Run:
-        """A run in a new folder `version_N`, which only one process can make.
+        """Make a run in a new folder `version_N`, which only the first process does.
 
         Raises:
-            UserError: no folder can be made there.
+            UserError: no folder can be made there, or nothing can be resumed from that checkpoint.
         """
-        run = cls(None, checkpoint, loaded or {}, run_folder(checkpoint) if checkpoint else None)
+        run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
+        run.folder = None
         if is_first():
             runs = runs.absolute()
             run.made = next(folder for folder in (runs, *runs.parents) if folder.exists())
             try:
-                run.folder = runs / f"version_{claim_version(runs)}"
+                run.folder = claim_version(runs)
             except OSError as error:
                 raise UserError(f"no run can be written to {runs} ({error.strerror})") from error
         return run
 
     @classmethod
     def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
-        """The run that a checkpoint belongs to, in its own folder."""
+        """Return the run that a checkpoint belongs to, in its own folder.
+
+        Raises:
+            UserError: nothing can be resumed from that checkpoint.
+        """
+        check_resumable(checkpoint, loaded)
         folder = run_folder(checkpoint)
         return cls(folder, checkpoint, loaded, folder, unchanged)
 
     @property
     def continues(self) -> bool:
-        """Whether it goes on in the folder of its checkpoint."""
+        """Whether it continues in the folder of its checkpoint."""
         return self.origin is not None and self.made is None and self.folder == self.origin
 
     @property
@@ -74,7 +81,7 @@ class Run:
 
 
 def is_newest(checkpoint: Path) -> bool:
-    """Whether a checkpoint is the newest state of the run that it belongs to."""
+    """Say whether a checkpoint is the newest state of the run that it belongs to."""
     folder = run_folder(checkpoint)
     last = newest(folder) if folder else None
     return last is not None and last.resolve() == checkpoint.resolve()

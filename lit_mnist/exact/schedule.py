@@ -8,18 +8,16 @@ from pytorch_lightning import Trainer
 
 
 def total_steps(trainer: Trainer) -> int:
-    """How many optimizer steps the whole fit takes.
-
-    In a schedule's function of the step, where `trainer.estimated_stepping_batches` would compute it anew each time.
+    """Return how many optimizer steps the whole fit takes; `trainer.estimated_stepping_batches` computes it anew in
+    each step.
 
     Raises:
         ValueError: the fit has no end.
     """
-    if trainer.num_training_batches == float("inf"):  # asked for in `configure_optimizers`
+    if trainer.num_training_batches == float("inf"):  # within `configure_optimizers`
         return int(trainer.estimated_stepping_batches)
     steps_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    limits = [steps_an_epoch * trainer.max_epochs] if trainer.max_epochs and trainer.max_epochs > 0 else []
-    limits += [trainer.max_steps] if trainer.max_steps > 0 else []
+    limits = [limit for limit in (steps_an_epoch * (trainer.max_epochs or 0), trainer.max_steps) if limit > 0]
     if not limits:
         raise ValueError("a schedule over the whole training needs trainer.max_epochs or trainer.max_steps")
     return int(min(limits))
