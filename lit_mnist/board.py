@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.utils import make_grid
 
-from lit_mnist.exact.ddp import joined
+from lit_mnist.exact.ddp import gather_in_order
 from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.module import Batch
 
@@ -240,7 +240,7 @@ class TestBoard(Callback):
 def all_answers(batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Those of all processes, in the order of the images; on the first of them alone."""
     # copies: a part of a tensor is sent with all of it
-    answers = joined([tuple(part.cpu().clone() for part in batch) for batch in batches])
+    answers = gather_in_order([tuple(part.cpu().clone() for part in batch) for batch in batches])
     return [torch.cat(parts) for parts in zip(*answers, strict=True)]
 
 

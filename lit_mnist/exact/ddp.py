@@ -174,28 +174,31 @@ def environment_kept() -> Iterator[None]:
         os.environ.update(before)
 
 
-def every(own: T) -> list[T]:
-    """What each process gives, in their order, on all of them. All must call it."""
+def gather_all(value: T) -> list[T]:
+    """Return the value of each process, in the order of the processes, on all of them. All must call it."""
     if not torch.distributed.is_initialized():
-        return [own]
+        return [value]
     parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
+    torch.distributed.all_gather_object(parts, value)
     return parts
 
 
-def joined(own: list[T]) -> list[T]:
-    """What each process has of each batch: on the first one list in the order of the samples, on the others nothing.
+def gather_in_order(batches: list[T]) -> list[T]:
+    """Gather the parts of each batch on the first process, in the order of the samples; the others get an empty list.
 
     A process may have no part of the last batches. All must call it.
     """
     if not torch.distributed.is_initialized():
-        return own
+        return batches
     first = torch.distributed.get_rank() == 0
     parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.gather_object(own, parts if first else None)
+    torch.distributed.gather_object(batches, parts if first else None)
     nothing = object()
-    batches = zip_longest(*parts, fillvalue=nothing) if first else ()
-    return [part for batch in batches for part in batch if part is not nothing]
+    gathered = zip_longest(*parts, fillvalue=nothing) if first else ()
+    return [part for batch in gathered for part in batch if part is not nothing]
+
+
+every, joined = gather_all, gather_in_order  # the names before; gone once all rooms call the new ones
 
 
 def is_first() -> bool:

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
-from .ddp import every, part_of_batch
+from .ddp import gather_all, part_of_batch
 from .errors import TrainingFailed
 
 
@@ -209,7 +209,7 @@ class EpochLines(Callback):
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _print_evaluation(self, trainer: Trainer, title: str, metrics: Mapping[str, float]) -> None:
-        self.samples = sum(every(self._samples))
+        self.samples = sum(gather_all(self._samples))
         say(trainer, f"{title}: {', '.join(words(metrics, self.samples))}")
 
 
