@@ -32,17 +32,14 @@ class Origin(NamedTuple):
 
 
 class RewindableLogger(Logger):
-    """A logger that touches no file before `load_state_dict`, which brings its files to where a checkpoint was saved.
+    """A logger that writes nothing before `load_state_dict`, which brings its files to where `state_dict` was called.
 
-    `state_dict` says how much is written; a subclass has both.
+    The state is None if the checkpoint has none of this logger.
     """
 
     opened = False
     state_dict: Callable[[], dict[str, int]]
-
-    def load_state_dict(self, state: Mapping[str, Any] | None, origin: Origin) -> None:
-        """Begin to write where that state was saved; None if the checkpoint knows no such logger."""
-        self.opened = True
+    load_state_dict: Callable[[Mapping[str, Any] | None, Origin], None]
 
     @property
     def experiment(self) -> Any:
@@ -80,7 +77,7 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
                 os.truncate(target, min(size, target.stat().st_size))
             elif origin.continues and path.stat().st_mtime_ns >= origin.written:
                 path.unlink()  # of a process that was killed before it could save
-        super().load_state_dict(state, origin)
+        self.opened = True
         if self.shown:
             # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
             plain = {key: value for key, value in self.shown.items() if type(value) in (int, float, str, bool)}
@@ -125,8 +122,7 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
             lines = list(csv.reader(source.read_text().splitlines())) if source.exists() else []
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"{source}: the run's metrics cannot be read ({shortened(str(error), 100)})") from error
-        super().load_state_dict(state, origin)
-        self._experiment = _KeepingWriter(self.log_dir)
+        self.opened, self._experiment = True, _KeepingWriter(self.log_dir)
         if lines:
             rows = state.get("rows") if state else None
             lines = lines[: 1 + rows if type(rows) is int and rows >= 0 else None]
