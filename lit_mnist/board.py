@@ -35,7 +35,8 @@ LAYOUT = {
         "samples per second": ["Multiline", ["^train/samples_per_second$"]],
     },
     "by epoch": {
-        name: ["Multiline", [f"^by_epoch/{part}/{name}$" for part in ("train", "val")]] for name in ("loss", "accuracy")
+        "loss": ["Multiline", ["^by_epoch/train/loss$", "^by_epoch/val/loss$"]],
+        "accuracy": ["Multiline", ["^by_epoch/train/accuracy$", "^by_epoch/val/accuracy$"]],
     },
     "each digit": {"validation accuracy": ["Multiline", ["val_class_accuracy/.*"]]},
 }
@@ -132,20 +133,21 @@ class Board(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         linear = [part for part in network_of(pl_module).modules() if isinstance(part, torch.nn.Linear)]
-        if linear and trainer.loggers:
-            self._hook = linear[-1].register_forward_pre_hook(self._keep)
+        self._hooks = [layer.register_forward_pre_hook(self._keep) for layer in linear[-1:] if trainer.loggers]
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         self._features = inputs[0].flatten(1)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        batch = args[1]
-        if self._features is not None and shows_pictures(batch) and len(self._features) == len(batch[0]):
-            self._batches.append((batch[0], self._features, batch[1]))
+        features, batch = self._features, args[1]
+        if features is not None and shows_pictures(batch) and len(features) == len(batch[0]):
+            self._batches.append((batch[0], features, batch[1]))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for hook in self._hooks:
+            hook.remove()
         answers, writer = self._gather(), self.writer(trainer)
-        step = getattr(trainer.loggers[0], "tested_step", None) or 0 if trainer.loggers else 0
+        step = getattr(trainer.logger, "tested_step", None) or 0
         if writer and answers and not Path(writer.log_dir, f"{step:05d}", "test").exists():  # from an earlier test
             images, features, targets = answers
             writer.add_embedding(features, [str(int(target)) for target in targets], images / 255, step, "test")
