@@ -60,9 +60,8 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     batches.sampler.set_epoch(1)
     images, _ = data.augment(*next(iter(batches)))
     png = bytearray(run.Images("train/images")[-1].encoded_image_string)
-    assert torch.equal(
-        decode_image(torch.frombuffer(png, dtype=torch.uint8)), board.grid(images[:32], columns=8, zoom=2)
-    )
+    shown = decode_image(torch.frombuffer(png, dtype=torch.uint8))
+    assert torch.equal(shown, board.grid(images[:32], columns=8, zoom=2))
 
     scalars = {tag: run.Scalars(tag) for tag in run.Tags()["scalars"]}
     for tag in ("norm/gradients", "norm/weights", "train/loss_step"):
