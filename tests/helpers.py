@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_mnist.data import datasets
 
@@ -57,6 +59,19 @@ def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
         assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), path)
     else:
         assert ours == theirs, path
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    (last,) = run.glob("checkpoints/last-*.ckpt")
+    return dict(torch.load(last, weights_only=True))
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read what `fit` logged for TensorBoard, but for timings: a step and a value each, by tag."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and not re.search("^test/|per_second", tag)]
+    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
 
 
 def in_processes(folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...]) -> list[Outcome]:
