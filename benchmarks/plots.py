@@ -1,15 +1,12 @@
-"""Draw what results/ hold: test error against parameters, accuracy against seconds, losses on several processes.
+"""Draw docs/error-parameters.png, accuracy-seconds.png and processes-loss.png from what results/ holds.
 
-    python benchmarks/plots.py        # writes docs/error-parameters.png, accuracy-seconds.png and processes-loss.png
-
-Every single run is a dot, the mean of a recipe's runs a ring. A recipe's seconds are its epochs times those of an epoch
-in results/speed.jsonl, where nothing else ran on the machine; the baseline's are its 20 epochs there. The baseline
-stands at its author's accuracy, 99.44 % (0.56 % error).
+Every run is a dot, the mean of a recipe's runs a ring. A recipe's seconds are its epochs times those of an epoch in
+results/speed.jsonl, where nothing else ran on the machine; the baseline's are its 20 epochs there. The baseline stands
+at its author's accuracy, 99.44 % (0.56 % error).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -25,46 +22,44 @@ DOCS = Path(__file__).parent.parent / "docs"
 BASELINE = 99.44
 
 
-def recipes() -> dict[str, dict[str, Any]]:
-    """Parameters, epochs and every test accuracy of each recipe: of the studies `sweep --output results/seeds-NAME`,
-    and before there were such of the runs in accuracy.jsonl with the settings of the newest.
-    """
-    records = [json.loads(line) for line in (RESULTS / "accuracy.jsonl").read_text().splitlines()]
-    where = {"--trainer.accelerator", "cpu"}  # no setting of the recipe
-    plain = [record for record in records if record["test"] and not set(record["flags"]) - where]
-    newest = {record["recipe"]: record["settings"] for record in plain}
-    found: dict[str, dict[str, Any]] = {}
-    for record in plain:
-        if newest[record["recipe"]] == record["settings"]:
-            fit = {name: record["fit"][name] for name in ("parameters", "epochs")}
-            found.setdefault(record["recipe"], {**fit, "accuracy": []})["accuracy"].append(
-                record["test"]["test/accuracy"]
-            )
-    for path in sorted(RESULTS.glob("seeds-*/results.json")):
-        study = json.loads(path.read_text())
-        (row,) = study["settings_tried"]
-        fit = {"parameters": row["parameters"], "epochs": row["epochs"]}
-        accuracy = [trial["test/accuracy"] for trial in row["trials"]]
-        found[study["study"].removeprefix("seeds-")] = {**fit, "accuracy": accuracy}
-    return found
+def newest(name: str, measure: str) -> dict[str, Any]:
+    """Read the newest record of a measure in a file of results/."""
+    records = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    return dict(next(record for record in reversed(records) if record["measure"] == measure))
 
 
-def speed(measure: str) -> dict[str, Any]:
-    """The newest record of a measure of speed.py."""
-    records = [json.loads(line) for line in (RESULTS / "speed.jsonl").read_text().splitlines()]
-    return next(record for record in reversed(records) if record["measure"] == measure)
+def plot_recipes() -> None:
+    """Plot every test accuracy in the studies results/seeds-NAME against parameters, and against seconds."""
+    epoch_seconds, target = newest("speed", "epochs")["seconds"], newest("speed", "target")
+    seed = json.loads((RESULTS / "seed.json").read_text())["fit"]
+    seconds = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
+    first, by_parameters = plt.subplots(figsize=(7, 4.5))
+    second, by_seconds = plt.subplots(figsize=(7, 4.5))
+    for number, path in enumerate(sorted(RESULTS.glob("seeds-*/results.json"))):
+        name, (row,) = path.parent.name.removeprefix("seeds-"), json.loads(path.read_text())["settings_tried"]
+        accuracy = [100 * trial["test/accuracy"] for trial in row["trials"]]
+        values = row["parameters"], statistics.median(epoch_seconds[name]) * row["epochs"]
+        errors = [100 - value for value in accuracy]
+        for axes, x, y in ((by_parameters, values[0], errors), (by_seconds, values[1], accuracy)):
+            axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")
+            ring = {"s": 120, "facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
+            axes.scatter(x, statistics.mean(y), label=f"{name}: {statistics.mean(y):.2f}, n = {len(y)}", **ring)
+    for axes, x, y in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, seconds, BASELINE)):
+        axes.scatter(x, y, marker="x", s=80, color="black", label=f"the baseline: {y:.2f}, n = 1")
+        axes.axhline(y, color="black", linewidth=0.5, linestyle=":")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
+    by_parameters.set(xlabel="parameters", ylabel="test error, %", xscale="log", ylim=(0, None))
+    by_parameters.set_xticks(ticks := [3_000, 6_000, 15_000, 30_000, 60_000], [f"{tick:,}" for tick in ticks])
+    by_parameters.minorticks_off()
+    by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
+    save(first, "error-parameters")
+    save(second, "accuracy-seconds")
 
 
-def scatter(axes: Any, name: str, x: float, y: list[float], colour: str) -> None:
-    axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=colour)
-    label = f"{name}: {statistics.mean(y):.2f}, n = {len(y)}"
-    axes.scatter(x, statistics.mean(y), s=120, facecolors="none", edgecolors=colour, linewidths=2, label=label)
-
-
-def losses() -> None:
-    """The losses of each step of one run on several processes, and how far they are from those of one."""
-    records = [json.loads(line) for line in (RESULTS / "processes.jsonl").read_text().splitlines()]
-    values = next(record["values"] for record in reversed(records) if record["measure"] == "agreement")
+def plot_processes() -> None:
+    """Plot the losses of each step of one run on several processes, and how far they are from those of one."""
+    values = newest("processes", "agreement")["values"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for number, (name, run) in enumerate(values.items()):
         precision, _, way = name.partition(", ")
@@ -89,38 +84,6 @@ def save(figure: Any, name: str) -> None:
     print(DOCS / f"{name}.png")
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
-    losses()
-    runs = recipes()
-    baseline = json.loads((RESULTS / "seed.json").read_text())["fit"]
-    epoch_seconds = speed("epochs")["seconds"]
-    target = speed("target")
-    epochs = target.get("baseline") or target["yardstick"]  # as older records call it
-    baseline_seconds = statistics.median(epoch["epoch_seconds"] for epoch in epochs)
-    first, by_parameters = plt.subplots(figsize=(7, 4.5))
-    second, by_seconds = plt.subplots(figsize=(7, 4.5))
-    for number, (name, fit) in enumerate(sorted(runs.items())):
-        accuracy = [100 * value for value in fit["accuracy"]]
-        errors = [100 - value for value in accuracy]
-        seconds = statistics.median(epoch_seconds[name]) * fit["epochs"]
-        scatter(by_parameters, name, fit["parameters"], errors, f"C{number}")
-        scatter(by_seconds, name, seconds, accuracy, f"C{number}")
-    for axes, x, y in (
-        (by_parameters, baseline["parameters"], 100 - BASELINE),
-        (by_seconds, baseline["epochs"] * baseline_seconds, BASELINE),
-    ):
-        axes.scatter(x, y, marker="x", s=80, color="black", label=f"the baseline: {y:.2f}, n = 1")
-        axes.axhline(y, color="black", linewidth=0.5, linestyle=":")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
-    by_parameters.set(xlabel="parameters", ylabel="test error, %", xscale="log", ylim=(0, None))
-    by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
-    by_parameters.set_xticks(ticks := [3_000, 6_000, 15_000, 30_000, 60_000], [f"{tick:,}" for tick in ticks])
-    by_parameters.minorticks_off()
-    for figure, name in ((first, "error-parameters"), (second, "accuracy-seconds")):
-        save(figure, name)
-
-
 if __name__ == "__main__":
-    main()
+    plot_recipes()
+    plot_processes()

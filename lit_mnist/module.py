@@ -28,7 +28,7 @@ class CrossEntropy(MeanMetric):
 
 
 class LitMNIST(LightningModule):
-    """A digit classifier and how it is trained; the defaults are the recipe that `fit` uses when nothing is said.
+    """A digit classifier and how it is trained; the defaults are the recipe of a plain `fit`.
 
     Args:
         layers: layers of the network: for `digitnet` its convolutions (see `DigitNet`), for `mlp` its widths.
@@ -43,8 +43,7 @@ class LitMNIST(LightningModule):
         warmup: share of all steps, 0 to 1, in which the learning rate rises linearly from a tenth of `lr`.
         label_smoothing: share of the target that the loss spreads evenly over the classes
             (https://arxiv.org/abs/1512.00567). The metrics `*/loss` are cross-entropy without it, so they compare.
-        ema_decay: decay of the exponential moving average of the weights, which is validated, tested and kept; 0 for
-            none.
+        ema_decay: decay of the weights' exponential moving average, which is validated, tested and kept; 0 for none.
         network: name of the network, from `network.NETWORKS`.
         classes: number of classes. The command line takes it from the data.
 
@@ -74,7 +73,7 @@ class LitMNIST(LightningModule):
         check_ranges(self.hparams)
         # channels_last is 1.5 times as fast on a CPU
         self.network = NETWORKS[network](layers, dropout, activation, classes).to(memory_format=torch.channels_last)
-        # neither looks at the values it is given, which would wait for the device in every step
+        # neither checks the values it is given, which would wait for the device in every step
         metrics: dict[str, Metric | MetricCollection] = {
             "loss": CrossEntropy(nan_strategy="disable"),
             "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
@@ -85,8 +84,7 @@ class LitMNIST(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map raw images, uint8 (B, 1, 28, 28), to logits, float (B, C) for C classes."""
-        logits: Tensor = self.network(images)
-        return logits
+        return self.network(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
@@ -130,50 +128,38 @@ class LitMNIST(LightningModule):
             {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": hp.weight_decay},
             {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer: torch.optim.Optimizer
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=hp.lr, betas=(0.9, 0.99))
         if hp.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr=hp.lr, momentum=hp.momentum, nesterov=hp.nesterov)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=hp.lr, betas=(0.9, 0.99))
         return [optimizer], [{"scheduler": LambdaLR(optimizer, self.lr_factor), "interval": "step"}]
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step as a share of `lr`."""
         hp: Any = self.hparams
         if step == 0 or (hp.schedule == "constant" and hp.warmup == 0):
-            return 0.1 if hp.warmup > 0 else 1.0  # at step 0 the trainer does not know yet how many there are
+            return 0.1 if hp.warmup > 0 else 1.0  # at step 0 the trainer does not know yet how many steps there are
         total = total_steps(self.trainer)
         warmup_steps = hp.warmup * total
         if step < warmup_steps:
             return 0.1 + 0.9 * step / warmup_steps
         done = min(1.0, (step - warmup_steps) / max(1.0, total - warmup_steps))
-        if hp.schedule == "linear":
-            return 1 - done
-        return (1 + math.cos(math.pi * done)) / 2 if hp.schedule == "cosine" else 1.0
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[hp.schedule]
 
 
 def check_ranges(hp: Any) -> None:
-    """Check what the network does not.
-
-    Raises:
-        ValueError: one line for all the arguments that are out of range.
-    """
-    problems = [
-        f"model.{name} must be {allowed}, got {hp[name]}"
-        for name, allowed, ok in (
-            ("optimizer", "sgd or adamw", hp.optimizer in ("sgd", "adamw")),
-            ("schedule", "constant, linear or cosine", hp.schedule in ("constant", "linear", "cosine")),
-            ("lr", "in (0, 1e30]", 0 < hp.lr <= 1e30),
-            ("momentum", "in [0, 1)", 0 <= hp.momentum < 1),
-            ("nesterov", "false without momentum", not hp.nesterov or hp.momentum > 0 or hp.optimizer != "sgd"),
-            ("weight_decay", "in [0, 1e6]", 0 <= hp.weight_decay <= 1e6),
-            ("warmup", "in [0, 1]", 0 <= hp.warmup <= 1),
-            ("label_smoothing", "in [0, 1)", 0 <= hp.label_smoothing < 1),
-            ("ema_decay", "in [0, 1)", 0 <= hp.ema_decay < 1),
-            ("network", " or ".join(NETWORKS), hp.network in NETWORKS),
-            ("classes", "in 2..256", 2 <= hp.classes <= 256),
-        )
-        if not ok
-    ]
-    if problems:
+    """Raise the ValueError for the settings that the network does not check."""
+    checks = (
+        ("optimizer", "sgd or adamw", hp.optimizer in ("sgd", "adamw")),
+        ("schedule", "constant, linear or cosine", hp.schedule in ("constant", "linear", "cosine")),
+        ("lr", "in (0, 1e30]", 0 < hp.lr <= 1e30),
+        ("momentum", "in [0, 1)", 0 <= hp.momentum < 1),
+        ("nesterov", "false without momentum", not hp.nesterov or hp.momentum > 0 or hp.optimizer != "sgd"),
+        ("weight_decay", "in [0, 1e6]", 0 <= hp.weight_decay <= 1e6),
+        ("warmup", "in [0, 1]", 0 <= hp.warmup <= 1),
+        ("label_smoothing", "in [0, 1)", 0 <= hp.label_smoothing < 1),
+        ("ema_decay", "in [0, 1)", 0 <= hp.ema_decay < 1),
+        ("network", " or ".join(NETWORKS), hp.network in NETWORKS),
+        ("classes", "in 2..256", 2 <= hp.classes <= 256),
+    )
+    if problems := [f"model.{name} must be {allowed}, got {hp[name]}" for name, allowed, ok in checks if not ok]:
         raise ValueError("; ".join(problems))

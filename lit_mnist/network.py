@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-# Mean and standard deviation of the pixels of MNIST's 60,000 training images, on the scale 0..1. Other data sets are
-# given the same, and the norm after the first layer makes up for theirs.
+# Mean and standard deviation of the pixels of MNIST's 60,000 training images, on the scale 0..1. Other data sets get
+# the same, and the norm after the first layer corrects for theirs.
 MEAN, STD = 0.1307, 0.3081
 
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-
+Activation = Literal["relu", "silu"]
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}  # silu: smoother and slower (https://arxiv.org/abs/1702.03118)
 CROP = re.compile(r"crop(?P<pixels>[1-9])")
 LAYER = re.compile(
     r"(?P<width>[1-9]\d{0,3})(x(?P<kernel>[1357]))?(?P<depthwise>d)?(?P<valid>v)?(?P<halve>/2)?(?P<add>\+)?"
@@ -30,11 +30,7 @@ def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def nonlinearity(activation: str, dropout: float) -> list[nn.Module]:
-    """What follows a layer's norm: the activation, and dropout unless it is 0.
-
-    Raises:
-        ValueError: an argument is out of its range.
-    """
+    """Return what follows a layer's norm: the activation, and dropout unless it is 0."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"model.activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
     if not 0 <= dropout < 1:
@@ -55,79 +51,70 @@ class Residual(nn.Sequential):
 class DigitNet(nn.Module):
     """A small CNN that takes raw pixels and normalises them itself.
 
-    Its convolutions are written as words, read from left to right:
+    Its layers are written as words, read from left to right:
 
     ========  ==========================================================================================
-    `16`      3x3 convolution to 16 channels, batch norm, ReLU, dropout
+    `16`      3x3 convolution to 16 channels, batch norm, activation, dropout
     `16x5`    the same with a 5x5 kernel (1, 3, 5 or 7), padded to keep the size
-    `16x5v`   not padded: what follows is 4 pixels smaller, which MNIST's empty borders allow, and as much cheaper
+    `16x5v`   unpadded: what follows is 4 pixels smaller, which MNIST's empty borders allow, and cheaper
     `16x5d`   the kernel depthwise, then a pointwise convolution to 16 channels: fewer parameters
-    `16/2`    2x2 max pooling right after the convolution: batch norm and ReLU see a quarter of the pixels
+    `16/2`    2x2 max pooling right after the convolution: batch norm and activation see a quarter of the pixels
     `16+`     the layer's input is added to its output (https://arxiv.org/abs/1512.03385); their shapes must agree
-    `pool`    2x2 max pooling after the dropout, as text books draw it
+    `pool`    2x2 max pooling after the dropout, as textbooks draw it
     `crop2`   without the 2 outermost pixels at each edge: all but 0.24 % of MNIST's ink lies within the other 24x24
-    `again`   the layer before once more: the same convolutions, with a batch norm of its own, for depth
-              without parameters (https://arxiv.org/abs/1702.08782)
+    `again`   the previous layer once more: the same convolutions with another batch norm, for depth without
+              parameters (https://arxiv.org/abs/1702.08782)
     ========  ==========================================================================================
 
-    After them come global average pooling and the last convolution, 1x1 to the logits, without batch norm or dropout.
-    Both are linear, so the pooling goes first: the same map for a 49th of the work.
-
-    Args:
-        layers: the words, separated by spaces.
-        activation: `relu`, or `silu` (https://arxiv.org/abs/1702.03118), smoother and slower, in its place.
-        dropout: probability that dropout after each convolution but the last zeroes an activation, 0 <= p < 1.
-        classes: how many logits there are.
+    Then come global average pooling and a linear layer to the logits: the same map as a 1x1 convolution before the
+    pooling, for a 49th of the work.
 
     Raises:
         ValueError: an argument is out of its range, or an image of 28x28 is pooled away.
     """
 
-    def __init__(
-        self, layers: str, dropout: float = 0.0, activation: Literal["relu", "silu"] = "relu", classes: int = 10
-    ) -> None:
+    def __init__(self, layers: str, dropout: float = 0.0, activation: Activation = "relu", classes: int = 10) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         channels, size = 1, 28
-        before: list[nn.Module] = []  # the convolutions of the last layer, where its shape allows to repeat it
+        before: list[nn.Module] = []  # the convolutions of the previous layer, if its shape allows to repeat it
         for word in layers.split():
+            repeated, before = before, []
             if match := CROP.fullmatch(word):
                 blocks.append(nn.ZeroPad2d(-int(match["pixels"])))
                 size -= 2 * int(match["pixels"])
-                before = []
             elif word == "again":
-                if not before:
+                if not repeated:
                     raise ValueError(f"model.layers repeats by 'again' a layer that changes the shape, in {layers!r}")
-                again = [*before, nn.BatchNorm2d(channels), *nonlinearity(activation, dropout)]
+                again = [*repeated, nn.BatchNorm2d(channels), *nonlinearity(activation, dropout)]
                 blocks += [Residual(*again)] if isinstance(blocks[-1], Residual) else again
+                before = repeated
             elif word == "pool":
                 blocks.append(nn.MaxPool2d(2))
                 size //= 2
-                before = []
             elif match := LAYER.fullmatch(word):
                 width, kernel = int(match["width"]), int(match["kernel"] or 3)
                 padding = 0 if match["valid"] else kernel // 2
-                size -= kernel - 1 - 2 * padding
-                if match["add"] and (width != channels or match["halve"] or match["valid"]):
+                same = width == channels and not match["halve"] and not match["valid"]
+                if match["add"] and not same:
                     raise ValueError(f"model.layers adds to {word!r} its input, which has another shape, in {layers!r}")
                 layer: list[nn.Module] = []
                 if match["depthwise"]:
                     layer.append(nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, bias=False))
-                    kernel, padding = 1, 0
-                layer.append(nn.Conv2d(channels, width, kernel, padding=padding, bias=False))
+                    layer.append(nn.Conv2d(channels, width, 1, bias=False))
+                else:
+                    layer.append(nn.Conv2d(channels, width, kernel, padding=padding, bias=False))
+                before = list(layer) if same else []
+                size -= kernel - 1 - 2 * padding
                 if match["halve"]:
                     layer.append(nn.MaxPool2d(2))
                     size //= 2
                 layer += [nn.BatchNorm2d(width), *nonlinearity(activation, dropout)]
                 blocks += [Residual(*layer)] if match["add"] else layer
-                same = width == channels and not match["halve"] and not match["valid"]
-                before = [part for part in layer if isinstance(part, nn.Conv2d)] if same else []
                 channels = width
             else:
-                raise ValueError(
-                    f"model.layers must be words such as 16, 16x5, 16x5v, 16x5d+, 16/2, pool, crop2 or again, got"
-                    f" {word!r} in {layers!r}"
-                )
+                words = "16, 16x5, 16x5v, 16x5d+, 16/2, pool, crop2 or again"
+                raise ValueError(f"model.layers must be words such as {words}, got {word!r} in {layers!r}")
         if channels == 1 or size < 1:
             raise ValueError(f"model.layers must have a convolution and leave a pixel of 28x28, got {layers!r}")
         self.features = nn.Sequential(*blocks)
@@ -136,27 +123,15 @@ class DigitNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, C)."""
         features: Tensor = self.features(normalise(images, self.head.weight.dtype))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
+        return self.head(features.mean(dim=(2, 3)))
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron on raw pixels: the example of another network.
-
-    Args:
-        layers: the widths of its hidden layers, separated by spaces: `128 64`. Each is followed by layer norm, the
-            activation and dropout.
-        dropout: probability that dropout after each hidden layer zeroes an activation, 0 <= p < 1.
-        activation: `relu` or `silu`.
-        classes: how many logits there are.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    """A multilayer perceptron on raw pixels, the example of another network: `layers` are the widths of its hidden
+    layers, such as `128 64`, each followed by layer norm, the activation and dropout.
     """
 
-    def __init__(
-        self, layers: str, dropout: float = 0.0, activation: Literal["relu", "silu"] = "relu", classes: int = 10
-    ) -> None:
+    def __init__(self, layers: str, dropout: float = 0.0, activation: Activation = "relu", classes: int = 10) -> None:
         super().__init__()
         if not re.fullmatch(r"[1-9]\d{0,3}(\s+[1-9]\d{0,3})*", layers.strip()):
             raise ValueError(f"model.layers must be widths from 1 to 9999 such as 128 64 for mlp, got {layers!r}")
@@ -169,12 +144,8 @@ class MLP(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map raw images, uint8 (B, 1, 28, 28) or float of the same scale 0..255, to logits, float (B, C)."""
-        logits: Tensor = self.head(self.hidden(normalise(images, self.head.weight.dtype).flatten(1)))
-        return logits
+        """Map raw images as `DigitNet` does."""
+        return self.head(self.hidden(normalise(images, self.head.weight.dtype).flatten(1)))
 
 
-NETWORKS: dict[str, Callable[[str, float, Literal["relu", "silu"], int], nn.Module]] = {
-    "digitnet": DigitNet,
-    "mlp": MLP,
-}
+NETWORKS: dict[str, Callable[[str, float, Activation, int], nn.Module]] = {"digitnet": DigitNet, "mlp": MLP}

@@ -1,65 +1,60 @@
-"""What the tests share: a tiny MNIST that a network learns in seconds, the real one, and no network."""
+"""The fixtures: a tiny MNIST that a network learns in seconds, the real one, a finished run, a browser, no network."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each of the test processes has one core
+
 import shutil
-import struct
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
+from helpers import REPOSITORY, write_tiny_mnist
 
 from lit_mnist.__main__ import main
-from lit_mnist.cli.page import chromium
-from lit_mnist.data import datasets, download
+from lit_mnist.data import datasets
 from lit_mnist.exact.errors import UserError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-REPOSITORY = Path(__file__).parent.parent
-
-
-def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, datasets.IDXFile]:
-    """Write four IDX files into RAW, each class a pattern of its own plus noise, the classes in equal numbers.
-
-    Returns:
-        What `datasets.FILES` has to be for them to verify. The same sizes give the same files on every machine.
-    """
-    generator = np.random.Generator(np.random.PCG64(0))
-    patterns = np.kron(generator.integers(0, 2, (10, 7, 7)), np.ones((4, 4), np.int64)) * 180
-    raw.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for part, count in (("train", train), ("t10k", test)):
-        labels = generator.permutation(np.arange(count) % 10).astype(np.uint8)
-        images = (patterns[labels] + generator.integers(0, 75, (count, 28, 28))).astype(np.uint8)
-        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
-            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-            content = header + array.tobytes()
-            (raw / name).write_bytes(content)
-            files[name] = datasets.IDXFile(len(content), hashlib.sha256(content).hexdigest())
-    return files
-
 
 @pytest.fixture
 def tiny_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data root with 400 training and 100 test images, which `mnist` takes for the real ones."""
-    root = tmp_path / "tiny"
-    monkeypatch.setattr(datasets, "FILES", write_tiny_mnist(root / "MNIST" / "raw"))
-    return root
+    monkeypatch.setattr(datasets, "FILES", write_tiny_mnist(tmp_path / "tiny" / "MNIST" / "raw"))
+    return tmp_path / "tiny"
 
 
 @pytest.fixture
 def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run a command with the tiny data set, from a folder of its own."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+    """Run a command with the tiny data set, from an empty folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
     return lambda name, *flags: main([name, "--data.root", str(tiny_root), *flags])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of a folder in which `fit` has trained once, for `trained` to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = ["--model.layers", "4x5/2 8/2", "--data.batch_size", "20", "--data.val_size", "40"]
+    flags += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--board.every_n_epochs", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets, "FILES", write_tiny_mnist(folder / "tiny" / "MNIST" / "raw"))
+        assert main(["fit", "--data.root", "tiny", *flags]) == 0
+    return folder / "lightning_logs"
+
+
+@pytest.fixture
+def trained(finished: Path, command: Callable[..., int]) -> Path:
+    """A finished run of two epochs of 18 steps: `lightning_logs/version_0` in the folder of `command`."""
+    return shutil.copytree(finished, Path.cwd() / "lightning_logs") / "version_0"
 
 
 @pytest.fixture(scope="session")
@@ -69,33 +64,39 @@ def real_root() -> Path:
     try:
         datasets.prepare(root)
     except UserError as error:
-        if os.environ.get("LIT_MNIST_REQUIRE_DATA") == "1":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+        (pytest.fail if os.environ.get("LIT_MNIST_REQUIRE_DATA") == "1" else pytest.skip)(str(error))
     return root
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
     """Chromium without a window, which keeps a log of its requests."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(programs):
         pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
-    browser = chromium(tmp_path / "chromium")
-    try:
-        yield browser
-    finally:
-        browser.quit()
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0] or ""
+    flags = ["headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
+    flags += ["disable-background-networking", "disable-component-update", f"user-data-dir={tmp_path}/chromium"]
+    for flag in [*flags, "window-size=1600,1200"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop a test that asks a source of data. `real_root` has done so before: session fixtures are made first.
+    """Stop a test that asks another machine. `real_root` has asked before: session fixtures are made first."""
+    resolve = socket.getaddrinfo
 
-    A test with sources of its own replaces `mirrors` and `_pip_download` once more.
-    """
+    def resolve_local(host: Any, *args: Any, **keywords: Any) -> Any:
+        if host not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()):
+            pytest.fail(f"a test must not reach the network: {host}")
+        return resolve(host, *args, **keywords)
 
-    def stop(*_: object) -> NoReturn:
-        pytest.fail("a test must not reach the network")
-
-    monkeypatch.setattr(download, "mirrors", stop)
-    monkeypatch.setattr(download, "_pip_download", stop)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_local)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")

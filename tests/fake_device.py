@@ -1,12 +1,9 @@
-"""A second device without a GPU: tensors that lie in the processor's memory, but refuse to meet its own and say where a
-GPU would wait.
+"""A device without a GPU: its tensors lie in the processor's memory, but refuse to meet the processor's, and in the
+steps of a training everything that would wait for a GPU raises: a value that is read, a copy back, a copy there that is
+not `non_blocking`, and an operation whose values decide the size of its result.
 
-They go by the name of torch's device `lazy`, which nothing else uses: torch's own place for a backend written in
-Python, `privateuse1`, cannot train where torch is built for CUDA and has no driver, since autograd (2.15) asks CUDA for
-the stream. In the steps of a training everything that would wait for a GPU raises: a value that is read, a copy
-back, a copy there that is not `non_blocking`, and an operation whose values decide the size of its result.
-
-A GPU's arithmetic, memory and order of execution are not imitated.
+It is torch's device `lazy`, which nothing else uses: `privateuse1`, meant for backends in Python, cannot train where
+torch is built for CUDA and has no driver (2.15). A GPU's arithmetic, memory and order of execution are not imitated.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pytorch_lightning.accelerators import Accelerator, AcceleratorRegistry
+from pytorch_lightning.accelerators import AcceleratorRegistry, CPUAccelerator
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
@@ -66,16 +63,10 @@ class FakeTensor(Tensor):
         return (torch.nn.Parameter(raw, self.requires_grad) if self.requires_grad else raw).__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-        if name != "copy_":
-            for tensor in tensors:
-                if tensor.dim() and not isinstance(tensor, FakeTensor):
-                    raise DeviceError(f"{name}: tensors of two devices, shapes {[list(t.shape) for t in tensors]}")
         device = kwargs.get("device")
         leaves = device is not None and torch.device(device).type == "cpu"
         if name == "copy_":
@@ -83,9 +74,9 @@ class FakeTensor(Tensor):
             leaves = not isinstance(target, FakeTensor)
             if not leaves and source.dim() and not isinstance(source, FakeTensor) and not any(non_blocking):
                 check_waiting(name)
-        masked = name.startswith("index") and any(
-            isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in tree_flatten(args[1])[0]
-        )
+        elif any(tensor.dim() and not isinstance(tensor, FakeTensor) for tensor in tensors):
+            raise DeviceError(f"{name}: tensors of two devices, shapes {[list(t.shape) for t in tensors]}")
+        masked = name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
         if name in READS or masked or leaves:
             check_waiting(name)
         raw_args, raw_kwargs = tree_map_only(FakeTensor, lambda each: each.raw, (args, kwargs))
@@ -100,13 +91,16 @@ def check_waiting(name: str) -> None:
         raise DeviceError(f"{name}: waits for the device within a step")
 
 
+def is_fake(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE.type
+
+
 class FakeDevice(TorchDispatchMode):
     """Makes what is created on the device, or copied to it, one of its tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is None or torch.device(device).type != DEVICE.type:
+        if not is_fake(kwargs.get("device")):
             return func(*args, **kwargs)
         own = any(isinstance(each, FakeTensor) for each in tree_flatten(args)[0])
         if func is torch.ops.aten._to_copy.default and not own and args[0].dim() and not kwargs.get("non_blocking"):
@@ -121,43 +115,22 @@ class FakeValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == DEVICE.type:
-            return func(*args, **{**kwargs, "device": torch.device("cpu")}).to(device, non_blocking=True)
+        if func in (torch.tensor, torch.as_tensor) and is_fake(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": torch.device("cpu")}).to(DEVICE, non_blocking=True)
         return func(*args, **kwargs)
 
 
-class FakeAccelerator(Accelerator):
-    """What Lightning asks of a device."""
-
+class FakeAccelerator(CPUAccelerator):
     def setup_device(self, device: torch.device) -> None:
         pass
-
-    def teardown(self) -> None:
-        pass
-
-    @staticmethod
-    def parse_devices(devices: Any) -> Any:
-        return devices
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
         return [DEVICE]
 
     @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
     def name() -> str:
         return "fake"
-
-    def get_device_stats(self, device: Any) -> dict[str, Any]:
-        return {}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, taken in every step."""
+"""An exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage(WeightAveraging):
-    """An exponential moving average of all weights and of batch norm's statistics, taken after each step. It is what
-    is validated, tested and kept.
+    """An exponential moving average, after each step, of all weights and of batch norm's statistics, which is what is
+    validated, tested and kept.
 
-    WeightAveraging 2.6 leaves the average on the CPU, where the model lies when it is made: with an accelerator, each
-    step would wait for the copy. And it walks through all modules to find their tensors in each step, which takes a
-    twentieth of one on a CPU.
+    WeightAveraging 2.6 leaves it on the CPU, so that with an accelerator each step would wait for a copy, and searches
+    all modules for their tensors in each step, a twentieth of its time on a CPU.
 
     Args:
         decay: the share of the average that stays, 0 < decay < 1.
@@ -26,28 +24,24 @@ class MovingAverage(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__()
         self._update = get_ema_multi_avg_fn(decay)
-        self._averages: list[Tensor] = []
-        self._currents: list[Tensor] = []
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":  # WeightAveraging 2.6 would warn that it has nothing to average
-            return
-        # without them, WeightAveraging 2.6 would begin a new average
-        if missing := {"current_model_state", "averaging_state"} - checkpoint.keys():
-            raise KeyError(min(missing))
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn == "fit":  # else WeightAveraging 2.6 warns that it has nothing to average
+            if missing := {"current_model_state", "averaging_state"} - checkpoint.keys():
+                raise KeyError(min(missing))  # without these it would begin a new average
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         self._average_model.to(pl_module.device, next(pl_module.parameters()).dtype)
-        for tensors, module in ((self._averages, self._average_model.module), (self._currents, pl_module)):
-            tensors[:] = [t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()]
+        self._pair = [
+            [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()]
+            for module in (self._average_model.module, pl_module)
+        ]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._latest_update_step == 0:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)  # the first average is a copy
+            super().on_train_batch_end(trainer, pl_module, *args)  # the first average is a copy
         elif trainer.global_step > self._latest_update_step:
-            self._update(self._averages, self._currents, 0)
+            self._update(*self._pair, 0)
             self._latest_update_step = trainer.global_step

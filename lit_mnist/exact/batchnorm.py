@@ -16,24 +16,22 @@ from .errors import UserError
 
 
 class SynchronizedBatchNorm(TorchSyncBatchNorm):
-    """Lightning's plugin behind `sync_batchnorm`; on a CPU, where torch 2.15 has no such layer, with one of its own."""
+    """Lightning's plugin behind `sync_batchnorm`, also on CPUs, for which torch 2.15 has no such layer."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         assert isinstance(model, LightningModule)
         if model.device.type != "cpu":
             return super().apply(model)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
-            return model  # nothing to synchronise, and the bits of a run without DDP
+            return model  # keeps the bits of a run without DDP
         for module in model.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and not (
-                type(module) is nn.BatchNorm2d and module.affine and module.momentum
-            ):
-                raise UserError(
-                    f"trainer.sync_batchnorm: on CPUs BatchNorm2d with its defaults can be synchronised, got {module};"
-                    " with trainer.sync_batchnorm false each process normalises by its own samples, another training"
-                )
-            if type(module) is nn.BatchNorm2d:
+            if type(module) is nn.BatchNorm2d and module.affine and module.momentum:
                 module.__class__ = SyncBatchNorm2d  # the same parameters, hooks and names
+            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                raise UserError(
+                    f"on CPUs only BatchNorm2d with its defaults can be synchronized, got {module}; without"
+                    " trainer.sync_batchnorm each process normalises its own samples, which is another training"
+                )
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -51,7 +49,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not (self.training and torch.distributed.is_initialized()):
             return super().forward(input)
         assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         self.num_batches_tracked.add_(1)
         normalised: Tensor = _Normalise.apply(
             input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
@@ -61,16 +58,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, *running: Any) -> Tensor:
+        running_mean, running_var, momentum, eps = running
         channels = input.shape[1]
         values = input.numel() // channels
         own = torch.zeros(2 * channels + 1, dtype=torch.float64)
@@ -78,9 +67,9 @@ class _Normalise(torch.autograd.Function):
             statistics = torch.batch_norm_update_stats(input.to(weight.dtype), None, None, momentum)
             own = torch.cat([*statistics, statistics[0].new_tensor([values])]).double()
         # gathered and not summed: each variance is about its own mean, and all processes add in the same order
-        every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(every, own)
-        means, variances, counts = torch.stack(every).split([channels, channels, 1], dim=1)
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own)
+        means, variances, counts = torch.stack(parts).split([channels, channels, 1], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
         var = (counts * (variances + (means - mean).square())).sum(0) / total
@@ -95,14 +84,13 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, invstd = ctx.saved_tensors
+        weight_gradient = bias_gradient = torch.zeros_like(weight)
         if input.numel():
             # of this process alone: DDP averages them as it does all parameters' gradients
             _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
                 gradient.to(weight.dtype), input.to(weight.dtype), weight, None, None, mean, invstd, True, 0.0,
                 [False, True, True],
             )  # fmt: skip
-        else:
-            weight_gradient = bias_gradient = torch.zeros_like(weight)
         sums = torch.stack([weight_gradient, bias_gradient]).double()
         torch.distributed.all_reduce(sums)
         # d/dx of the normalised value reaches all images through mean and variance

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from .ddp import every as gather_all
+from .ddp import gather_all
 from .errors import Interrupted, TrainingFailed
 from .run import Run
 from .runs import own_checkpoints, replaced

@@ -1,4 +1,4 @@
-"""A run on more than one process: how they are started and joined, what they tell each other, and a lost one."""
+"""A run on more than one process: how they start and connect, what they exchange, and what happens when one is lost."""
 
 from __future__ import annotations
 
@@ -31,53 +31,48 @@ set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distribut
 
 
 class ExactDDP(DDPStrategy):
-    """DDPStrategy whose steps are those of one process, up to rounding: the loss is the mean over the whole batch,
-    though parts of it differ in size, sums come out the same in a resumed run, and a lost process is waited for a
-    bounded time.
+    """DDPStrategy whose steps are those of one process, up to rounding, and the same again in a resumed run.
+
+    The loss is the mean over the whole batch, though the processes' parts of it differ in size.
 
     Args:
         waiting: seconds that a process waits for another, once training or scoring begins.
-        synchronized: whether batch norm is; else each forward takes the running statistics of the first process.
+        synchronized: whether batch norm is; if not, each forward takes the running statistics of the first process.
     """
 
     def __init__(self, waiting: float, synchronized: bool, **settings: Any) -> None:
         super().__init__(broadcast_buffers=not synchronized, **settings)
         self.synchronized = synchronized
         self._waiting = timedelta(seconds=waiting)
-        self._loop: Trainer | None = None
-        self._started_outside = "LOCAL_RANK" in os.environ  # before a launch, which says so too
+        self._trainer: Trainer | None = None
+        self._started_outside = "LOCAL_RANK" in os.environ  # before a launch sets it too
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
 
     def setup_distributed(self) -> None:
         environment = self.cluster_environment
         assert environment is not None
-        # where the user starts the others
-        elsewhere = self.num_nodes > 1 or (self._started_outside and self.num_processes > 1 and launched() == (1, 1))
-        if elsewhere and self.global_rank == 0:
+        by_hand = self._started_outside and self.num_processes > 1 and launched() == (1, 1)
+        if (self.num_nodes > 1 or by_hand) and self.global_rank == 0:
             where = f"{environment.main_address}:{environment.main_port}"
-            others = f"the processes of {self.num_nodes} machines" if self.num_nodes > 1 else "the other processes"
-            print(f"Waiting at {where} for {others}", file=sys.stderr, flush=True)
+            print(f"Waiting at {where} for the other processes", file=sys.stderr, flush=True)
         super().setup_distributed()
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
-        # DDP of torch 2.15 lays the gradients in another order after its first step, and three or more processes then
-        # add each of them in another order: the steps of a resumed run would have other bits. Here it does so at
-        # once, in the order of the parameters. (It never does with find_unused_parameters, but then searches for them
-        # in each step, and warns that it found none.)
+        # DDP of torch 2.15 reorders the gradients after its first step, and three or more processes then add them in
+        # another order: the steps of a resumed run would have other bits. Here it reorders at once, by parameters.
         assert isinstance(self.model, DistributedDataParallel)
         self.model.reducer._push_all_rebuilt_params()
         self.model.reducer._rebuild_buckets()
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        self._loop = trainer
-        # not from the beginning: the others wait while the first fetches the data
-        set_timeout(self._waiting)
+        self._trainer = trainer
+        set_timeout(self._waiting)  # only now: before, the others wait while the first fetches the data
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Weigh the loss of this process's part, so that the mean over all processes is that of the batch."""
-        trainer = self._loop
+        trainer = self._trainer
         assert trainer is not None
         start, stop, size = part_of_batch(trainer, trainer.fit_loop.batch_idx, 1)
         weight = (stop - start) * self.world_size / size
@@ -91,7 +86,7 @@ class ExactDDP(DDPStrategy):
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:
-    return loss * weight if weight else loss.nan_to_num() * 0  # the mean of nothing is not a number
+    return loss * weight if weight else loss.nan_to_num() * 0  # the mean of no samples is not a number
 
 
 @contextmanager
@@ -109,10 +104,10 @@ def paused(module: torch.nn.Module | None, empty: bool) -> Iterator[None]:
 
 
 def part_of_batch(trainer: Trainer, batch_idx: int, own: int) -> tuple[int, int, int]:
-    """Where this process's samples start and end in a training step's batch, and the size of the batch.
+    """Return where this process's samples start and end in a training step's batch, and the size of the batch.
 
-    A loader may divide its batches itself and say so by `part(batch_idx)`. One of another kind, such as Lightning gives
-    a DistributedSampler, has as many for each process: `own`.
+    A loader may divide its batches itself and say how by `part(batch_idx)`. Any other, such as one to which Lightning
+    gives a DistributedSampler, has `own` samples for each process.
     """
     loader: Any = trainer.train_dataloader
     if trainer.world_size > 1 and hasattr(loader, "part"):
@@ -122,18 +117,14 @@ def part_of_batch(trainer: Trainer, batch_idx: int, own: int) -> tuple[int, int,
 
 
 def smallest_part(trainer: Trainer) -> int:
-    """How many samples of an epoch's last batch the process with the fewest has."""
+    """Return how many samples of an epoch's last batch the process with the fewest has."""
     loader: Any = trainer.train_dataloader
     start, stop, size = part_of_batch(trainer, len(loader) - 1, 1) if hasattr(loader, "part") else (0, 1, 1)
     return min(stop - start, size // trainer.world_size)
 
 
 class Observer(subprocess_script._ChildProcessObserver):
-    """Ends the first process some seconds after one that it started has failed.
-
-    That of Lightning 2.6 does so at once, before the first process itself could find out, say where the run can be
-    resumed, and leave in good order.
-    """
+    """Ends the first process some seconds after another; Lightning 2.6 does so before it can say how to resume."""
 
     def _terminate_all(self) -> None:
         sleep(PATIENCE)
@@ -142,9 +133,9 @@ class Observer(subprocess_script._ChildProcessObserver):
 
 
 def launched() -> tuple[int, int]:
-    """The processes on each machine and the machines that torchrun or SLURM has started; (1, 1) without them.
+    """Return the processes on each machine and the machines that torchrun or SLURM has started; (1, 1) without them.
 
-    Lightning 2.6 has to be told, and where it is not, every process trains on its own.
+    Unless Lightning 2.6 is given these numbers, every process trains alone.
     """
     environment = os.environ
     try:
@@ -155,58 +146,55 @@ def launched() -> tuple[int, int]:
             machines = int(environment["SLURM_STEP_NUM_NODES"])
             return int(environment["SLURM_STEP_NUM_TASKS"]) // machines, machines
     except (KeyError, ValueError):
-        pass  # Lightning complains
+        pass  # Lightning reports what is missing
     return 1, 1
 
 
 @contextmanager
 def environment_kept() -> Iterator[None]:
-    """Take back what Lightning 2.6 leaves in the environment when it launches: the next run of this process would take
-    itself for one that was launched, and wait for others that nobody starts.
-    """
-    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
-    before = {name: os.environ[name] for name in names if name in os.environ}
+    """Undo what Lightning 2.6 sets when it launches: the next run of this process would wait for others in vain."""
+    before = dict(os.environ)
     try:
         yield
     finally:
-        for name in names:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
         os.environ.update(before)
 
 
-def every(own: T) -> list[T]:
-    """What each process gives, in their order, on all of them. All must call it."""
+def gather_all(value: T) -> list[T]:
+    """Return the value of each process, in the order of the processes, on all of them. All must call it."""
     if not torch.distributed.is_initialized():
-        return [own]
+        return [value]
     parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
+    torch.distributed.all_gather_object(parts, value)
     return parts
 
 
-def joined(own: list[T]) -> list[T]:
-    """What each process has of each batch: on the first one list in the order of the samples, on the others nothing.
+def gather_in_order(batches: list[T]) -> list[T]:
+    """Gather the parts of each batch on the first process, in the order of the samples; the others get an empty list.
 
     A process may have no part of the last batches. All must call it.
     """
-    if not torch.distributed.is_initialized():
-        return own
-    first = torch.distributed.get_rank() == 0
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.gather_object(own, parts if first else None)
+    gathered: list[Any] = gather_all(batches)
     nothing = object()
-    batches = zip_longest(*parts, fillvalue=nothing) if first else ()
-    return [part for batch in batches for part in batch if part is not nothing]
+    if not is_first():
+        return []
+    return [part for batch in zip_longest(*gathered, fillvalue=nothing) for part in batch if part is not nothing]
+
+
+every, joined = gather_all, gather_in_order  # the names before; gone once all rooms call the new ones
 
 
 def is_first() -> bool:
-    """Whether this is the first process: as its trainer says, and before there is one, the environment."""
+    """Return whether this is the first process: by its trainer, and before there is one, by the environment."""
     return getattr(rank_zero_only, "rank", 0) == 0 and not (
         "RANK" not in os.environ and number("LOCAL_RANK", "SLURM_PROCID") + number("NODE_RANK") > 0
     )
 
 
 def lost(error: BaseException) -> str:
-    """How the connection to another process broke, or nothing where the error is of another kind."""
+    """Return how the connection to another process broke; empty if the error is of another kind."""
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
     ):

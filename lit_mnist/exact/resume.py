@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.wrappers import MetricTracker
 
 from .conditions import conditions
-from .ddp import ExactDDP, smallest_part
-from .ddp import every as gather_all
+from .ddp import ExactDDP, gather_all, smallest_part
 from .errors import UserError
 from .loggers import curves, open_loggers
 from .metrics import find_metrics, logged_state, metric_states, pending, restore_logged, restore_metric, unfreeze_reset
@@ -147,9 +146,10 @@ class ExactResume(Callback):
         restore_optimizers(trainer, loaded)
         changed = apply_settings(trainer, loaded["configured"], self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
-        parts = loaded["processes"]
+        if not (parts := loaded["processes"]):
+            raise ValueError("processes is empty")
         # on another number of processes the first has all that was counted
-        own = [parts[rank]] if len(parts) == trainer.world_size else parts if rank == 0 and parts[0] else []
+        own = [parts[rank]] if len(parts) == trainer.world_size else parts if rank == 0 else []
         for name, metric in find_metrics(pl_module).items():
             restore_metric(metric, list(filter(None, (part["metrics"][name] for part in own))), name)
         restore_logged(trainer, pl_module, [part["logged"] for part in own])

@@ -1,0 +1,108 @@
+"""What the tests share: a tiny MNIST, the comparison of checkpoints, and commands in processes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningModule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_mnist.data import datasets
+
+REPOSITORY = Path(__file__).parent.parent
+LONGEST = 120  # seconds: a test must fail, not hang
+CONTEXT = multiprocessing.get_context("forkserver")  # one process imports everything once, the others are its forks
+CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
+
+
+class Outcome(NamedTuple):
+    status: int | None  # negative for a signal
+    out: str
+    err: str
+
+
+def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, datasets.IDXFile]:
+    """Write four IDX files, each class a pattern plus noise, and give what `datasets.FILES` must be for them."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    patterns = np.kron(generator.integers(0, 2, (10, 7, 7)), np.ones((4, 4), np.int64)) * 180
+    raw.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for part, count in (("train", train), ("t10k", test)):
+        labels = generator.permutation(np.arange(count) % 10).astype(np.uint8)
+        images = (patterns[labels] + generator.integers(0, 75, (count, 28, 28))).astype(np.uint8)
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            content = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
+            (raw / name).write_bytes(content)
+            files[name] = datasets.IDXFile(len(content), hashlib.sha256(content).hexdigest())
+    return files
+
+
+def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
+    """Compare two trees of a checkpoint bit for bit, types included."""
+    assert type(ours) is type(theirs), path
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), path
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), path
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{path}/{key}")
+    elif isinstance(ours, list):
+        assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), path)
+    else:
+        assert ours == theirs, path
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    (last,) = run.glob("checkpoints/last-*.ckpt")
+    return dict(torch.load(last, weights_only=True))
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read what `fit` logged for TensorBoard, but for timings: a step and a value each, by tag."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and not re.search("^test/|per_second", tag)]
+    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
+
+
+def in_processes(folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...]) -> list[Outcome]:
+    """Make several calls at once, each in a forked process with this current folder; a result is an exit status."""
+    started = [CONTEXT.Process(target=_enter, args=(folder, rank, target, call)) for rank, call in enumerate(calls)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(LONGEST)
+        process.kill()
+        process.join()
+    texts = [[(folder / f".{name}-{rank}").read_text() for name in ("out", "err")] for rank in range(len(calls))]
+    return [Outcome(process.exitcode, *printed) for process, printed in zip(started, texts, strict=True)]
+
+
+def _enter(folder: Path, rank: int, target: Callable[..., Any], call: tuple[Any, ...]) -> None:
+    os.chdir(folder)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f".{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    torch.set_num_threads(1)
+    raise SystemExit(target(*call))
+
+
+def kill_before(step: int, module: type[LightningModule]) -> None:
+    """End this process by SIGKILL before a training step, counted from 1; 0 for never."""
+    original, left = module.training_step, [step]
+
+    def training_step(self: LightningModule, *batch: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *batch)
+
+    module.training_step = training_step  # type: ignore[method-assign]

@@ -1,0 +1,260 @@
+"""Random command lines: each must end in time, with the right status, with one line for an error, and without damage.
+
+    FUZZ_SEED=7 FUZZ_CASES=5000 pytest -m slow tests/test_fuzz.py              # others than the 100 of seed 1
+    FUZZ_SEED=7 pytest -m slow "tests/test_fuzz.py::test_a_command_line[17]"   # one of them again
+
+A case is a function of seed and index alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NoReturn
+
+import pytest
+from helpers import in_processes, kill_before, write_tiny_mnist
+from PIL import Image, ImageDraw, ImageFont
+
+from lit_mnist import LitMNIST
+from lit_mnist.__main__ import main
+from lit_mnist.data import datasets
+
+SEED, CASES = (int(os.environ.get(name, default)) for name, default in (("FUZZ_SEED", 1), ("FUZZ_CASES", 100)))
+SECONDS = 60  # by which a case must have ended
+MEMORY = 24 << 30  # of addresses: what asks for more is stopped, and not the machine
+LONGEST_LINE = 400  # characters of an error, without those of the arguments
+FIT = shlex.split(
+    "fit --trainer.accelerator cpu --trainer.max_epochs 2 --board.every_n_epochs 0 --model.layers '4x5/2 8/2' "
+    "--data.batch_size 20 --data.val_size 20 --checkpoint.every_n_steps 1"
+)
+FINISHED = [*FIT, "--model.dropout", "0.1"]
+STOPPED = [*FIT, "--model.optimizer", "adamw", "--model.lr", "0.01", "--trainer.callbacks", "LearningRateMonitor"]
+
+# flag | values that are right | values that are wrong
+TABLE = r"""
+model.layers        | 4 '4x5/2 4+' 4d 2x7v/2 '4\n4' | '' x 0 -1 16x2 '4 pool pool pool pool pool' 8+ 99999 16/3 '4,4'
+model.network       | digitnet                | x '' MLP null 1
+model.dropout       | 0 0.5                   | -0.1 1 1.5 nan inf x [] null
+model.activation    | silu relu               | x '' gelu RELU 1 null
+model.optimizer     | adamw sgd               | x '' adam 1 null
+model.lr            | 0.01 1e-3               | 0 -1 nan inf -inf x [] null ''
+model.momentum      | 0.5 0.99                | 1 -1 nan x
+model.nesterov      | false true              | x 2 null
+model.weight_decay  | 0 0.1                   | -1 nan inf x
+model.schedule      | linear cosine           | x '' null
+model.warmup        | 0 0.5 1                 | -1 1.1 nan x
+model.label_smoothing | 0 0.3                 | 1 -1 nan x
+model.ema_decay     | 0 0.5                   | 1 -1 nan x
+data.rotation       | 0 180 10                | -1 181 nan inf x
+data.shift          | 0 28                    | -1 29 nan inf x
+data.scale          | 0 0.9                   | -0.1 1 nan x
+data.augmented      | 0 0.5                   | -0.1 1.1 nan x
+data.name           | mnist                   | x '' MNIST null 1
+data.root           | data ./data data/       | pipe a.yaml nowhere loop empty
+data.batch_size     | 7 40                    | 0 -1 60001 x 1.5 nan null 1000000000000000000000
+data.val_size       | 0 10                    | -1 60 60000 x 1.5
+data.split_seed     | 0 7                     | -1 x 1.5
+data.download       | false true              | x 2 null
+seed_everything     | 0 4294967295            | -1 4294967296 x 1.5 nan null true
+checkpoint.every_seconds | 0 0.5              | -1 x
+checkpoint.every_n_steps | 1 3                | -1 x 1.5
+best.monitor        | val/loss val/accuracy   |
+best.mode           | max                     | x '' null
+board.every_n_epochs | 1 2                    | -1 x 1.5
+processes.timeout   | 5 86400                 | 0 -1 nan inf 86401 x
+trainer.max_epochs  | 1 3                     | 0 null -1 -2 x 1.5 nan inf [] ''
+trainer.max_steps   | 3 1                     | -2 x 1.5 nan
+trainer.strategy    | auto                    | x ddp_notebook
+trainer.accelerator | cpu                     | x tpu
+trainer.devices     | 1                       | x 0
+trainer.precision   | 32 32-true 64-true auto | x 8
+trainer.logger      | true CSVLogger          | x
+trainer.callbacks   | Timer                   | x LearningRateFinder
+trainer.profiler    | simple                  | x
+trainer.fast_dev_run | false                  | x
+trainer.max_time    | 00:01:00:00             | x
+trainer.val_check_interval | 1.0 1 0.5        | x -1
+trainer.check_val_every_n_epoch | 1 2         | x
+trainer.accumulate_grad_batches | 2 1         | x 0 -1
+trainer.limit_train_batches | 1               | x -1
+trainer.limit_val_batches   | 1               | x -1
+trainer.default_root_dir | out ./out .        | a.yaml pipe /dev/null loop
+config              | a.yaml                  | broken.yaml latin1.yaml unknown.yaml missing.yaml empty pipe loop ''
+"""
+FLAGS = {
+    cells[0].strip(): [shlex.split(cell.replace(r"\n", "\n")) for cell in cells[1:]]
+    for cells in (line.split("|") for line in TABLE.strip().splitlines())
+}
+LONG = "x" * 300
+CHECKPOINTS = ["", "nowhere.ckpt", "empty", "pipe", "loop", "a.yaml", "/dev/zero", "/dev/null", "é", LONG, "\n", "BEST"]
+CHECKPOINTS += ["http://x/y.ckpt", "lightning_logs/version_0", "\udcff", "[]", "text.png"]
+OUTPUTS = ["", "x", "empty", "old.pt2", "nowhere/x.pt2", "loop/x.pt2", LONG, "\udcff", "x.PT2", "x" * 252 + ".pt2"]
+PICTURES = ["", "nowhere.png", "pipe", "loop", "empty", "text.png", "blank.png", LONG, "\udcff", "\n"]
+RUNS = {
+    "--root_dir": ([".", "./"], ["nowhere", "a.yaml", "pipe", "loop", LONG, "\udcff", "empty", "/dev/null"]),
+    "--sort": (["run", "recipe", "parameters", "epochs", "seconds", "state"], ["x", "", "\n"]),
+    "--format": (["table", "csv", "json"], ["x", "", "JSON"]),
+}
+
+
+@dataclass
+class Case:
+    args: list[str]
+    bad: bool = False
+    expected: int | None = None
+
+    def add(self, rng: Random, flag: str, right: list[str], wrong: list[str], share: float = 0.25) -> None:
+        """Append a flag with a value, a wrong one now and then."""
+        bad = bool(wrong) and rng.random() < share
+        self.args += [*([flag] if flag else []), rng.choice(wrong if bad else right)]
+        self.bad = self.bad or bad
+
+
+def draw(rng: Random) -> Case:
+    command = rng.choices(["fit", "resume", "validate", "test", "predict", "export", "runs"], [9, 3, 1, 2, 2, 1, 1])[0]
+    case = Case([*FIT] if command == "fit" else ["fit" if command == "resume" else command])
+    if command == "runs":
+        for flag in rng.sample(list(RUNS), rng.randrange(4)):
+            case.add(rng, flag, *RUNS[flag])
+    elif command == "fit":
+        for flag in rng.sample(list(FLAGS), rng.choice([0, 1, 1, 1, 2, 2, 3])):
+            case.add(rng, f"--{flag}", *FLAGS[flag])
+    else:
+        if command == "predict" and rng.random() < 0.7:
+            case.add(rng, "", ["digit.png", "pictures"], PICTURES, 0.5)
+        case.add(
+            rng, "--ckpt_path", ["best", "last", "lightning_logs/version_0/checkpoints/best.ckpt"], CHECKPOINTS, 0.2
+        )
+        if command == "resume":
+            case.add(rng, "--trainer.max_epochs", ["3"], ["x", "0", "null"])
+        if command == "export":
+            case.add(rng, "--output", ["out.pt2", "out.onnx"], OUTPUTS, 0.4)
+        if command == "predict" and rng.random() < 0.4:
+            case.args += ["--output", "answers.csv"]
+    case.expected = 2 if case.bad else 0
+    slip(rng, case)
+    return case
+
+
+def slip(rng: Random, case: Case) -> None:
+    """Make a mistake of the form now and then."""
+    args, kind = (
+        case.args,
+        rng.choices(["", "=", "junk", "unknown", "missing", "lost", "--"], [60, 4, 4, 4, 4, 4, 4])[0],
+    )
+    if kind == "=" and len(args) > 2 and args[-2].startswith("--"):
+        args[-2:] = [f"{args[-2]}={args[-1]}"]
+    elif kind == "junk" and args[0] != "predict":  # whose other words are pictures
+        args.insert(1, "junk")
+        case.expected = 2
+    elif kind == "unknown":
+        args += [rng.choice(["--nothing", "--trainer.nothing", "--model.nothing.x", "--é"]), "1"]
+        case.expected = 2
+    elif kind == "missing" and args[0] == "fit":
+        args.append(rng.choice(["--model.lr", "--trainer.max_epochs", "--ckpt_path", "--data.root"]))
+        case.expected = 2
+    elif kind == "lost":
+        del args[rng.randrange(len(args))]
+        case.expected = None
+    elif kind == "--":
+        args.insert(rng.randrange(len(args) + 1), rng.choice(["--", ""]))
+        case.expected = None
+
+
+def call(args: list[str], files: dict[str, Any], kill_at: int = 0) -> int:
+    """Run a command in a process that knows the tiny data, has no network and not all memory."""
+
+    def unreachable(*_: Any, **__: Any) -> NoReturn:
+        raise OSError("there is no network in tests")
+
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    socket.getaddrinfo = unreachable  # type: ignore[assignment]
+    os.environ["PIP_NO_INDEX"] = "1"
+    datasets.FILES = files
+    kill_before(kill_at, LitMNIST)
+    return main(args)
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a finished and a killed run, data, and what else a user may have lying about."""
+    folder = tmp_path_factory.mktemp("sandbox") / "work"
+    files = write_tiny_mnist(folder / "data" / "MNIST" / "raw", train=60, test=20)
+    for args, kill_at, status in ((FINISHED, 0, 0), (STOPPED, 4, -signal.SIGKILL)):
+        (outcome,) = in_processes(folder, call, (args, files, kill_at))
+        assert outcome.status == status, outcome
+    for path in folder.glob("lightning_logs/version_0/checkpoints/best-*"):
+        path.rename(path.with_name("best.ckpt"))
+    for name, content in (("a", b"trainer:\n  max_epochs: 1\n"), ("broken", b"trainer: [\n"), ("latin1", b"a: \xe9\n")):
+        (folder / f"{name}.yaml").write_bytes(content)
+    (folder / "unknown.yaml").write_text("model:\n  nothing: 1\n")
+    picture = Image.new("L", (60, 60), 230)
+    picture.save(folder / "blank.png")
+    ImageDraw.Draw(picture).text((20, 12), "7", fill=20, font=ImageFont.load_default(32))
+    (folder / "pictures").mkdir()
+    for name in ("digit.png", "pictures/7.png"):
+        picture.save(folder / name)
+    (folder / "text.png").write_text("no picture\n")
+    (folder / "old.pt2").write_text("something dear\n")
+    (folder / "empty").mkdir()
+    (folder / "loop").symlink_to("loop")
+    return folder, files
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    paths = [path for path in folder.rglob("*") if "lock" not in path.name and not path.name.startswith(".")]
+    hashed = {path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in paths}
+    return {str(path.relative_to(folder)): digest for path, digest in hashed.items()}
+
+
+def may_write(path: str, args: list[str], before: dict[str, str]) -> bool:
+    """Whether a command that did not refuse its input may write there: in one run, or where the user said."""
+    named = [part.partition("=")[2] or part for part in args[1:]]
+    if any(part and path.startswith((part.removeprefix("./"), f"{part}/MNIST")) for part in named):
+        return True
+    if not (run := re.match(r"(.*/)?lightning_logs(/version_(\d+))?", path)):
+        return path in ("out", ".lr_find") or path.startswith("predictions")
+    return run[0] not in before or args[0] != "runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(CASES))
+def test_a_command_line(index: int, sandbox: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    case, folder = draw(Random(f"{SEED} {index}")), tmp_path / "work"
+    shutil.copytree(sandbox[0], folder, symlinks=True)
+    os.mkfifo(folder / "pipe")
+    before = snapshot(folder)
+    (outcome,) = in_processes(folder, call, (case.args, sandbox[1]))
+    after = snapshot(folder)
+    status, shown = outcome.status, f"lit_mnist {shlex.join(case.args)}\n{outcome.err[-3000:]}"
+    assert status in (0, 2, 3), shown
+    assert case.expected in (None, status), shown
+    assert not re.search("Traceback|Exception ignored|Exception in thread|Fatal Python", outcome.out + outcome.err), (
+        shown
+    )
+    lines = outcome.err.splitlines()
+    errors = [line for line in lines if line.startswith("lit_mnist: error")]
+    assert len(errors) == (status > 0), shown
+    assert all(len(error) < LONGEST_LINE + sum(map(len, case.args)) for error in errors), shown
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    if status == 2:
+        about_data = "--data.root" in " ".join(case.args) or "MNIST" in errors[0]  # lists files and sources
+        assert len(lines) == 1 or about_data, shown
+        assert all(about_data and "MNIST" in path for path in changed), changed
+    else:
+        assert all(may_write(path, case.args, before) for path in changed), changed
+    if status != 2 and case.args[0] == "fit":
+        states = [json.loads((folder / path).read_text())["fit"]["state"] for path in changed if "results.json" in path]
+        assert {"finished" if status == 0 else "failed"} == set(states), shown
