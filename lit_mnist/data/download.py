@@ -53,7 +53,7 @@ class _Received(tqdm):  # type: ignore[misc]  # has no types
 
     def __init__(self) -> None:
         super().__init__(unit="B", unit_scale=True, disable=None)  # None: shown on a terminal only
-        self.received, self.started = 0, monotonic()
+        self.received, self.started = 0.0, monotonic()
 
     def __bool__(self) -> bool:
         return True  # tqdm 4.70 has no answer before the total is known, and pooch 1.9 asks
@@ -71,8 +71,9 @@ def from_mirror(mirror: str, scratch: Path, known: dict[str, str], file: str) ->
     url, known_hash = (f"{mirror}{file}.gz", None) if packed else (f"{mirror}{file}", known[file])
     print(f"Fetching {url}", file=sys.stderr, flush=True)
     pooch.get_logger().setLevel("WARNING")
-    headers = {"Accept-Encoding": "identity"}  # or requests unpacks what a server marks as compressed
-    downloader = pooch.HTTPDownloader(_Received(), 1 << 13, timeout=SILENCE_SECONDS, headers=headers)
+    options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}}
+    hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
+    downloader = pooch.HTTPDownloader(_Received(), hooks=hooks, **options)
     fetched = Path(pooch.retrieve(url, known_hash, path=scratch, downloader=downloader))
     fetched.chmod(0o644)  # pooch 1.9 makes it readable by its owner only
     return unpack(fetched, scratch / file) if packed else fetched
