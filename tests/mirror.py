@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import socket
+import struct
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,29 +12,46 @@ from threading import Thread
 
 
 class Mirror:
-    """A web server on this machine, with the contents as .gz files or what a test puts in their place."""
+    """A web server on this machine, with the contents as .gz files or what a test puts in their place.
+
+    `fault` is what it does to a file: "truncate" and "reset" end in the middle of it, "trickle" sends it slowly,
+    "silent" sends nothing after the headers, "endless" never ends, "marked" says that it is compressed in transit.
+    """
 
     def __init__(self, contents: dict[str, bytes]) -> None:
         self.contents = {f"/{name}.gz": gzip.compress(content) for name, content in contents.items()}
         self.asked: list[str] = []
-        self.endless = False
-        self.pause = 0.0
+        self.fault = ""
+        self.pause = 0.0  # seconds before each reply
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 mirror.asked.append(self.path)
                 time.sleep(mirror.pause)
-                self.send_response(200 if self.path in mirror.contents else 404)
+                content, fault = mirror.contents.get(self.path, b""), mirror.fault
+                self.send_response(200 if content else 404)
+                if fault != "endless":
+                    self.send_header("Content-Length", str(len(content)))
+                if fault == "marked":
+                    self.send_header("Content-Encoding", "gzip")
                 self.end_headers()
-                self.wfile.write(mirror.contents.get(self.path, b""))
-                while mirror.endless:
+                if fault == "silent":
+                    time.sleep(1)
+                for start in range(0, len(content), 256) if fault == "trickle" else ():
+                    self.wfile.write(content[start : start + 256])
+                    time.sleep(0.01)
+                self.wfile.write(content[: len(content) // 2] if fault in ("truncate", "reset") else content)
+                if fault == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                while fault == "endless":
                     self.wfile.write(bytes(1 << 16))
+                self.connection.close()
 
             def log_message(self, *_: object) -> None: ...
 
             def handle(self) -> None:
-                with suppress(BrokenPipeError, ConnectionResetError):  # the other end has had enough
+                with suppress(OSError, ValueError):  # the other end has had enough, or the connection was closed above
                     super().handle()
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -40,5 +59,6 @@ class Mirror:
         Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
+        self.fault = ""
         self.server.shutdown()
         self.server.server_close()

