@@ -9,6 +9,7 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from lit_mnist import __version__
@@ -96,6 +97,10 @@ def run_command(args: list[str]) -> int:
     except UserError as error:
         # a machine's first process tells what only this machine may lack
         return complain(str(error), BAD_INPUT, everywhere=number("LOCAL_RANK", "SLURM_LOCALID") == 0)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # the input was right
+        status = FAILED_TRAINING if full else BAD_INPUT
+        return complain(f"{shortened(str(error.filename or 'a file'))}: {error.strerror or error}", status)
     except SystemExit as stop:  # --help and --print_config end the parser that way
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
     return 0
@@ -109,24 +114,21 @@ def start(args: list[str]) -> None:
         TrainingFailed: the training failed.
         SystemExit: from `--help` and `--print_config`.
     """
+    if args[0] in ("predict", "export", "demo"):  # these need a network, and never import Lightning
+        command = import_module(f"lit_mnist.cli.{args[0]}")
+        getattr(command, args[0])(args[1:])
+        return
+
     from lit_mnist.cli.cli import MNISTCLI, translate_errors
     from lit_mnist.exact.errors import UserError
 
     with translate_errors():
-        if args[0] == "export":
-            from lit_mnist.cli.export import main
-
-            main(args[1:])
-        elif args[0] == "sweep":
+        if args[0] == "sweep":
             try:
                 from lit_mnist.sweep.sweep import sweep
             except ModuleNotFoundError as error:
                 raise UserError(f"sweep needs {error.name}: pip install 'lit_mnist[sweep]'") from error
             sweep(args[1:])
-        elif args[0] == "demo":
-            from lit_mnist.cli.demo import demo
-
-            demo(args[1:])
         else:
             MNISTCLI(args)
 

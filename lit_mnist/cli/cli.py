@@ -37,7 +37,6 @@ from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, Use
 from lit_mnist.exact.run import Run
 from lit_mnist.exact.state import not_restorable, restoring
 from lit_mnist.module import LitMNIST
-from lit_mnist.pictures import report as predict
 
 __all__ = ["MNISTCLI", "Interrupted", "ProcessLost", "TrainingFailed", "UserError", "translate_errors"]
 
@@ -145,7 +144,7 @@ class MNISTCLI(LightningCLI):
         settings = self.settings
         if not self.trainer.is_global_zero:
             self.run.discard_unused()  # only the first makes a folder; this one did not know that it is not
-        if self.datamodule.images and self.command != "predict":
+        if self.datamodule.images:
             raise UserError(f"data.images is for predict alone, got {self.datamodule.images}")
         check_processes(settings, self.trainer, self.datamodule)
         if settings.precision and self.trainer.is_global_zero:
@@ -174,11 +173,6 @@ class MNISTCLI(LightningCLI):
             scores = getattr(self.trainer, name)(ckpt_path=self.settings.checkpoint, weights_only=True, **kwargs)
         if not scores:
             raise UserError(f"trainer.limit_{name.replace('validate', 'val')}_batches leaves no image to score")
-
-    def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        assert isinstance(datamodule, MNISTDataModule)
-        with failures(self):
-            predict.predict(self.trainer, self.settings.checkpoint, model, datamodule)
 
 
 def data_flags(data: Any) -> str:

@@ -29,7 +29,6 @@ from lit_mnist.exact.results import Results
 from lit_mnist.exact.run import Run
 from lit_mnist.exact.runs import run_folder, section
 from lit_mnist.exact.state import ENTRIES, StateError, check_weights
-from lit_mnist.pictures.report import PredictionWriter
 
 NOT_SHOWN = {"root", "download", "images", "split"}  # in the tab HParams: where data lies
 
@@ -156,9 +155,6 @@ def fit_callbacks(settings: Settings, run: Run, made: Any, config: str, own: Seq
 
 
 def score_callbacks(settings: Settings, run: Run) -> list[Callback]:
-    if settings.command == "predict":
-        assert settings.checkpoint
-        return [PredictionWriter(run.folder or settings.checkpoint.parent, settings.checkpoint.stem)]
     lines = EpochLines()
     return [lines, Results(run, lines=lines)] if settings.command == "test" else [lines]
 

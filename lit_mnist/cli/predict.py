@@ -1,0 +1,120 @@
+"""predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_mnist.cli.console import OneLineParser
+from lit_mnist.data import datasets
+from lit_mnist.exact.console import shown
+from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.reader import find_and_read
+from lit_mnist.exact.runs import replaced, run_folder
+from lit_mnist.network import load_network
+from lit_mnist.pictures import report
+
+
+def checkpoint_parser(command: str, description: str) -> OneLineParser:
+    """Return a parser with the flags of all commands that read a checkpoint's network."""
+    parser = OneLineParser(prog=f"python -m lit_mnist {command}", description=description)
+    parser.add_argument("--ckpt_path", required=True, metavar="best|last|PATH", help="the checkpoint")
+    parser.add_argument("--root_dir", type=Path, default=Path(), help="folder of lightning_logs (the current one)")
+    return parser
+
+
+def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
+    """Load the network of `--ckpt_path`, and say which file that is.
+
+    Returns:
+        The checkpoint's path, its content, and the network, in eval mode.
+
+    Raises:
+        UserError: there is no such checkpoint, or it holds no network.
+    """
+    path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
+    try:
+        network = load_network(checkpoint)
+    except UserError as error:
+        raise UserError(f"--ckpt_path {path}: {error}") from error
+    print(f"Checkpoint: {path}", flush=True)
+    return path, checkpoint, network
+
+
+def load_test_set(checkpoint: dict[str, Any], root: str) -> tuple[str, Tensor, Tensor]:
+    """Return the name, images and targets of the test set that belongs to a checkpoint's training data.
+
+    Raises:
+        UserError: this version does not know it, or it cannot be had.
+    """
+    name = checkpoint["datamodule_hyper_parameters"].get("name", "mnist")
+    if name not in datasets.SETS:
+        raise UserError(f"--ckpt_path: the checkpoint's data.name must be {', '.join(datasets.SETS)}, got {name!r}")
+    datasets.prepare(root, name=name)
+    return name, *datasets.load(root, train=False, name=name)
+
+
+def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Refuse a file that cannot be written, before any work is done for it.
+
+    Raises:
+        UserError: its name has another suffix, it exists, or its folder cannot be written to.
+    """
+    folder = output.absolute().parent
+    for problem, found in (
+        (f"the name must end in {', '.join(suffixes)}", output.suffix not in suffixes),
+        ("that is a folder; name a file", output.is_dir()),
+        ("that file exists; --overwrite replaces it", os.path.lexists(output) and not overwrite),
+        (f"there is no folder {output.parent}", not folder.is_dir()),
+        (f"no file can be written to {folder}", not os.access(folder, os.W_OK)),
+    ):
+        if found:
+            raise UserError(f"--output {output}: {problem}")
+
+
+def predict(args: Sequence[str]) -> None:
+    """Run the command with the flags that follow its name.
+
+    Raises:
+        UserError: the input cannot be used, or no picture shows a digit.
+    """
+    parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
+    parser.add_argument("pictures", nargs="*", help="files and folders with a digit in each; none for the test set")
+    parser.add_argument("--split", action="store_true", help="there may be several digits in a picture")
+    parser.add_argument("--output", type=Path, help="the CSV, and beside it a contact sheet (in the run's folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of --output if they exist")
+    parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set (data)")
+    options = parser.parse_intermixed_args(args)
+    if options.split and not options.pictures:
+        raise UserError("--split: name the pictures to split")
+    if options.output:
+        check_output(options.output, [".csv"], options.overwrite)
+        if options.pictures:
+            check_output(options.output.with_suffix(".png"), [".png"], options.overwrite)
+    path, checkpoint, network = open_network(options)
+    kind = "pictures" if options.pictures else "predictions"
+    output = options.output or (run_folder(path) or path.parent) / f"{kind}-{path.stem}.csv"
+
+    if not options.pictures:
+        _, images, _ = load_test_set(checkpoint, options.root)
+        rows = enumerate(report.classify(network, images).tolist())
+        report.write_csv(output, [{"index": i, "digit": report.best(p), **report.columns(p)} for i, p in rows])
+        print(f"Predictions of {len(images)} images: {shown(output)}")
+        return
+
+    pictures = report.read(options.pictures, options.split)
+    answered = report.answer(network, pictures)
+    report.print_answers(pictures)
+    if not answered:
+        raise UserError("none of the files shows a digit")
+    report.write_csv(output, [report.row(picture) for picture in pictures])
+    print(f"Probabilities: {shown(output)}")
+    sheet = output.with_suffix(".png")
+    with replaced(sheet) as partial:
+        report.contact_sheet(pictures[: report.SHEET_LIMIT]).save(partial, format="PNG")
+    beyond = f", the first {report.SHEET_LIMIT} of them" if len(pictures) > report.SHEET_LIMIT else ""
+    print(f"Contact sheet: {shown(sheet)}{beyond}")
