@@ -14,13 +14,13 @@ from lit_mnist.data import datasets
 from lit_mnist.exact.console import shown
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.reader import find_and_read
-from lit_mnist.exact.runs import replaced, run_folder
+from lit_mnist.exact.runs import run_folder
 from lit_mnist.network import load_network
 from lit_mnist.pictures import report
 
 
 def checkpoint_parser(command: str, description: str) -> OneLineParser:
-    """Return a parser with the flags of all commands that read a checkpoint's network."""
+    """Make a parser with the flags of all commands that read a checkpoint's network."""
     parser = OneLineParser(prog=f"python -m lit_mnist {command}", description=description)
     parser.add_argument("--ckpt_path", required=True, metavar="best|last|PATH", help="the checkpoint")
     parser.add_argument("--root_dir", type=Path, default=Path(), help="folder of lightning_logs (the current one)")
@@ -28,10 +28,7 @@ def checkpoint_parser(command: str, description: str) -> OneLineParser:
 
 
 def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
-    """Load the network of `--ckpt_path`, and say which file that is.
-
-    Returns:
-        The checkpoint's path, its content, and the network, in eval mode.
+    """Load the network of `--ckpt_path`, in eval mode; return it after the checkpoint's path and content.
 
     Raises:
         UserError: there is no such checkpoint, or it holds no network.
@@ -46,34 +43,30 @@ def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
 
 
 def load_test_set(checkpoint: dict[str, Any], root: str) -> tuple[str, Tensor, Tensor]:
-    """Return the name, images and targets of the test set that belongs to a checkpoint's training data.
+    """Load the test set of the data that a checkpoint was trained on: its name, images and targets.
 
     Raises:
-        UserError: this version does not know it, or it cannot be had.
+        UserError: this version does not know the data, or the files cannot be had.
     """
-    name = checkpoint["datamodule_hyper_parameters"].get("name", "mnist")
+    name = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
     if name not in datasets.SETS:
-        raise UserError(f"--ckpt_path: the checkpoint's data.name must be {', '.join(datasets.SETS)}, got {name!r}")
+        raise UserError(f"--ckpt_path: the checkpoint's data.name is {name}, allowed are {', '.join(datasets.SETS)}")
     datasets.prepare(root, name=name)
     return name, *datasets.load(root, train=False, name=name)
 
 
 def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Refuse a file that cannot be written, before any work is done for it.
+    """Refuse a file that cannot be written before any work is done for it.
 
     Raises:
         UserError: its name has another suffix, it exists, or its folder cannot be written to.
     """
-    folder = output.absolute().parent
-    for problem, found in (
-        (f"the name must end in {', '.join(suffixes)}", output.suffix not in suffixes),
-        ("that is a folder; name a file", output.is_dir()),
-        ("that file exists; --overwrite replaces it", os.path.lexists(output) and not overwrite),
-        (f"there is no folder {output.parent}", not folder.is_dir()),
-        (f"no file can be written to {folder}", not os.access(folder, os.W_OK)),
-    ):
-        if found:
-            raise UserError(f"--output {output}: {problem}")
+    if output.suffix not in suffixes:
+        raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
+    if os.path.lexists(output) and not overwrite:
+        raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(f"--output {output}: no file can be written to {output.absolute().parent}")
 
 
 def predict(args: Sequence[str]) -> None:
@@ -83,14 +76,14 @@ def predict(args: Sequence[str]) -> None:
         UserError: the input cannot be used, or no picture shows a digit.
     """
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
-    parser.add_argument("pictures", nargs="*", help="files and folders with a digit in each; none for the test set")
-    parser.add_argument("--split", action="store_true", help="there may be several digits in a picture")
-    parser.add_argument("--output", type=Path, help="the CSV, and beside it a contact sheet (in the run's folder)")
+    parser.add_argument("pictures", nargs="*", help="files and folders, one digit in each; none for the test set")
+    parser.add_argument("--split", action="store_true", help="the pictures may show several digits each")
+    parser.add_argument("--output", type=Path, help="answers.csv, with answers.png beside it (in the run's folder)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --output if they exist")
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set (data)")
     options = parser.parse_intermixed_args(args)
     if options.split and not options.pictures:
-        raise UserError("--split: name the pictures to split")
+        raise UserError("--split needs pictures")
     if options.output:
         check_output(options.output, [".csv"], options.overwrite)
         if options.pictures:
@@ -98,23 +91,11 @@ def predict(args: Sequence[str]) -> None:
     path, checkpoint, network = open_network(options)
     kind = "pictures" if options.pictures else "predictions"
     output = options.output or (run_folder(path) or path.parent) / f"{kind}-{path.stem}.csv"
-
-    if not options.pictures:
+    if options.pictures:
+        report.report(options.pictures, options.split, network, output)
+    else:
         _, images, _ = load_test_set(checkpoint, options.root)
-        rows = enumerate(report.classify(network, images).tolist())
-        report.write_csv(output, [{"index": i, "digit": report.best(p), **report.columns(p)} for i, p in rows])
+        answers = enumerate(report.classify(network, images).tolist())
+        rows = [{"index": index, "digit": report.best(p), **report.columns(p)} for index, p in answers]
+        report.write_csv(output, rows)
         print(f"Predictions of {len(images)} images: {shown(output)}")
-        return
-
-    pictures = report.read(options.pictures, options.split)
-    answered = report.answer(network, pictures)
-    report.print_answers(pictures)
-    if not answered:
-        raise UserError("none of the files shows a digit")
-    report.write_csv(output, [report.row(picture) for picture in pictures])
-    print(f"Probabilities: {shown(output)}")
-    sheet = output.with_suffix(".png")
-    with replaced(sheet) as partial:
-        report.contact_sheet(pictures[: report.SHEET_LIMIT]).save(partial, format="PNG")
-    beyond = f", the first {report.SHEET_LIMIT} of them" if len(pictures) > report.SHEET_LIMIT else ""
-    print(f"Contact sheet: {shown(sheet)}{beyond}")

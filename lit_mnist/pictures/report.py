@@ -15,7 +15,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import print_table
+from lit_mnist.exact.console import print_table, shown
+from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.runs import replaced
 from lit_mnist.pictures.prepare import Picture, find, grey_levels, is_deep, load
 from lit_mnist.pictures.segment import load_split
@@ -26,14 +27,27 @@ SHEET_LIMIT = 400  # pictures on a sheet
 INK, PAPER, FAINT, ALARM, BEHIND = "#202020", "#ffffff", "#767676", "#b3261e", "#b0b0b0"
 
 
-def read(names: Sequence[str], split: bool) -> list[Picture]:
-    """Read files and folders of them, with SPLIT for several digits in each.
+def report(names: Sequence[str], split: bool, network: nn.Module, output: Path) -> None:
+    """Read files and folders of them, with SPLIT for several digits in each; print and write the network's answers.
+
+    Args:
+        output: the CSV; the contact sheet is the `.png` beside it.
 
     Raises:
-        UserError: there is no such file or folder.
+        UserError: there is no such file or folder, or no file shows a digit; then nothing is written.
     """
     paths = track(find(names), "reading pictures", disable=not sys.stdout.isatty())
-    return [picture for path in paths for picture in (load_split(path) if split else [load(path)])]
+    pictures = [picture for path in paths for picture in (load_split(path) if split else [load(path)])]
+    answer(network, pictures)
+    print_answers(pictures)
+    if all(picture.digit is None for picture in pictures):
+        raise UserError("none of the files shows a digit")
+    write_csv(output, [row(picture) for picture in pictures])
+    sheet = output.with_suffix(".png")
+    with replaced(sheet) as partial:
+        contact_sheet(pictures[:SHEET_LIMIT]).save(partial, format="PNG")
+    beyond = f", the first {SHEET_LIMIT} of them" if len(pictures) > SHEET_LIMIT else ""
+    print(f"Probabilities: {shown(output)}\nContact sheet: {shown(sheet)}{beyond}")
 
 
 @torch.inference_mode()
@@ -42,14 +56,12 @@ def classify(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(batch).softmax(dim=1) for batch in images.split(BATCH_SIZE)])
 
 
-def answer(network: nn.Module, pictures: Sequence[Picture]) -> bool:
-    """Fill in the probabilities of each picture that shows a digit, and return whether one does."""
-    shown = [(picture, picture.digit) for picture in pictures if picture.digit is not None]
-    if shown:
-        probabilities = classify(network, torch.stack([digit for _, digit in shown])).tolist()
-        for (picture, _), row in zip(shown, probabilities, strict=True):
-            picture.probabilities = row
-    return bool(shown)
+def answer(network: nn.Module, pictures: Sequence[Picture]) -> None:
+    """Fill in the probabilities of each picture that shows a digit."""
+    digits = [picture.digit for picture in pictures if picture.digit is not None]
+    probabilities = iter(classify(network, torch.stack(digits)).tolist() if digits else ())
+    for picture in pictures:
+        picture.probabilities = [] if picture.digit is None else next(probabilities)
 
 
 def best(probabilities: Sequence[float]) -> int:
