@@ -17,8 +17,7 @@ from lit_mnist.cli.console import complain
 from lit_mnist.cli.export import fill_page
 from lit_mnist.cli.predict import checkpoint_parser, open_network
 from lit_mnist.exact.errors import UserError
-from lit_mnist.pictures.prepare import Picture, load
-from lit_mnist.pictures.report import answer
+from lit_mnist.pictures.report import Picture, answer, load
 
 UPLOAD_LIMIT = 20 * 2**20  # bytes
 
@@ -36,44 +35,31 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError, TimeoutError):  # a page that was closed
             super().handle()
 
-    def parse_request(self) -> bool:
-        """Refuse other names for this machine: a stranger's page could let its own lead here, and use the server."""
-        if not super().parse_request():
-            return False
-        allowed = "localhost", self.server.server_address[0], self.connection.getsockname()[0]
-        if known := str(self.headers["Host"]).partition(":")[0] in allowed:
-            return known
-        self.send_error(403)
-        return False
-
     def do_GET(self) -> None:
-        if self.path == "/":
-            self.reply("text/html; charset=utf-8", self.page)
-        else:
-            self.send_error(404)
+        self.reply("text/html; charset=utf-8", self.page)
 
     def do_POST(self) -> None:
         """Answer a drawing or a photograph, in any format that `predict` reads, in JSON."""
         length = self.headers.get("Content-Length", "")
-        if self.path != "/read" or not length.isdecimal():
-            self.send_error(404)
-            return
-        size = int(length)
-        content = self.rfile.read(min(size, UPLOAD_LIMIT))
+        size = int(length) if length.isdecimal() else 0
+        (picture,) = load(BytesIO(self.rfile.read(min(size, UPLOAD_LIMIT))))
         for start in range(UPLOAD_LIMIT, size, 2**20):  # a browser takes no answer before all is read
             self.rfile.read(min(size - start, 2**20))
-        refused = Picture(BytesIO(), problem=f"{size:,} bytes, at most {UPLOAD_LIMIT:,} are read")
-        picture = load(BytesIO(content)) if size <= UPLOAD_LIMIT else refused
+        if size > UPLOAD_LIMIT:
+            picture = Picture(BytesIO(), problem=f"{size:,} bytes, at most {UPLOAD_LIMIT:,} are read")
         answer(self.network, [picture])
         pixels = [] if picture.digit is None else picture.digit.flatten().tolist()
         found = {"pixels": pixels, "probabilities": picture.probabilities, "problem": picture.problem}
         self.reply("application/json", json.dumps(found).encode())
 
     def reply(self, kind: str, content: bytes) -> None:
-        self.send_response(200)
+        """Answer, except under another name: a stranger's page could let its own lead here, and read the answers."""
+        own = "localhost", self.server.server_address[0], self.connection.getsockname()[0]
+        known = str(self.headers["Host"]).partition(":")[0] in own
+        self.send_response(200 if known else 403)
         self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content if known else b"")
 
     def log_message(self, *args: Any) -> None:
         """Print nothing: http.server would print each request."""

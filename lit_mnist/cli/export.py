@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,9 @@ from lit_mnist.exact.runs import replaced
 from lit_mnist.pictures.report import classify
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
+SUFFIXES = (".pt2", ".onnx", ".html")
 RUNTIME = "onnxruntime-web@1.30.0"  # on the npm registry
+RUNTIME_FILES = {"runtime": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
 TOLERANCE = 1e-5  # of a probability
 EXAMPLE = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
 SHAPES = ({0: torch.export.Dim("batch")},)  # any number of images
@@ -58,18 +61,6 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> Exported:
     return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def to_page(model: nn.Module, metadata: dict[str, str]) -> Exported:
-    import onnxruntime
-
-    licence = Path(onnxruntime.__file__).with_name("LICENSE").read_text(encoding="utf-8")  # npm's package has none
-    parts = fetch_runtime()
-    parts["network"], answer = to_onnx(model, metadata)
-    return fill_page(metadata, parts, licence), answer
-
-
-FORMATS = {".pt2": to_pt2, ".onnx": to_onnx, ".html": to_page}
-
-
 def fetch_runtime() -> dict[str, bytes]:
     """Fetch ONNX Runtime Web's files from the npm registry.
 
@@ -84,17 +75,16 @@ def fetch_runtime() -> dict[str, bytes]:
             reason = shortened(" ".join(str(getattr(error, "stderr", None) or error).split()), 120)
             raise UserError(f"npm cannot fetch {RUNTIME}, which a page needs: {reason}") from error
         with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed:
-            files = {"runtime": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
-            return {name: packed.extractfile(f"package/dist/{files[name]}").read() for name in files}  # type: ignore
+            return {name: packed.extractfile(f"package/dist/{file}").read() for name, file in RUNTIME_FILES.items()}  # type: ignore[union-attr]
 
 
-def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None, licence: str = "") -> bytes:
+def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -> bytes:
     """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
     packed = parts and {name: base64.b64encode(gzip.compress(parts[name], mtime=0)).decode() for name in parts}
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    for name, text in {"metadata": json.dumps(metadata, indent=2), "licence": licence}.items():
-        page = page.replace(f"{{{{{name}}}}}", html.escape(text, quote=False))
-    return page.replace("{{parts}}", json.dumps(packed)).encode()
+    licence = files("onnxruntime").joinpath("LICENSE").read_text() if parts else ""  # npm's package has none
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("{{parts}}", json.dumps(packed))
+    page = page.replace("{{metadata}}", html.escape(json.dumps(metadata, indent=2), quote=False))
+    return page.replace("{{licence}}", html.escape(licence, quote=False)).encode()
 
 
 def export(args: Sequence[str]) -> None:
@@ -111,7 +101,7 @@ def export(args: Sequence[str]) -> None:
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set, to check with (data)")
     options = parser.parse_args(args)
     output: Path = options.output
-    check_output(output, list(FORMATS), options.overwrite)
+    check_output(output, SUFFIXES, options.overwrite)
     if output.suffix != ".pt2" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise UserError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
     path, checkpoint, network = open_network(options)
@@ -132,7 +122,8 @@ def export(args: Sequence[str]) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
-        content, answer = FORMATS[output.suffix](nn.Sequential(network, nn.Softmax(dim=1)).eval(), metadata)
+        write = to_pt2 if output.suffix == ".pt2" else to_onnx
+        content, answer = write(nn.Sequential(network, nn.Softmax(dim=1)).eval(), metadata)
     batches = [*images.split(500), *images[:10].split(1)]  # the test set, then single images
     answers = torch.cat([answer(batch).detach() for batch in batches])
     expected = torch.cat([expected, expected[:10]])
@@ -142,6 +133,8 @@ def export(args: Sequence[str]) -> None:
             f"--output {output}: the exported network differs from the checkpoint's by {difference:.1e} in a"
             f" probability, and {TOLERANCE:.0e} is allowed; nothing was written"
         )
+    if output.suffix == ".html":
+        content = fill_page(metadata, fetch_runtime() | {"network": content})
     with replaced(output) as partial:
         partial.write_bytes(content)
     print(

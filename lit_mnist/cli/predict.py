@@ -28,11 +28,7 @@ def checkpoint_parser(command: str, description: str) -> OneLineParser:
 
 
 def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
-    """Load the network of `--ckpt_path`, in eval mode; return it after the checkpoint's path and content.
-
-    Raises:
-        UserError: there is no such checkpoint, or it holds no network.
-    """
+    """Load the network of `--ckpt_path`, in eval mode, and return it after the checkpoint's path and content."""
     path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
     try:
         network = load_network(checkpoint)
@@ -43,11 +39,7 @@ def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
 
 
 def load_test_set(checkpoint: dict[str, Any], root: str) -> tuple[str, Tensor, Tensor]:
-    """Load the test set of the data that a checkpoint was trained on: its name, images and targets.
-
-    Raises:
-        UserError: this version does not know the data, or the files cannot be had.
-    """
+    """Load the test set of the data that a checkpoint was trained on: its name, images and targets."""
     name = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
     if name not in datasets.SETS:
         raise UserError(f"--ckpt_path: the checkpoint's data.name is {name}, allowed are {', '.join(datasets.SETS)}")
@@ -56,11 +48,7 @@ def load_test_set(checkpoint: dict[str, Any], root: str) -> tuple[str, Tensor, T
 
 
 def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Refuse a file that cannot be written before any work is done for it.
-
-    Raises:
-        UserError: its name has another suffix, it exists, or its folder cannot be written to.
-    """
+    """Refuse a file that cannot be written before any work is done for it."""
     if output.suffix not in suffixes:
         raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
     if os.path.lexists(output) and not overwrite:
@@ -95,7 +83,6 @@ def predict(args: Sequence[str]) -> None:
         report.report(options.pictures, options.split, network, output)
     else:
         _, images, _ = load_test_set(checkpoint, options.root)
-        answers = enumerate(report.classify(network, images).tolist())
-        rows = [{"index": index, "digit": report.best(p), **report.columns(p)} for index, p in answers]
-        report.write_csv(output, rows)
+        answers = report.classify(network, images).tolist()
+        report.write_csv(output, [{"index": index} | report.columns(p) for index, p in enumerate(answers)])
         print(f"Predictions of {len(images)} images: {shown(output)}")

@@ -7,8 +7,6 @@ pixels with its proportions and its grey levels kept, and set into 28x28 pixels 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,70 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lit_mnist.exact.console import shortened
 from lit_mnist.exact.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+DEEP = ("I", "F")  # how Pillow's modes of 16 bits or more begin, which its conversions would clip
 PIXEL_LIMIT = 50_000_000  # of a picture; decoded they take four bytes each
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
+Image.MAX_IMAGE_PIXELS = None  # instead of Pillow's limit, which is higher
 
 Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results are arrays
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
-Box = tuple[int, int, int, int]  # x, y, width, height
-
-
-@dataclass
-class Picture:
-    """A file, or one of the digits in it.
-
-    Args:
-        file: where it was read from.
-        digit: what the network sees of it, uint8 (1, 28, 28); None where it sees nothing.
-        problem: why it sees nothing.
-        number: with several digits in a file, from 1 in reading order.
-        box: then the digit's, in the file's own pixels.
-        probabilities: of the classes, once a network was asked.
-    """
-
-    file: Path | BinaryIO
-    digit: Tensor | None = None
-    problem: str = ""
-    number: int = 0
-    box: Box = (0, 0, 0, 0)
-    probabilities: list[float] = field(default_factory=list)
-
-
-def find(names: Sequence[str]) -> list[Path]:
-    """List the files that are meant: of a folder, those below it whose names end as pictures' do.
-
-    Raises:
-        UserError: there is no such file or folder, or a folder has no pictures.
-    """
-    found: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if name and path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            inside = [file for file in inside if "lightning_logs" not in file.relative_to(path).parts]  # our own sheets
-            if not inside:
-                raise UserError(f"{shortened(name)}: that folder has no {', '.join(SUFFIXES)} in it")
-            found += inside
-        elif name and path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"{shortened(name) or repr(name)}: there is no such file or folder")
-    return found
-
-
-def load(file: Path | BinaryIO) -> Picture:
-    """Read one file; if it cannot be read, the result says why."""
-    try:
-        return Picture(file, digit(grey_levels(file)))
-    except UserError as error:
-        return Picture(file, problem=str(error))
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
@@ -95,22 +41,19 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
         UserError: the format is unknown, or the picture is broken or too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below refuses them
-            with Image.open(file, formats=FORMATS) as opened:
-                width, height = opened.size  # from the header: nothing is decoded yet
-                if width * height > PIXEL_LIMIT:
-                    raise UserError(f"{width}x{height} pixels, at most {PIXEL_LIMIT:,} are read")
-                opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
-                picture = ImageOps.exif_transpose(opened)
-                if is_deep(picture):
-                    levels = np.nan_to_num(np.array(picture, dtype=np.float32), posinf=0, neginf=0)
-                    return (levels - levels.min()) / max(levels.max() - levels.min(), 1e-6)
-                colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
+        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
+            warnings.simplefilter("ignore")  # Pillow's of odd files; what it cannot read, it raises
+            width, height = opened.size  # from the header: nothing is decoded yet
+            if width * height > PIXEL_LIMIT:
+                raise UserError(f"{width}x{height} pixels, at most {PIXEL_LIMIT:,} are read")
+            opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith(DEEP):
+                levels = np.nan_to_num(np.array(picture, dtype=np.float32), posinf=0, neginf=0)
+                return (levels - levels.min()) / max(levels.max() - levels.min(), 1e-6)
+            colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
     except UserError:
         raise
-    except Image.DecompressionBombError:
-        raise UserError(f"too large, at most {PIXEL_LIMIT:,} pixels are read") from None
     except UnidentifiedImageError:
         raise UserError(f"no {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise a dozen types for a broken file
@@ -133,17 +76,8 @@ def mixed(colours: Pixels) -> Pixels:
     return level
 
 
-def is_deep(picture: Image.Image) -> bool:
-    """Tell whether it has 16 bits or more per pixel, which Pillow's conversions would clip."""
-    return picture.mode.startswith(("I", "F"))
-
-
 def digit(pixels: Pixels) -> Tensor:
-    """Bring grey levels into MNIST's form, uint8 (1, 28, 28).
-
-    Raises:
-        UserError: nothing stands out from the background.
-    """
+    """Bring grey levels into MNIST's form, uint8 (1, 28, 28), or raise UserError if nothing stands out."""
     small = shrunk(pixels, WORKING_SIZE)
     ink = main_parts(ink_of(small))
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
@@ -197,10 +131,8 @@ def full_level(ink: Pixels) -> float:
 def ink_of(levels: Pixels) -> Pixels:
     """Separate ink from background, from 0 (paper) to 1 (full ink), whether it is dark on light or light on dark.
 
-    The background is what remains when strokes are closed over: it follows the light, and the edges of shadows.
-
-    Raises:
-        UserError: nothing stands out.
+    The background is what remains when strokes are closed over: it follows the light, and the edges of shadows. Raises
+    UserError if nothing stands out from it.
     """
     low, high = float(levels.min()), float(levels.max())
     eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
@@ -232,10 +164,11 @@ def ink_of(levels: Pixels) -> Pixels:
 def main_parts(ink: Pixels) -> Pixels:
     """Keep the digit's ink alone: no specks, nothing that crosses the border, no box around it, no ruled lines."""
     unlined = unruled(ink)
-    remaining = digit_parts(inked(unlined))
-    if unlined is not ink and fits(cv2.boundingRect(remaining), ink.shape):
-        return unlined * surroundings(remaining)
-    return ink * surroundings(digit_parts(inked(ink)))
+    parts = digit_parts(inked(unlined))
+    if not fits(cv2.boundingRect(parts), ink.shape):  # what is left of it has no digit
+        unlined, parts = ink, digit_parts(inked(ink))
+    around = 3 + 2 * (max(ink.shape) // 100)
+    return unlined * cv2.dilate(parts, ones(around, around))
 
 
 def inked(ink: Pixels, share: float = 0.3) -> Mask:
@@ -251,11 +184,6 @@ def unruled(ink: Pixels) -> Pixels:
     level = float(np.median(ink[(lines & faint) > 0]))
     crossing = cv2.morphologyEx(inked(ink) * (1 - lines), cv2.MORPH_CLOSE, ones(9, 9))
     return np.where((lines > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
-
-
-def surroundings(mask: Mask) -> Mask:
-    around = 3 + 2 * (max(mask.shape) // 100)
-    return cv2.dilate(mask, ones(around, around))
 
 
 def fits(box: Any, shape: tuple[int, ...]) -> bool:

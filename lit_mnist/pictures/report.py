@@ -1,13 +1,14 @@
-"""Asks a network for a user's own pictures, and shows its answers: a table, a CSV and a contact sheet."""
+"""Reads a user's own pictures, asks a network, and shows its answers: a table, a CSV and a contact sheet."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -15,34 +16,75 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import print_table, shown
+from lit_mnist.exact.console import print_table, shortened, shown
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import Picture, find, grey_levels, is_deep, load
-from lit_mnist.pictures.segment import load_split
+from lit_mnist.pictures.prepare import DEEP, digit, grey_levels
+from lit_mnist.pictures.segment import Box, split
 
-BATCH_SIZE = 500  # larger batches only wait longer for memory
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
 INK, PAPER, FAINT, ALARM, BEHIND = "#202020", "#ffffff", "#767676", "#b3261e", "#b0b0b0"
 
 
-def report(names: Sequence[str], split: bool, network: nn.Module, output: Path) -> None:
-    """Read files and folders of them, with SPLIT for several digits in each; print and write the network's answers.
+@dataclass
+class Picture:
+    """A file, or one of the digits in it."""
+
+    file: Path | BinaryIO
+    digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28); None if it sees nothing
+    problem: str = ""  # why it sees nothing
+    number: int = 0  # with several digits in a file, from 1 in reading order
+    box: Box = (0, 0, 0, 0)  # then the digit's, in the file's own pixels
+    probabilities: list[float] = field(default_factory=list)  # of the classes, once a network was asked
+
+
+def find(names: Sequence[str]) -> list[Path]:
+    """List files, and of folders the pictures below them; raise UserError for a name without any."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        inside = [file for file in inside if "lightning_logs" not in file.relative_to(path).parts]  # our own sheets
+        files = [path] if path.is_file() else inside if name else []
+        if not files:
+            raise UserError(f"{shortened(name)!r} is neither a file nor a folder with {', '.join(SUFFIXES)} in it")
+        found += files
+    return found
+
+
+def load(file: Path | BinaryIO, several: bool = False) -> list[Picture]:
+    """Read the digits of one file; if it has none, or cannot be read, the one result says why."""
+    try:
+        levels = grey_levels(file)
+        if not several:
+            return [Picture(file, digit(levels))]
+        with Image.open(file) as opened:
+            found = split(levels, max(opened.size))
+        return [Picture(file, seen, "", number, box) for number, (box, seen) in enumerate(found, 1)]
+    except UserError as error:
+        return [Picture(file, problem=str(error))]
+
+
+def report(names: Sequence[str], several: bool, network: nn.Module, output: Path) -> None:
+    """Print and write a network's answers for files and folders of them.
 
     Args:
+        several: whether there may be several digits in a file.
         output: the CSV; the contact sheet is the `.png` beside it.
 
     Raises:
         UserError: there is no such file or folder, or no file shows a digit; then nothing is written.
     """
     paths = track(find(names), "reading pictures", disable=not sys.stdout.isatty())
-    pictures = [picture for path in paths for picture in (load_split(path) if split else [load(path)])]
+    pictures = [picture for path in paths for picture in load(path, several)]
     answer(network, pictures)
-    print_answers(pictures)
-    if all(picture.digit is None for picture in pictures):
+    rows = [row(picture) for picture in pictures]
+    print_answers(rows)
+    if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")
-    write_csv(output, [row(picture) for picture in pictures])
+    write_csv(output, rows)
     sheet = output.with_suffix(".png")
     with replaced(sheet) as partial:
         contact_sheet(pictures[:SHEET_LIMIT]).save(partial, format="PNG")
@@ -53,7 +95,7 @@ def report(names: Sequence[str], split: bool, network: nn.Module, output: Path) 
 @torch.inference_mode()
 def classify(network: nn.Module, images: Tensor) -> Tensor:
     """Map raw images, uint8 (N, 1, 28, 28), to probabilities, float (N, C)."""
-    return torch.cat([network(batch).softmax(dim=1) for batch in images.split(BATCH_SIZE)])
+    return torch.cat([network(batch).softmax(dim=1) for batch in images.split(500)])  # larger ones wait for memory
 
 
 def answer(network: nn.Module, pictures: Sequence[Picture]) -> None:
@@ -64,12 +106,10 @@ def answer(network: nn.Module, pictures: Sequence[Picture]) -> None:
         picture.probabilities = [] if picture.digit is None else next(probabilities)
 
 
-def best(probabilities: Sequence[float]) -> int:
-    return max(range(len(probabilities)), key=probabilities.__getitem__)
-
-
-def columns(probabilities: Sequence[float]) -> dict[str, str]:
-    return {f"p{label}": f"{p:.6f}" for label, p in enumerate(probabilities)}
+def columns(probabilities: Sequence[float]) -> dict[str, Any]:
+    """Return an answer's columns of a CSV: `digit,p0,p1,...`."""
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    return {"digit": best} | {f"p{label}": f"{p:.6f}" for label, p in enumerate(probabilities)}
 
 
 def row(picture: Picture) -> dict[str, Any]:
@@ -78,7 +118,7 @@ def row(picture: Picture) -> dict[str, Any]:
     if picture.number:
         line |= zip(("box", "x", "y", "width", "height"), (picture.number, *picture.box), strict=True)
     if p := picture.probabilities:
-        line |= {"digit": best(p), "confidence": f"{max(p):.6f}", **columns(p)}
+        line |= {"digit": "", "confidence": f"{max(p):.6f}"} | columns(p)
     return line | {"problem": picture.problem}
 
 
@@ -90,18 +130,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def print_answers(pictures: Sequence[Picture]) -> None:
-    table = Table(box=None, pad_edge=False)
-    split = any(picture.number for picture in pictures)
-    table.add_column("file", overflow="fold")
-    for name in (*(("box", "x, y, width, height") if split else ()), "digit", "confidence", ""):
-        table.add_column(name, justify="left" if name in ("", "x, y, width, height") else "right")
-    for picture in pictures:
-        box = [str(picture.number), ", ".join(map(str, picture.box))] if split else []
-        if p := picture.probabilities:
-            table.add_row(str(picture.file), *box, str(best(p)), f"{max(p):.1%}", "")
-        else:
-            table.add_row(str(picture.file), *["-"] * (len(box) + 2), picture.problem)
+def print_answers(rows: Sequence[dict[str, Any]]) -> None:
+    names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
+    table = Table(*names, box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for line in rows:
+        table.add_row(*(str(line.get(name, "-")) for name in names))
     print_table(table)
 
 
@@ -116,24 +150,18 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
         left, above = MARGIN + index % across * width, MARGIN + index // across * height
         below = above + CELL
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, below), outline="#d0d0d0")
-        name = clipped(Path(str(picture.file)).name, 33)
-        draw.text(
-            (left, below + 26), f"{picture.number}: {picture.box[:2]}, {name}" if picture.number else name, FAINT, small
-        )
+        place = f"{picture.number}: {picture.box[:2]}, " if picture.number else ""
+        draw.text((left, below + 26), f"{place}{Path(str(picture.file)).name:.34}", FAINT, small)
         if picture.digit is None:
-            draw.text((left, below + 6), clipped(picture.problem, 35), ALARM, small)
+            draw.text((left, below + 6), f"{picture.problem:.36}", ALARM, small)
             continue
         original = thumbnail(picture)
         sheet.paste(original, (left + (CELL - original.width) // 2, above + (CELL - original.height) // 2))
         seen = Image.fromarray(picture.digit[0].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
         sheet.paste(seen, (left + CELL, above))
-        draw.text((left, below + 2), str(best(picture.probabilities)), INK, font)
+        draw.text((left, below + 2), str(columns(picture.probabilities)["digit"]), INK, font)
         draw.text((left + 20, below + 8), f"{max(picture.probabilities):.1%}", FAINT, small)
     return sheet
-
-
-def clipped(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def thumbnail(picture: Picture) -> Image.Image:
@@ -143,8 +171,7 @@ def thumbnail(picture: Picture) -> Image.Image:
         x, y, width, height = picture.box
         margin = max(width, height) // 4
         whole = whole.crop((x - margin, y - margin, x + width + margin, y + height + margin))
-    method = Image.Resampling.BOX if max(whole.size) > CELL else Image.Resampling.NEAREST
-    small = ImageOps.contain(whole, (CELL, CELL), method)
+    small = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
     return Image.alpha_composite(Image.new("RGBA", small.size, BEHIND), small).convert("RGB")
 
 
@@ -152,6 +179,6 @@ def thumbnail(picture: Picture) -> Image.Image:
 def upright(file: Any) -> Image.Image:
     with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened)
-        if is_deep(picture):
+        if picture.mode.startswith(DEEP):
             picture = Image.fromarray((grey_levels(file) * 255).astype("uint8"))
         return picture.convert("RGBA")

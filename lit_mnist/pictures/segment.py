@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from lit_mnist.exact.errors import UserError
-from lit_mnist.pictures.prepare import (
-    FINE_SIZE,
-    Box,
-    Picture,
-    Pixels,
-    grey_levels,
-    in_form,
-    ink_of,
-    inked,
-    ones,
-    shrunk,
-    unruled,
-    without_boxes,
-)
+from lit_mnist.pictures import prepare
+from lit_mnist.pictures.prepare import Pixels
 
 MAX_PARTS = 400  # of a digit's size
+Box = tuple[int, int, int, int]  # x, y, width, height
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
-def load_split(file: Path) -> list[Picture]:
-    """Read one file that shows several digits; if there are none, the one result says why."""
-    try:
-        levels = grey_levels(file)
-        with Image.open(file) as opened:
-            scale = max(opened.size) / max(levels.shape)
-        return [Picture(file, digit, "", n, scaled(box, scale)) for n, (box, digit) in enumerate(split(levels), 1)]
-    except UserError as error:
-        return [Picture(file, problem=str(error))]
-
-
-def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
+def split(levels: Pixels, size: int | None = None) -> list[tuple[Box, Tensor]]:
     """Find the digits of one picture, line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
 
-    Raises:
-        UserError: nothing stands out from the background, or too much does.
+    The boxes are those of a picture whose longer side is SIZE; by default that of the levels. Raises UserError if nothing
+    stands out from the background, or too much does.
     """
-    pixels = shrunk(levels, FINE_SIZE)
-    ink = unruled(ink_of(pixels))
+    pixels = prepare.shrunk(levels, prepare.FINE_SIZE)
+    ink = prepare.unruled(prepare.ink_of(pixels))
     side = 1 + max(ink.shape) // 500
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))
+    joined = cv2.dilate(prepare.inked(ink), prepare.ones(side, side))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
     heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
     large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
     parts = (1 + np.flatnonzero(large)).tolist()
@@ -59,23 +36,20 @@ def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
     if not parts:
         raise UserError("nothing stands out from the background")
     parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
-    parts = [part for part in parts if not at_border(stats[part], ink.shape)] or parts
-    digits = without_boxes(stats, parts)
+    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
+    parts = [part for part in parts if clear[part]] or parts  # of those at the border only if there are no others
+    digits = prepare.without_boxes(stats, parts)
     tallest = max(int(stats[part, 3]) for part in digits)
     height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
     found = united([(bounds(stats[[part]]), [part]) for part in digits], 1.6 * height)
-    read = []
+    scale = (size or max(levels.shape)) / max(pixels.shape)
+    read: list[tuple[Box, Tensor]] = []
     for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
         rows, columns = slice(y, y + down), slice(x, x + across)
         own = np.isin(labels[rows, columns], group)
-        box = scaled((x, y, across, down), max(levels.shape) / max(pixels.shape))
-        read.append((box, in_form(ink[rows, columns] * own)))
+        left, top, width, high = (round(side * scale) for side in (x, y, across, down))
+        read.append(((left, top, width, high), prepare.in_form(ink[rows, columns] * own)))
     return read
-
-
-def at_border(part: Any, shape: tuple[int, ...]) -> bool:
-    x, y, width, height, _ = part
-    return bool(min(x, y) <= 1 or x + width >= shape[1] - 1 or y + height >= shape[0] - 1)
 
 
 def united(parts: list[Part], tallest: float) -> list[Part]:
@@ -90,11 +64,6 @@ def united(parts: list[Part], tallest: float) -> list[Part]:
                 break
         digits.append((box, own))
     return digits
-
-
-def scaled(box: Box, scale: float) -> Box:
-    x, y, width, height = (round(scale * side) for side in box)
-    return x, y, width, height
 
 
 def bounds(boxes: Any) -> Box:
