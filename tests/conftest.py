@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from lit_mnist.__main__ import main
-from lit_mnist.cli.page import chromium
 from lit_mnist.data import datasets, download
 from lit_mnist.exact.errors import UserError
 
@@ -80,7 +79,21 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
     """Chromium without a window, which keeps a log of its requests."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
-    browser = chromium(tmp_path / "chromium")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    quiet += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'browser'}",
+    ]
+    for flag in [*quiet, "--window-size=1600,1200"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
         yield browser
     finally:

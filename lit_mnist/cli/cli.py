@@ -144,8 +144,6 @@ class MNISTCLI(LightningCLI):
         settings = self.settings
         if not self.trainer.is_global_zero:
             self.run.discard_unused()  # only the first makes a folder; this one did not know that it is not
-        if self.datamodule.images:
-            raise UserError(f"data.images is for predict alone, got {self.datamodule.images}")
         check_processes(settings, self.trainer, self.datamodule)
         if settings.precision and self.trainer.is_global_zero:
             print(settings.precision, flush=True)

@@ -25,6 +25,7 @@ UPLOAD_LIMIT = 20 * 2**20  # bytes
 class Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection; nothing is kept."""
 
+    server: ThreadingHTTPServer
     timeout = 60  # seconds without a byte
 
     def __init__(self, network: nn.Module, page: bytes, *connection: Any) -> None:

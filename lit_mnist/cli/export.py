@@ -54,9 +54,10 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> Exported:
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
     program = torch.onnx.export(model, (EXAMPLE,), dynamo=True, verbose=False, dynamic_shapes=SHAPES, **names)
     assert program is not None
-    onnx.helper.set_model_props(program.model_proto, metadata)
-    onnx.checker.check_model(program.model_proto, full_check=True)
-    content = program.model_proto.SerializeToString()
+    proto = program.model_proto  # another one at each access
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    content = proto.SerializeToString()
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
@@ -80,11 +81,16 @@ def fetch_runtime() -> dict[str, bytes]:
 
 def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -> bytes:
     """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
-    packed = parts and {name: base64.b64encode(gzip.compress(parts[name], mtime=0)).decode() for name in parts}
+    packed = {name: base64.b64encode(gzip.compress(part, mtime=0)).decode() for name, part in (parts or {}).items()}
     licence = files("onnxruntime").joinpath("LICENSE").read_text() if parts else ""  # npm's package has none
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("{{parts}}", json.dumps(packed))
-    page = page.replace("{{metadata}}", html.escape(json.dumps(metadata, indent=2), quote=False))
-    return page.replace("{{licence}}", html.escape(licence, quote=False)).encode()
+    page = (
+        Path(__file__)
+        .with_name("page.html")
+        .read_text(encoding="utf-8")
+        .replace("{{parts}}", json.dumps(packed or None))
+    )
+    page = page.replace("{{licence}}", html.escape(licence))
+    return page.replace("{{metadata}}", html.escape(json.dumps(metadata, indent=2))).encode()
 
 
 def export(args: Sequence[str]) -> None:

@@ -29,7 +29,10 @@ def checkpoint_parser(command: str, description: str) -> OneLineParser:
 
 def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
     """Load the network of `--ckpt_path`, in eval mode, and return it after the checkpoint's path and content."""
-    path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
+    try:
+        path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
+    except UserError as error:
+        raise UserError(f"--ckpt_path {error}") from error
     try:
         network = load_network(checkpoint)
     except UserError as error:

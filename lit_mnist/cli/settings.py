@@ -113,7 +113,7 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
         UserError: it cannot be used.
         UserError: the checkpoint cannot.
     """
-    args, images = taken(typed, "--data.images")
+    args = typed
     configs = configs_of(args)
     for config in configs:  # a shell's <(...) is one too, which somebody writes to
         if len(config) < 256 and Path(config).is_fifo() and not config.startswith(("/dev/fd/", "/proc/")):
@@ -134,8 +134,6 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, typed: 
         choose_precision(settings, {})
     # The methods that run the trainer pass it on. LightningCLI 2.6 would lay the checkpoint's settings over the flags.
     settings.own["ckpt_path"] = None
-    if images is not None:
-        settings.own["data.images"] = images
     check_trainer(settings.own, settings.command == "fit")
     return settings
 
@@ -387,26 +385,6 @@ def check_trainer(config: Any, fit: bool) -> None:
     for key, value in config.items():
         if key.startswith("trainer.") and type(value) in (int, float) and not abs(value) < 2**31:
             raise UserError(f"{key} must be less than {2**31}, got {value}")
-
-
-def taken(args: list[str], flag: str) -> tuple[list[str], list[str] | None]:
-    """Split off all values after a flag, however they are given: `--flag a b`, `--flag=a`, and again.
-
-    jsonargparse 4.53 takes a list as `--flag '["a","b"]'`, and of names in YAML's character set alone.
-    """
-    others: list[str] = []
-    values: list[str] = []
-    taking = found = False
-    for arg in args:
-        if arg.startswith("--"):
-            name, equals, value = arg.partition("=")
-            taking = name == flag
-            found = found or taking
-            if taking:
-                values += [value] if equals else []
-                continue
-        (values if taking else others).append(arg)
-    return others, values if found else None
 
 
 def one_line(message: str) -> str:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
-from rich.progress import track
 from torch import Tensor
 
 from lit_mnist.data import datasets
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
 from lit_mnist.exact.errors import UserError
-from lit_mnist.pictures import prepare as pictures
-from lit_mnist.pictures.segment import load_split
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 # Larger batches only wait longer for memory on a CPU; the scores do not depend on it.
@@ -70,8 +66,6 @@ class MNISTDataModule(LightningDataModule):
         scale: share by which training images are scaled up or down at most, drawn uniformly.
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled. The
             others stay as sharp as those that are validated: interpolation blurs.
-        images: pictures of digits, and folders of them, for `predict` in place of the test set.
-        split: whether these show several digits each.
 
     Raises:
         ValueError: an argument is out of range.
@@ -91,15 +85,11 @@ class MNISTDataModule(LightningDataModule):
         shift: float = 1.0,
         scale: float = 0.0,
         augmented: float = 1.0,
-        images: list[str] | None = None,
-        split: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "split", "root", "download"])  # where data lies is no part of a run
+        self.save_hyperparameters(ignore=["root", "download"])  # where data lies is no part of a run
         self.root, self.download = root, download
-        self.images, self.split = images, split
-        self.pictures: list[pictures.Picture] = []  # in the order of the predictions; those without a digit have none
-        check_ranges(self.hparams, root, images, split)
+        check_ranges(self.hparams, root)
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -112,8 +102,6 @@ class MNISTDataModule(LightningDataModule):
         return datasets.classes(self.root, self.hparams["name"])
 
     def prepare_data(self) -> None:
-        if self.images and self.trainer and self.trainer.state.fn == "predict":
-            return
         datasets.prepare(self.root, self.download, self.hparams["name"])
 
     def setup(self, stage: str) -> None:
@@ -129,16 +117,7 @@ class MNISTDataModule(LightningDataModule):
                     self.sets[name] = images[indices], targets[indices]
             else:
                 self.sets["train"] = images, targets  # a copy would double the memory
-        if stage == "predict" and self.images:
-            if not self.pictures:
-                shown = sys.stdout.isatty() and not (self.trainer and self.trainer.global_rank)
-                paths = track(pictures.find(self.images), "reading pictures", disable=not shown)
-                load = load_split if self.split else lambda path: [pictures.load(path)]
-                self.pictures = [picture for path in paths for picture in load(path)]
-            digits = [picture.digit for picture in self.pictures if picture.digit is not None]
-            images = torch.stack(digits) if digits else torch.empty(0, 1, 28, 28, dtype=torch.uint8)
-            self.sets["pictures"] = images, torch.full((len(digits),), -1)  # nobody knows their targets
-        elif stage in ("test", "predict") and "test" not in self.sets:
+        if stage == "test" and "test" not in self.sets:
             self.sets["test"] = self._load(train=False)
 
     def _load(self, train: bool) -> tuple[Tensor, Tensor]:
@@ -177,9 +156,6 @@ class MNISTDataModule(LightningDataModule):
     def test_dataloader(self) -> TensorBatches:
         return self._batches("test", EVALUATION_BATCH_SIZE)
 
-    def predict_dataloader(self) -> TensorBatches:
-        return self._batches("pictures" if self.images else "test", EVALUATION_BATCH_SIZE)
-
     def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
         images, targets = self.sets[name]
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -190,7 +166,7 @@ class MNISTDataModule(LightningDataModule):
         return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)
 
 
-def check_ranges(hp: Any, root: str, images: list[str] | None, split: bool) -> None:
+def check_ranges(hp: Any, root: str) -> None:
     """Check the arguments of MNISTDataModule.
 
     Raises:
@@ -209,8 +185,6 @@ def check_ranges(hp: Any, root: str, images: list[str] | None, split: bool) -> N
             ("shift", hp.shift, "in 0..28 pixels", 0 <= hp.shift <= 28),
             ("scale", hp.scale, "in [0, 1)", 0 <= hp.scale < 1),
             ("augmented", hp.augmented, "in 0..1", 0 <= hp.augmented <= 1),
-            ("images", images, "at least one file or folder", images != []),
-            ("split", split, "false without data.images", bool(images) or not split),
         )
         if not ok
     ]

@@ -1,8 +1,9 @@
-"""Reads checkpoints. Nothing here imports Lightning."""
+"""Finding and reading checkpoints; imports torch, never Lightning."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +11,93 @@ import torch
 
 from .console import PROGRAM, shortened
 from .errors import UserError
-from .runs import find_checkpoint, versions
-from .state import ENTRIES, StateError, check_entries, fill, not_restorable
+from .runs import newest, versions
 
-FORMAT = 2  # goes up when the versions before and this one cannot read each other's checkpoints
+FORMAT = 3  # goes up when a resumed run needs other entries
 FORMAT_ENTRY = f"{PROGRAM}_format"
+SCORED = (2, FORMAT, None)  # whose weights can be scored; a Trainer without this package writes no format
+# what scoring reads
+ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
+ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
+
+
+def find_checkpoint(wanted: str, runs: Path) -> Path:
+    """Return the file that a path means, or `best` or `last`: that of the newest run that has one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if wanted in ("best", "last"):
+        for run in versions(runs):
+            if found := newest(run, wanted):
+                return found
+        hint = "" if wanted == "last" else " (a run without validation has only a last one)"
+        raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
+    path, named = Path(wanted), shortened(wanted)
+    if "://" in wanted:
+        raise UserError(f"{named}: only local files are loaded; download it first, then pass its path")
+    try:
+        if path.is_file():  # a named pipe or a device would be waited for
+            return path
+        what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+    except (OSError, ValueError) as error:
+        what = f"cannot be read ({getattr(error, 'strerror', error)})"
+    raise UserError(f"{named}: that file {what}; allowed are best, last and the path of a checkpoint")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`: it can make the program neither run code nor import a module.
 
     Raises:
-        UserError: the file is no intact checkpoint of this project, or of a newer format.
+        UserError: the file is no intact checkpoint of this project, or of another format.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of the kinds of tensors that a hostile file may hold
+            warnings.simplefilter("ignore")  # torch's, about the kinds of tensors that a hostile file may hold
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a file that is none of its own
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"--ckpt_path {path}: that file is no intact checkpoint ({reason})") from error
-    # a Trainer without this package writes no format
-    known = isinstance(checkpoint, dict) and {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys()
-    if not known or "state_dict" not in checkpoint:
-        raise UserError(f"--ckpt_path {path}: that file is no checkpoint of {PROGRAM}")
-    version = checkpoint.get(FORMAT_ENTRY, FORMAT)
-    fill({"hyper_parameters": {}, "datamodule_hyper_parameters": {}}, checkpoint)  # of those that have saved none
-    if type(version) is not int or version != FORMAT:
-        newer = type(version) is int and version > FORMAT
-        raise UserError(
-            f"--ckpt_path {path}: that checkpoint has the format {shortened(repr(version), 40)}, and this version reads"
-            f" {FORMAT}; {'install a newer' if newer else 'use the'} {PROGRAM}{'' if newer else ' that wrote it'}"
-        )
-    try:
-        check_entries(checkpoint, ENTRIES)
-    except StateError as error:
-        raise not_restorable(path, error) from error
+    except Exception as error:  # torch raises a dozen types for a file that it has not written
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 120)
+        raise UserError(f"{path}: that file is no intact checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
+        raise UserError(f"{path}: that file is no checkpoint of {PROGRAM}")
+    if (version := checkpoint.get(FORMAT_ENTRY)) not in SCORED:
+        found = shortened(repr(version), 40)
+        raise UserError(f"{path}: that checkpoint has the format {found}, and this version reads 2 and {FORMAT}")
+    checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
+    for name, kind in ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: that file is no intact checkpoint ({name} is missing or no {kind.__name__})")
     return checkpoint
 
 
 def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that `best`, `last` or a path means, and what it holds.
+    """Return the checkpoint that a path, `best` or `last` means, and its contents.
 
     Raises:
-        UserError: there is none, or it cannot be read; then with the newest intact one, where a name was given.
+        UserError: there is none, or it cannot be read; the message then names the newest intact one.
     """
     path = find_checkpoint(wanted, runs)
     try:
         return path, read_checkpoint(path)
     except UserError as error:
-        intact = newest_intact(runs) if wanted in ("best", "last") else None
-        raise UserError(f"{error}; the newest intact one is {intact}" if intact else str(error)) from error
-
-
-def newest_intact(runs: Path) -> Path | None:
-    """The newest checkpoint that can be read, of the newest run that has one."""
-    for run in versions(runs):
-        files = [path for path in run.glob("checkpoints/*.ckpt") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        candidates = [newest(run, kind) for run in versions(runs) for kind in ("last", "best")]
+        for other in filter(None, candidates) if wanted in ("best", "last") else ():
             try:
-                read_checkpoint(path)
+                read_checkpoint(other)
             except UserError:
                 continue
-            return path
-    return None
+            raise UserError(f"{error}; the newest intact one is {other}") from error
+        raise
+
+
+def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has a state to resume.
+
+    Raises:
+        UserError: it holds weights alone, or is of an older format.
+    """
+    if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= checkpoint.keys():
+        raise UserError(f"{path}: it holds weights alone, no state to resume")
+    if (version := checkpoint.get(FORMAT_ENTRY)) != FORMAT:
+        advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
+        raise UserError(f"{path}: that checkpoint has the format {version}: {advice}")

@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from .console import shortened
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
 
 # What is read of a checkpoint before there is a trainer, and of those that `fit` resumes.
 ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}

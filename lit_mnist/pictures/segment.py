@@ -20,7 +20,7 @@ Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its compo
 def split(levels: Pixels, size: int | None = None) -> list[tuple[Box, Tensor]]:
     """Find the digits of one picture, line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
 
-    The boxes are those of a picture whose longer side is SIZE; by default that of the levels. Raises UserError if nothing
+    The boxes refer to a picture whose longer side is SIZE, by default that of the levels. Raises UserError if nothing
     stands out from the background, or too much does.
     """
     pixels = prepare.shrunk(levels, prepare.FINE_SIZE)
