@@ -1,229 +1,150 @@
-"""A trained network for other runtimes: raw pixels in, probabilities out."""
+"""export: a checkpoint's network for other runtimes, raw pixels in, probabilities out; or a page to draw on."""
 
 from __future__ import annotations
 
+import base64
+import gzip
+import html
 import io
 import json
 import logging
-import math
-import os
+import subprocess
+import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_mnist import __version__
-from lit_mnist.cli import page
-from lit_mnist.cli.console import OneLineParser
-from lit_mnist.cli.settings import plain_settings
-from lit_mnist.data import datasets
+from lit_mnist.cli.predict import check_output, checkpoint_parser, load_test_set, open_network
 from lit_mnist.exact.conditions import commit
 from lit_mnist.exact.console import shortened, shown
 from lit_mnist.exact.errors import UserError
-from lit_mnist.exact.reader import find_and_read
-from lit_mnist.module import LitMNIST
+from lit_mnist.exact.runs import replaced
+from lit_mnist.pictures.report import classify
 
-ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs, and selenium for pages
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
+SUFFIXES = (".pt2", ".onnx", ".html")
+RUNTIME = "onnxruntime-web@1.30.0"  # on the npm registry
+RUNTIME_FILES = {"runtime": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
 TOLERANCE = 1e-5  # of a probability
-BATCHES = (1, 500)  # sizes in which the written file is checked; the test set ends in a smaller one
+EXAMPLE = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+SHAPES = ({0: torch.export.Dim("batch")},)  # any number of images
+
+Exported = tuple[bytes, Callable[[Tensor], Tensor]]  # the file's content, and what its network makes of a batch
 
 
-class Probabilities(nn.Module):
-    """uint8 (B, 1, 28, 28) to the probabilities of the classes, float (B, C)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        probabilities: Tensor = self.network(images).softmax(dim=1)
-        return probabilities
+def to_pt2(model: nn.Module, metadata: dict[str, str]) -> Exported:
+    file = io.BytesIO()  # torch 2.15 aborts the process if it cannot write a file to its end
+    program = torch.export.export(model, (EXAMPLE,), dynamic_shapes=SHAPES)
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
-def write_pt2(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
-    program = torch.export.export(model, (example(),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    content = io.BytesIO()  # torch 2.15 aborts the process where a file cannot be written to its end
-    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
-    path.write_bytes(content.getbuffer())
-
-
-def write_onnx(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
-    path.write_bytes(network_onnx(model, metadata))
-
-
-def write_html(model: Probabilities, path: Path, metadata: dict[str, str]) -> None:
-    canvas = torch.zeros(page.CANVAS, page.CANVAS, dtype=torch.uint8)
-    drawing = onnx_bytes(page.Drawing(), {}, (canvas,), input_names=["canvas"], output_names=["images"])
-    page.write(path, network_onnx(model, metadata), drawing, metadata)
-
-
-def network_onnx(model: Probabilities, metadata: dict[str, str]) -> bytes:
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"], "dynamic_shapes": batch}
-    return onnx_bytes(model, metadata, (example(),), **names)
-
-
-def onnx_bytes(model: nn.Module, metadata: dict[str, str], inputs: tuple[Tensor], **settings: Any) -> bytes:
+def to_onnx(model: nn.Module, metadata: dict[str, str]) -> Exported:
     import onnx
-
-    program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **settings)
-    assert program is not None
-    proto = program.model_proto
-    onnx.helper.set_model_props(proto, metadata)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString()
-
-
-@contextmanager
-def run_pt2(path: Path) -> Iterator[Callable[[Tensor], Tensor]]:
-    yield torch.export.load(path).module()
-
-
-@contextmanager
-def run_onnx(path: Path) -> Iterator[Callable[[Tensor], Tensor]]:
     from onnxruntime import InferenceSession
 
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
-    yield lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
+    program = torch.onnx.export(model, (EXAMPLE,), dynamo=True, verbose=False, dynamic_shapes=SHAPES, **names)
+    assert program is not None
+    proto = program.model_proto  # another one at each access
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    content = proto.SerializeToString()
+    session = InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-FORMATS = {".pt2": (write_pt2, run_pt2), ".onnx": (write_onnx, run_onnx), ".html": (write_html, page.opened)}
-
-
-def example() -> Tensor:
-    return torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-
-
-def restored(checkpoint: dict[str, Any], name: str) -> LitMNIST:
-    """The module of a checkpoint, with its weights.
-
-    Args:
-        checkpoint: as `read_checkpoint` gives it.
-        name: its file's, for messages.
+def fetch_runtime() -> dict[str, bytes]:
+    """Fetch ONNX Runtime Web's files from the npm registry.
 
     Raises:
-        UserError: the weights do not fit their network.
+        UserError: npm is missing, or cannot fetch them.
     """
-    settings = plain_settings("model", checkpoint["hyper_parameters"])
-    try:
-        lit = LitMNIST(**{key.removeprefix("model."): value for key, value in settings.items()})
-    except Exception as error:  # a setting of another kind fails wherever it is used first
-        raise UserError(f"--ckpt_path {name}: its settings make no network ({shortened(str(error))})") from error
-    try:
-        lit.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"--ckpt_path {name}: its weights do not fit the network it names") from error
-    return lit
+    with TemporaryDirectory(prefix="lit_mnist-") as folder:
+        command = ["npm", "pack", RUNTIME, "--loglevel=error", "--pack-destination", folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, timeout=300)
+        except (subprocess.SubprocessError, OSError) as error:
+            reason = shortened(" ".join(str(getattr(error, "stderr", None) or error).split()), 120)
+            raise UserError(f"npm cannot fetch {RUNTIME}, which a page needs: {reason}") from error
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed:
+            return {name: packed.extractfile(f"package/dist/{file}").read() for name, file in RUNTIME_FILES.items()}  # type: ignore[union-attr]
 
 
-def export(checkpoint: dict[str, Any], output: Path, root: str, checkpoint_name: str) -> str:
-    """Write a checkpoint's network and check the file on the whole test set.
-
-    Args:
-        checkpoint: as `read_checkpoint` gives it.
-        output: the file, replaced once the new one is complete and right; its suffix tells the format.
-        root: folder of the data.
-        checkpoint_name: for the file's metadata.
-
-    Returns:
-        A line that says what was written and how it was checked.
-
-    Raises:
-        UserError: the file does not give what the checkpoint gives, or the weights do not fit their network.
-        UserError: the test set cannot be had.
-    """
-    name = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
-    if name not in datasets.SETS:
-        raise UserError(f"--ckpt_path {checkpoint_name}: its data.name {name} is none that this version knows")
-    datasets.prepare(root, name=name)
-    images, targets = datasets.load(root, train=False, name=name)
-    lit = restored(checkpoint, checkpoint_name)
-    model = Probabilities(lit.network).eval()
-    with torch.inference_mode():
-        expected = torch.cat([model(batch) for batch in images.split(500)])
-    correct = int((expected.argmax(1) == targets).sum())
-    metadata = {
-        "description": f"images uint8 (batch, 1, 28, 28), white on black, to {expected.shape[1]} probabilities each",
-        "data": name,
-        "network": str(lit.hparams["network"]),
-        "layers": str(lit.hparams["layers"]),
-        "parameters": str(sum(p.numel() for p in model.parameters())),
-        "test_accuracy": str(correct / len(targets)),
-        "checkpoint": checkpoint_name,
-        "lit_mnist": __version__,
-        "commit": commit() or "unknown",
-    }
-    write, load = FORMATS[output.suffix]
-    partial = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
-            try:
-                write(model, partial, metadata)
-            except (OSError, RuntimeError) as error:  # torch's type for a file that cannot be written
-                raise UserError(f"--output {output}: {str(error).splitlines()[0]}") from error
-        difference = 0.0
-        with load(partial) as answer:
-            for size in BATCHES:
-                part = images[: 10 * size] if size == 1 else images
-                answers = torch.cat([answer(batch).detach() for batch in part.split(size)])
-                difference = max(difference, float((answers - expected[: len(part)]).abs().nan_to_num(math.inf).max()))
-                if difference > TOLERANCE or not torch.equal(answers.argmax(1), expected[: len(part)].argmax(1)):
-                    raise UserError(
-                        f"--output {output}: the exported network differs from the checkpoint by {difference:.1e} in a"
-                        f" probability, and {TOLERANCE:.0e} is allowed; nothing was written"
-                    )
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-    accuracy = f"{correct}/{len(targets)} ({100 * correct / len(targets):.2f} %)"
-    return (
-        f"Exported: {shown(output)}, {output.stat().st_size:,} bytes, {metadata['parameters']} parameters;"
-        f" checked on the test set: accuracy {accuracy}, every digit as the checkpoint's,"
-        f" probabilities within {difference:.0e}"
+def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -> bytes:
+    """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
+    packed = {name: base64.b64encode(gzip.compress(part, mtime=0)).decode() for name, part in (parts or {}).items()}
+    licence = files("onnxruntime").joinpath("LICENSE").read_text() if parts else ""  # npm's package has none
+    page = (
+        Path(__file__)
+        .with_name("page.html")
+        .read_text(encoding="utf-8")
+        .replace("{{parts}}", json.dumps(packed or None))
     )
+    page = page.replace("{{licence}}", html.escape(licence))
+    return page.replace("{{metadata}}", html.escape(json.dumps(metadata, indent=2))).encode()
 
 
-def main(args: Sequence[str]) -> None:
-    """`export` of the command line.
+def export(args: Sequence[str]) -> None:
+    """Run the command with the flags that follow its name.
 
     Raises:
-        UserError: the input cannot be used.
+        UserError: the input cannot be used, or the exported network does not answer as the checkpoint's.
     """
-    parser = OneLineParser(prog="python -m lit_mnist export", description="Write a checkpoint's network to a file.")
-    parser.add_argument("--ckpt_path", required=True, metavar="best|last|PATH", help="the checkpoint")
+    parser = checkpoint_parser("export", "Write a checkpoint's network to a file.")
     parser.add_argument(
         "--output", required=True, type=Path, help="digits.pt2, or with the extra [export] digits.onnx or digits.html"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    parser.add_argument("--data.root", dest="root", default="data", help="folder of the data, for the check (data)")
-    parser.add_argument("--root_dir", type=Path, default=Path(), help="the folder of lightning_logs (this one)")
+    parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set, to check with (data)")
     options = parser.parse_args(args)
     output: Path = options.output
-    if output.suffix not in FORMATS:
-        raise UserError(f"--output {output}: the name must end in {', '.join(FORMATS)}")
-    needed = {".pt2": (), ".onnx": ONNX, ".html": (*ONNX, "selenium")}[output.suffix]
-    if missing := [name for name in needed if find_spec(name) is None]:
+    check_output(output, SUFFIXES, options.overwrite)
+    if output.suffix != ".pt2" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise UserError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
-    if output.suffix == ".html":
-        try:
-            page.check_tools()
-        except UserError as error:
-            raise UserError(f"--output {output}: {error}") from error
-    if output.is_dir():
-        raise UserError(f"--output {output}: that is a folder; name a file")
-    if os.path.lexists(output) and not options.overwrite:
-        raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: no file can be written to {output.absolute().parent}")
-    path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
-    print(f"Checkpoint: {path}", flush=True)
+    path, checkpoint, network = open_network(options)
+    name, images, targets = load_test_set(checkpoint, options.root)
+    expected = classify(network, images)
+    correct = int((expected.argmax(1) == targets).sum())
+    metadata = {
+        "description": f"images uint8 (batch, 1, 28, 28), white on black, to {expected.shape[1]} probabilities each",
+        "data": name,
+        "network": str(checkpoint["hyper_parameters"].get("network", "digitnet")),
+        "layers": str(checkpoint["hyper_parameters"]["layers"]),
+        "parameters": str(sum(p.numel() for p in network.parameters())),
+        "test_accuracy": str(correct / len(targets)),
+        "checkpoint": path.name,
+        "lit_mnist": __version__,
+        "commit": commit() or "unknown",
+    }
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    print(export(checkpoint, output, options.root, path.name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
+        write = to_pt2 if output.suffix == ".pt2" else to_onnx
+        content, answer = write(nn.Sequential(network, nn.Softmax(dim=1)).eval(), metadata)
+    batches = [*images.split(500), *images[:10].split(1)]  # the test set, then single images
+    answers = torch.cat([answer(batch).detach() for batch in batches])
+    expected = torch.cat([expected, expected[:10]])
+    difference = float((answers - expected).abs().max())
+    if not difference <= TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):  # NaN is refused, too
+        raise UserError(
+            f"--output {output}: the exported network differs from the checkpoint's by {difference:.1e} in a"
+            f" probability, and {TOLERANCE:.0e} is allowed; nothing was written"
+        )
+    if output.suffix == ".html":
+        content = fill_page(metadata, fetch_runtime() | {"network": content})
+    with replaced(output) as partial:
+        partial.write_bytes(content)
+    print(
+        f"Exported: {shown(output)}, {len(content):,} bytes, {metadata['parameters']} parameters; checked on the test"
+        f" set: accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), every digit as the checkpoint's,"
+        f" probabilities within {difference:.0e}"
+    )

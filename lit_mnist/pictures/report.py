@@ -1,205 +1,184 @@
-"""predict: a CSV of probabilities, and of a user's own pictures a table and a contact sheet."""
+"""Reads a user's own pictures, asks a network, and shows its answers: a table, a CSV and a contact sheet."""
 
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import BasePredictionWriter
+from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_mnist.data.datamodule import MNISTDataModule
-from lit_mnist.exact.checkpoints import callback_of
-from lit_mnist.exact.console import print_table, shown
-from lit_mnist.exact.ddp import joined
+from lit_mnist.exact.console import print_table, shortened, shown
+from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import Picture, grey_levels, is_deep
+from lit_mnist.pictures.prepare import DEEP, digit, grey_levels
+from lit_mnist.pictures.segment import Box, split
 
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
-BOX = ["box", "x", "y", "width", "height"]
-INK, PAPER, FAINT, ALARM = "#202020", "#ffffff", "#767676", "#b3261e"
+INK, PAPER, FAINT, ALARM, BEHIND = "#202020", "#ffffff", "#767676", "#b3261e", "#b0b0b0"
 
 
-def predict(trainer: Trainer, checkpoint: Path | None, model: LightningModule, data: MNISTDataModule) -> None:
-    """Write the answers for the test set, or for the pictures that the data was given.
+@dataclass
+class Picture:
+    """A file, or one of the digits in it."""
 
-    Raises:
-        ValueError: there is no answer.
-    """
-    trainer.predict(model, datamodule=data, ckpt_path=checkpoint, weights_only=True, return_predictions=False)
-    writer = callback_of(trainer, PredictionWriter)
-    assert writer
-    writer.join()
-    if not trainer.is_global_zero:
-        return
-    if not data.images:
-        writer.write_test_set()
-    elif not writer.write_pictures(data.pictures):
-        raise ValueError("data.images: none of the files shows a digit")
+    file: Path | BinaryIO
+    digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28); None if it sees nothing
+    problem: str = ""  # why it sees nothing
+    number: int = 0  # with several digits in a file, from 1 in reading order
+    box: Box = (0, 0, 0, 0)  # then the digit's, in the file's own pixels
+    probabilities: list[float] = field(default_factory=list)  # of the classes, once a network was asked
 
 
-class PredictionWriter(BasePredictionWriter):
-    """Collects the probabilities of all batches, and writes them when told that they are complete.
+def find(names: Sequence[str]) -> list[Path]:
+    """List files, and of folders the pictures below them; raise UserError for a name without any."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        inside = [file for file in inside if "lightning_logs" not in file.relative_to(path).parts]  # our own sheets
+        files = [path] if path.is_file() else inside if name else []
+        if not files:
+            raise UserError(f"{shortened(name)!r} is neither a file nor a folder with {', '.join(SUFFIXES)} in it")
+        found += files
+    return found
+
+
+def load(file: Path | BinaryIO, several: bool = False) -> list[Picture]:
+    """Read the digits of one file; if it has none, or cannot be read, the one result says why."""
+    try:
+        levels = grey_levels(file)
+        if not several:
+            return [Picture(file, digit(levels))]
+        with Image.open(file) as opened:
+            found = split(levels, max(opened.size))
+        return [Picture(file, seen, "", number, box) for number, (box, seen) in enumerate(found, 1)]
+    except UserError as error:
+        return [Picture(file, problem=str(error))]
+
+
+def report(names: Sequence[str], several: bool, network: nn.Module, output: Path) -> None:
+    """Print and write a network's answers for files and folders of them.
 
     Args:
-        folder: where the files go; what is there under their names is replaced once the new one is complete.
-        name: of the checkpoint, a part of theirs.
+        several: whether there may be several digits in a file.
+        output: the CSV; the contact sheet is the `.png` beside it.
+
+    Raises:
+        UserError: there is no such file or folder, or no file shows a digit; then nothing is written.
     """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        super().__init__(write_interval="batch")
-        self.folder = folder
-        self.name = name
-        self.batches: list[Tensor] = []
-
-    def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        self.batches.append(prediction.cpu())
-
-    def join(self) -> None:
-        """Bring the predictions of all processes together. All must call it; the first then writes."""
-        self.batches = joined(self.batches)
-
-    def write_test_set(self) -> None:
-        """`index,digit,p0,p1,...` for each image of the test set, in its order."""
-        if not self.batches:
-            raise ValueError("trainer.limit_predict_batches leaves no image to predict")
-        probabilities = torch.cat(self.batches)
-        path = self.folder / f"predictions-{self.name}.csv"
-        rows = ([index, int(row.argmax()), *percent(row)] for index, row in enumerate(probabilities))
-        write_csv(path, ["index", "digit", *columns(probabilities)], rows)
-        print(f"Predictions of {len(probabilities)} images: {shown(path)}")
-
-    def write_pictures(self, pictures: Sequence[Picture]) -> int:
-        """A table on the console, `file,digit,confidence,p0,p1,...,problem`, and a contact sheet.
-
-        Where a file has several digits, `box,x,y,width,height` of each, upright, stand after `file`.
-
-        Returns:
-            How many pictures have an answer; with none, no file is written.
-
-        Raises:
-            ValueError: the trainer left pictures out.
-        """
-        answers = iter(torch.cat(self.batches) if self.batches else ())
-        if sum(map(len, self.batches)) < sum(picture.digit is not None for picture in pictures):
-            raise ValueError("trainer.limit_predict_batches and trainer.fast_dev_run leave pictures out; use neither")
-        rows = [(picture, None if picture.digit is None else next(answers)) for picture in pictures]
-        print_answers(rows)
-        answered = sum(answer is not None for _, answer in rows)
-        if not answered:
-            return 0
-        csv_path, sheet_path = (self.folder / f"pictures-{self.name}.{suffix}" for suffix in ("csv", "png"))
-        names = columns(self.batches[0])
-        boxes = BOX if any(picture.number for picture in pictures) else []
-        header = ["file", *boxes, "digit", "confidence", *names, "problem"]
-        write_csv(csv_path, header, (csv_row(row, names, boxes) for row in rows))
-        with replaced(sheet_path) as partial:
-            contact_sheet(rows[:SHEET_LIMIT]).save(partial, format="PNG")
-        beyond = f", the first {SHEET_LIMIT} of them" if len(rows) > SHEET_LIMIT else ""
-        print(f"Probabilities: {shown(csv_path)}\nContact sheet: {shown(sheet_path)}{beyond}")
-        return answered
+    paths = track(find(names), "reading pictures", disable=not sys.stdout.isatty())
+    pictures = [picture for path in paths for picture in load(path, several)]
+    answer(network, pictures)
+    rows = [row(picture) for picture in pictures]
+    print_answers(rows)
+    if not any(picture.probabilities for picture in pictures):
+        raise UserError("none of the files shows a digit")
+    write_csv(output, rows)
+    sheet = output.with_suffix(".png")
+    with replaced(sheet) as partial:
+        contact_sheet(pictures[:SHEET_LIMIT]).save(partial, format="PNG")
+    beyond = f", the first {SHEET_LIMIT} of them" if len(pictures) > SHEET_LIMIT else ""
+    print(f"Probabilities: {shown(output)}\nContact sheet: {shown(sheet)}{beyond}")
 
 
-Row = tuple[Picture, Tensor | None]
+@torch.inference_mode()
+def classify(network: nn.Module, images: Tensor) -> Tensor:
+    """Map raw images, uint8 (N, 1, 28, 28), to probabilities, float (N, C)."""
+    return torch.cat([network(batch).softmax(dim=1) for batch in images.split(500)])  # larger ones wait for memory
 
 
-def columns(probabilities: Tensor) -> list[str]:
-    return [f"p{label}" for label in range(probabilities.shape[1])]
+def answer(network: nn.Module, pictures: Sequence[Picture]) -> None:
+    """Fill in the probabilities of each picture that shows a digit."""
+    digits = [picture.digit for picture in pictures if picture.digit is not None]
+    probabilities = iter(classify(network, torch.stack(digits)).tolist() if digits else ())
+    for picture in pictures:
+        picture.probabilities = [] if picture.digit is None else next(probabilities)
 
 
-def percent(probabilities: Tensor) -> list[str]:
-    return [f"{p:.6f}" for p in probabilities.tolist()]
+def columns(probabilities: Sequence[float]) -> dict[str, Any]:
+    """Return an answer's columns of a CSV: `digit,p0,p1,...`."""
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    return {"digit": best} | {f"p{label}": f"{p:.6f}" for label, p in enumerate(probabilities)}
 
 
-def csv_row(row: Row, names: Sequence[str], boxes: Sequence[str]) -> list[Any]:
-    picture, answer = row
-    if answer is None:
-        return [picture.path, *[""] * (len(boxes) + 2 + len(names)), picture.problem]
-    box = [picture.number, *picture.box] if boxes else []
-    return [picture.path, *box, int(answer.argmax()), f"{float(answer.max()):.6f}", *percent(answer), ""]
+def row(picture: Picture) -> dict[str, Any]:
+    """Return a line of the CSV: `file,digit,confidence,p0,p1,...,problem`, with the box of one of several digits."""
+    line: dict[str, Any] = {"file": picture.file}
+    if picture.number:
+        line |= zip(("box", "x", "y", "width", "height"), (picture.number, *picture.box), strict=True)
+    if p := picture.probabilities:
+        line |= {"digit": "", "confidence": f"{max(p):.6f}"} | columns(p)
+    return line | {"problem": picture.problem}
 
 
-def print_answers(rows: Sequence[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
-    if split := any(picture.number for picture, _ in rows):
-        table.add_column("box", justify="right")
-        table.add_column("x, y, width, height")
-    table.add_column("digit", justify="right")
-    table.add_column("confidence", justify="right")
-    table.add_column("")
-    for picture, answer in rows:
-        box = [str(picture.number), ", ".join(map(str, picture.box))] if split else []
-        if answer is None:
-            table.add_row(str(picture.path), *["-"] * (len(box) + 2), picture.problem)
-        else:
-            table.add_row(str(picture.path), *box, str(int(answer.argmax())), f"{float(answer.max()):.1%}", "")
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of which the longest has all columns."""
+    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, max(rows, key=len))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_answers(rows: Sequence[dict[str, Any]]) -> None:
+    names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
+    table = Table(*names, box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for line in rows:
+        table.add_row(*(str(line.get(name, "-")) for name in names))
     print_table(table)
 
 
-def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Each picture, beside it what the network saw, under them the answer."""
+def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
+    """Draw each picture, beside it what the network saw, and below them the answer."""
     font, small = ImageFont.load_default(20), ImageFont.load_default(12)
     width, height = 2 * CELL + 2 * MARGIN, CELL + 56
-    columns = min(COLUMNS, len(rows))
-    lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * width + MARGIN, lines * height + MARGIN), PAPER)
+    across = min(COLUMNS, len(pictures))
+    sheet = Image.new("RGB", (across * width + MARGIN, -(-len(pictures) // across) * height + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, (picture, answer) in enumerate(rows):
-        left, above = MARGIN + index % columns * width, MARGIN + index // columns * height
-        draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
-        name = picture.path.name if len(picture.path.name) < 34 else f"{picture.path.name[:30]}..."
-        if picture.number:
-            name = f"{picture.number}: {picture.box[:2]}, {name}"
-        draw.text((left, above + CELL + 26), name, fill=FAINT, font=small)
-        if answer is None or picture.digit is None:
-            problem = picture.problem if len(picture.problem) < 36 else f"{picture.problem[:33]}..."
-            draw.text((left, above + CELL + 6), problem, fill=ALARM, font=small)
+    for index, picture in enumerate(pictures):
+        left, above = MARGIN + index % across * width, MARGIN + index // across * height
+        below = above + CELL
+        draw.rectangle((left - 1, above - 1, left + 2 * CELL, below), outline="#d0d0d0")
+        place = f"{picture.number}: {picture.box[:2]}, " if picture.number else ""
+        draw.text((left, below + 26), f"{place}{Path(str(picture.file)).name:.34}", FAINT, small)
+        if picture.digit is None:
+            draw.text((left, below + 6), f"{picture.problem:.36}", ALARM, small)
             continue
         original = thumbnail(picture)
         sheet.paste(original, (left + (CELL - original.width) // 2, above + (CELL - original.height) // 2))
         seen = Image.fromarray(picture.digit[0].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
         sheet.paste(seen, (left + CELL, above))
-        draw.text((left, above + CELL + 2), f"{int(answer.argmax())}", fill=INK, font=font)
-        draw.text((left + 20, above + CELL + 8), f"{float(answer.max()):.1%}", fill=FAINT, font=small)
+        draw.text((left, below + 2), str(columns(picture.probabilities)["digit"]), INK, font)
+        draw.text((left + 20, below + 8), f"{max(picture.probabilities):.1%}", FAINT, small)
     return sheet
 
 
-@lru_cache(maxsize=1)  # a sheet of many digits is one file
-def upright(path: Path) -> Image.Image:
-    with Image.open(path) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if is_deep(picture):
-            picture = Image.fromarray((grey_levels(path) * 255).to(torch.uint8).numpy())
-        return picture.convert("RGBA")
-
-
-def thumbnail(shown: Picture) -> Image.Image:
-    """A picture that was read before, or the part of it that is meant, in its colours, what is transparent on grey."""
-    picture = upright(shown.path)
-    if shown.number:
-        x, y, width, height = shown.box
+def thumbnail(picture: Picture) -> Image.Image:
+    """Reduce a picture, or the part of it that is meant, to a cell; what is transparent is grey."""
+    whole = upright(picture.file)
+    if picture.number:
+        x, y, width, height = picture.box
         margin = max(width, height) // 4
-        picture = picture.crop((x - margin, y - margin, x + width + margin, y + height + margin))
-    scale = min(CELL / side for side in picture.size)
-    size = [max(1, round(side * scale)) for side in picture.size]
-    picture = picture.resize((size[0], size[1]), Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
-    background = Image.new("RGBA", picture.size, "#b0b0b0")
-    return Image.alpha_composite(background, picture).convert("RGB")
+        whole = whole.crop((x - margin, y - margin, x + width + margin, y + height + margin))
+    small = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
+    return Image.alpha_composite(Image.new("RGBA", small.size, BEHIND), small).convert("RGB")
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
-    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+@lru_cache(maxsize=1)  # the digits of a sheet share one file
+def upright(file: Any) -> Image.Image:
+    with Image.open(file) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith(DEEP):
+            picture = Image.fromarray((grey_levels(file) * 255).astype("uint8"))
+        return picture.convert("RGBA")

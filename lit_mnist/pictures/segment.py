@@ -1,86 +1,59 @@
-"""Several digits in one picture: a number, a row of cells, a sheet."""
+"""Finds several digits in one picture: a number, a row of cells, a sheet."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from lit_mnist.pictures.prepare import (
-    FINE_SIZE,
-    Box,
-    Picture,
-    UnusableError,
-    encloses,
-    grey_levels,
-    in_form,
-    ink_of,
-    inked,
-    ones,
-    shrunk,
-    unruled,
-)
+from lit_mnist.exact.errors import UserError
+from lit_mnist.pictures import prepare
+from lit_mnist.pictures.prepare import Pixels
 
-MOST = 400  # parts of a digit's size
+MAX_PARTS = 400  # of a digit's size
+Box = tuple[int, int, int, int]  # x, y, width, height
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
-def load_split(path: Path) -> list[Picture]:
-    """Read one file that shows several digits, with their boxes in its own pixels; one result if there are none."""
-    try:
-        levels = grey_levels(path)
-        with Image.open(path) as opened:
-            scale = max(opened.size) / max(levels.shape)
-        found = enumerate(split(levels), 1)
-        return [Picture(path, digit, "", number, scaled(box, scale)) for number, (box, digit) in found]
-    except UnusableError as error:
-        return [Picture(path, problem=str(error))]
+def split(levels: Pixels, size: int | None = None) -> list[tuple[Box, Tensor]]:
+    """Find the digits of one picture, line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
 
-
-def split(levels: Tensor) -> list[tuple[Box, Tensor]]:
-    """The digits of one picture, float (H, W), line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
-
-    Raises:
-        UnusableError: nothing stands out from the background, or too much.
+    The boxes refer to a picture whose longer side is SIZE, by default that of the levels. Raises UserError if nothing
+    stands out from the background, or too much does.
     """
-    pixels = shrunk(levels.numpy(), FINE_SIZE)
-    ink = unruled(ink_of(pixels))
-    joined = cv2.dilate(inked(ink), ones(*[1 + max(ink.shape) // 500] * 2))
+    pixels = prepare.shrunk(levels, prepare.FINE_SIZE)
+    ink = prepare.unruled(prepare.ink_of(pixels))
+    side = 1 + max(ink.shape) // 500
+    joined = cv2.dilate(prepare.inked(ink), prepare.ones(side, side))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
     heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
     large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
     parts = (1 + np.flatnonzero(large)).tolist()
-    if len(parts) > MOST:
-        raise UnusableError(f"{len(parts)} parts of a digit's size, at most {MOST} are read")
-    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
-    parts = [part for part in parts if not at_border(stats[part], ink.shape)] or parts
+    if len(parts) > MAX_PARTS:
+        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
     if not parts:
-        raise UnusableError("nothing stands out from the background")
-    hollow = {part for part in parts if any(encloses(stats[part], stats[other]) for other in parts)}
-    digits = [part for part in parts if part not in hollow]
+        raise UserError("nothing stands out from the background")
+    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
+    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
+    parts = [part for part in parts if clear[part]] or parts  # of those at the border only if there are no others
+    digits = prepare.without_boxes(stats, parts)
     tallest = max(int(stats[part, 3]) for part in digits)
     height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
     found = united([(bounds(stats[[part]]), [part]) for part in digits], 1.6 * height)
-    scale = max(levels.shape) / max(pixels.shape)
-    read = []
+    scale = (size or max(levels.shape)) / max(pixels.shape)
+    read: list[tuple[Box, Tensor]] = []
     for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
         rows, columns = slice(y, y + down), slice(x, x + across)
         own = np.isin(labels[rows, columns], group)
-        read.append((scaled((x, y, across, down), scale), in_form(ink[rows, columns] * own)))
+        left, top, width, high = (round(side * scale) for side in (x, y, across, down))
+        read.append(((left, top, width, high), prepare.in_form(ink[rows, columns] * own)))
     return read
 
 
-def at_border(part: Any, shape: tuple[int, ...]) -> bool:
-    x, y, width, height, _ = part
-    return bool(min(x, y) <= 1 or x + width >= shape[1] - 1 or y + height >= shape[0] - 1)
-
-
 def united(parts: list[Part], tallest: float) -> list[Part]:
-    """Join the parts that lie one above the other and make no more than a digit: the two strokes of a 5."""
+    """Join the parts that lie one above the other and together are no taller than a digit: the two strokes of a 5."""
     digits: list[Part] = []
     for box, own in parts:
         for other in digits:
@@ -93,20 +66,15 @@ def united(parts: list[Part], tallest: float) -> list[Part]:
     return digits
 
 
-def scaled(box: Box, scale: float) -> Box:
-    x, y, width, height = (round(scale * side) for side in box)
-    return x, y, width, height
-
-
 def bounds(boxes: Any) -> Box:
-    """The box around several."""
+    """Return the box around several."""
     x, y = boxes[:, :2].min(0).tolist()
     right, below = (boxes[:, :2] + boxes[:, 2:4]).max(0).tolist()
     return x, y, right - x, below - y
 
 
 def in_lines(boxes: list[Part]) -> list[Part]:
-    """As one reads: a line is what has its middle at the height of its highest one, each from left to right."""
+    """Sort into reading order: a line has its middles at the height of its highest box, and runs left to right."""
     ordered = []
     while boxes:
         _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)

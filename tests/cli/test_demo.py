@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import re
@@ -9,200 +7,174 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_cli import TINY, only
-from test_report import picture
-from torch.testing import assert_close
+from PIL import Image, ImageDraw
+from test_predict import BEST, fails, picture, write_checkpoint
+from torch import Tensor
 
-from lit_mnist import LitMNIST
-from lit_mnist.__main__ import main
 from lit_mnist.cli import demo
-from lit_mnist.data import datasets
-from lit_mnist.pictures import prepare as images
+from lit_mnist.network import load_network
+from lit_mnist.pictures.prepare import digit, grey_levels
+from lit_mnist.pictures.report import classify
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
-    from selenium.webdriver.remote.webelement import WebElement
-
-# corners of strokes, in shares of the sketchpad's sides
-STROKES = {
-    "1": [(0.5, 0.2), (0.5, 0.8)],
-    "7": [(0.3, 0.22), (0.7, 0.22), (0.45, 0.82)],
-    "3": [
-        *[(0.34, 0.24), (0.5, 0.18), (0.65, 0.26), (0.63, 0.4), (0.48, 0.48)],
-        *[(0.66, 0.57), (0.68, 0.74), (0.52, 0.83), (0.34, 0.78)],
-    ],
-}
 
 
-def test_an_answer_is_that_of_predict(command: Callable[..., int]) -> None:
-    assert command("fit", *TINY) == 0
-    checkpoint = only("lightning_logs/version_0/checkpoints/best-*.ckpt")
-    levels = np.full((320, 320), 255, np.uint8)
-    levels[60:260, 150:170] = 0
-    found = demo.drawn({"composite": levels})
-    assert found
-    assert found.digit is not None
-    Image.fromarray(levels).save("drawing.png")
-    read = images.load(Path("drawing.png")).digit
-    assert read is not None
-    assert torch.equal(found.digit, read)
-    probabilities, seen = demo.answer(found, str(checkpoint))
-    network = LitMNIST.load_from_checkpoint(checkpoint, weights_only=True).network.cpu().eval()
-    with torch.inference_mode():
-        expected = network(read[None]).softmax(1)[0]
-    assert probabilities
-    assert list(probabilities) == list("0123456789")
-    assert_close(torch.tensor(list(probabilities.values())), expected)
-    content = re.search('src="data:image/png;base64,([^"]+)"', seen)
-    assert content
-    with Image.open(io.BytesIO(base64.b64decode(content[1]))) as image:
-        assert np.array_equal(np.asarray(image), read[0].numpy())
-    assert demo.answer(demo.dropped({"path": "drawing.png"}), str(checkpoint)) == (probabilities, seen)
+def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
+    """Draw a line through corners given in shares of the sheet's side, and wait for the answer to it."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
 
-    blank = demo.drawn({"composite": np.full((320, 320), 255, np.uint8)})
-    assert demo.answer(blank, str(checkpoint)) == (None, "nothing stands out from the background")
-    for nothing in (demo.drawn(None), demo.drawn({"composite": None}), demo.dropped(None)):
-        assert demo.answer(nothing, str(checkpoint)) == (None, "")
-    assert demo.named(checkpoint) == "version_0: default, best"
-    assert demo.named(Path("my own.ckpt")) == "my own.ckpt"
-    assert demo.answer(found, "gone<b>.ckpt")[1].startswith("--ckpt_path gone&lt;b&gt;.ckpt: ")
+    sheet = browser.find_element("id", "sheet")
+    WebDriverWait(browser, 60).until(lambda _: not browser.find_element("id", "state").text)
+    pointer = ActionChains(browser, duration=50)
+    for number, place in enumerate(corners):
+        across, down = (round((share - 0.5) * sheet.size["width"]) for share in place)
+        pointer.move_to_element_with_offset(sheet, across, down)
+        if not number:
+            pointer.click_and_hold()
+    pointer.release().perform()
+    WebDriverWait(browser, 60).until(lambda _: bars(browser) and browser.execute_script("return !busy"))
 
 
-def test_examples(tiny_root: Path, tmp_path: Path) -> None:
-    pixels, targets = datasets.load(tiny_root, train=False)
-    checkpoint = {"datamodule_hyper_parameters": {"name": "mnist"}}
-    for path, target in zip(demo.examples(str(tiny_root), checkpoint, tmp_path), range(10), strict=True):
-        with Image.open(path) as image:
-            assert np.array_equal(np.asarray(image), pixels[(targets == target).nonzero()[0, 0], 0].numpy())
-    printed = [images.load(Path(path)).digit for path in demo.examples("nowhere", checkpoint, tmp_path)]
-    assert len({digit.numpy().tobytes() for digit in printed if digit is not None}) == 10
+def bars(browser: Chrome) -> list[float]:
+    """The percentages that a page shows."""
+    return [float(bar.text.removesuffix(" %")) for bar in browser.find_elements("css selector", "#bars b")]
 
 
-def test_told_wrong(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    def told(*flags: str) -> str:
-        assert main(["demo", *flags]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.count("\n") == 1
-        return err
-
-    assert "--ckpt_path last: no run under lightning_logs has a last checkpoint" in told("--ckpt_path", "last")
-    assert "the following arguments are required: --ckpt_path" in told()
-    assert command("fit", *TINY) == 0
-    capsys.readouterr()
-    flags = ["--ckpt_path", "last"]
-    assert "argument --port: invalid int value: 'http'" in told(*flags, "--port", "http")
-    assert "--host 127.0.0.1 --port 70000: cannot listen there (bind(): port" in told(*flags, "--port", "70000")
-    assert "--host no.such.invalid --port 0: cannot listen there (" in told(
-        *flags, "--host", "no.such.invalid", "--port", "0"
-    )
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-        assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use" in told(
-            *flags, "--port", port
-        )
+def pixels(browser: Chrome) -> Tensor:
+    """What a page's network sees, uint8 (1, 1, 28, 28)."""
+    script = "return Array.from(byId('seen').getContext('2d').getImageData(0, 0, 28, 28).data)"
+    levels: list[int] = browser.execute_script(script)
+    return torch.tensor(levels[::4], dtype=torch.uint8).view(1, 1, 28, 28)
 
 
-def test_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert main(["demo", "--ckpt_path", "best"]) == 2
-    assert capsys.readouterr().err == "lit_mnist: error: demo needs gradio: pip install 'lit_mnist[demo]'\n"
+def requests(browser: Chrome) -> set[str]:
+    entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return {each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"}
 
 
 @pytest.fixture
-def server(real_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
-    """A demo of a network that has seen a part of MNIST, which reads plain digits."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """A demo of an untrained network: its process, and where it listens."""
     monkeypatch.chdir(tmp_path)
-    fit = ["fit", "--data.root", str(real_root.resolve()), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    assert main([*fit, "--trainer.limit_train_batches", "150", "--data.val_size", "1000"]) == 0
-    (tmp_path / "left").mkdir()
+    write_checkpoint()
     program = [sys.executable, "-m", "lit_mnist", "demo", "--ckpt_path", "best", "--port", "0"]
-    environment = os.environ | {"TMPDIR": str(tmp_path / "left")}
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     try:
-        yield process
+        assert process.stdout
+        found = (re.match(r"Draw at http://(127\.0\.0\.1):(\d+) ", line) for line in process.stdout)
+        match = next(match for match in found if match)
+        yield process, match[1], int(match[2])
     finally:
         process.kill()
         process.communicate()
 
 
-def test_in_a_browser(browser: Chrome, server: subprocess.Popen[str], tmp_path: Path) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
+def ask(host: str, port: int, body: bytes, **headers: str) -> tuple[int, bytes]:
+    connection = HTTPConnection(host, port, timeout=60)
+    connection.request("POST", "/read", body, headers)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def test_answers_and_refusals(server: tuple[subprocess.Popen[str], str, int], tmp_path: Path) -> None:
+    process, host, port = server
+    before = sorted(tmp_path.rglob("*"))
+    path = picture(tmp_path / "one.png")
+    expected = digit(grey_levels(path))
+    status, answer = ask(host, port, path.read_bytes())
+    found = json.loads(answer)
+    assert (status, found["pixels"], found["problem"]) == (200, expected.flatten().tolist(), "")
+    assert sum(found["probabilities"]) == pytest.approx(1)
+    assert ask("localhost", port, path.read_bytes()) == (status, answer)
+    path.unlink()
+    nothing = {"pixels": [], "probabilities": []}
+    limit = demo.UPLOAD_LIMIT
+    for body, problem in (
+        (b"no picture", "no PNG, JPEG, BMP, GIF, TIFF"),
+        (b"", "no PNG, JPEG, BMP, GIF, TIFF"),
+        (bytes(limit + 1), f"{limit + 1:,} bytes, at most 20,971,520 are read"),
+    ):
+        assert json.loads(ask(host, port, body)[1]) == nothing | {"problem": problem}
+    for name in ("evil.example", f"evil.example:{port}", ""):  # one that somebody lets lead here
+        assert ask(host, port, b"", Host=name) == (403, b"")
+    assert sorted(tmp_path.rglob("*")) == before
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGINT\n")
+    assert process.returncode == 130
+
+
+def drawing(strokes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Ink of random strokes, (256, 256), with smooth edges."""
+    sheet = Image.new("L", (1024, 1024))
+    corners = [(float(x), float(y)) for x, y in np.random.default_rng(strokes).uniform(150, 850, (strokes + 1, 2))]
+    ImageDraw.Draw(sheet).line(corners, 255, 80, joint="curve")
+    return np.array(sheet.resize((256, 256), Image.Resampling.BOX))
+
+
+def test_in_a_browser(browser: Chrome, server: tuple[subprocess.Popen[str], str, int], tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    assert server.stdout
-    assert server.stderr
-    address = next(
-        match[1] for line in server.stdout if (match := re.match(r"Draw at (http://127\.0\.0\.1:\d+) ", line))
-    )
+    process, host, port = server
+    address = f"http://{host}:{port}/"
     browser.get(address)
+    sheet, state = browser.find_element("id", "sheet"), browser.find_element("id", "state")
+    for strokes in range(1, 9):  # what an exported page does by itself
+        ink = drawing(strokes)
+        prepared = browser.execute_script("return Array.from(prepare(arguments[0]))", ink.flatten().tolist())
+        difference = np.abs(np.array(prepared).reshape(1, 28, 28) - digit(1 - ink / np.float32(255)).int().numpy())
+        assert difference.max() <= 3
+        assert difference.mean() < 0.2
+    draw(browser, [(0.3, 0.2), (0.7, 0.2), (0.45, 0.8)])
+    ink = browser.execute_script("return Array.from(pen.getImageData(0, 0, 256, 256).data)")
+    levels = 1 - np.array(ink, np.float32).reshape(256, 256, 4)[:, :, 3] / 255
+    assert (pixels(browser)[0].int() - digit(levels).int()).abs().max() <= 2
+    network = load_network(torch.load(BEST))
+    probabilities = classify(network, pixels(browser))[0]
+    assert bars(browser) == pytest.approx((100 * probabilities).tolist(), abs=0.06)
+    assert browser.find_element("id", "digit").text == str(int(probabilities.argmax()))
+    browser.find_element("id", "clear").click()
+    WebDriverWait(browser, 60).until(lambda _: not bars(browser))
 
-    def visible(selector: str) -> WebElement:
-        def find(_: Chrome) -> WebElement | None:
-            return next(
-                (each for each in browser.find_elements(By.CSS_SELECTOR, selector) if each.is_displayed()), None
-            )
+    choose = browser.find_element("id", "file")
+    choose.send_keys(str(picture(tmp_path / "one.png")))
+    WebDriverWait(browser, 60).until(lambda _: bars(browser))
+    assert torch.equal(pixels(browser)[0], digit(grey_levels(tmp_path / "one.png")))
+    assert "blob:" in sheet.value_of_css_property("background-image")
+    (tmp_path / "letter.png").write_bytes(b"no picture")
+    choose.send_keys(str(tmp_path / "letter.png"))
+    WebDriverWait(browser, 60).until(lambda _: state.text == "no PNG, JPEG, BMP, GIF, TIFF")
+    allowed = (address, f"blob:{address}", "data:", "chrome:")
+    assert not [url for url in requests(browser) if not url.startswith(allowed)]
 
-        found = WebDriverWait(browser, 60).until(find, selector)
-        assert found
-        return found
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE["width"]
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGTERM\n")
+    assert process.returncode == 143
 
-    def shows(selector: str, text: str) -> None:
-        WebDriverWait(browser, 60).until(lambda _: visible(selector).text == text, f"{selector}: {text}")
 
-    for digit, corners in STROKES.items():
-        visible("#sketch [aria-label='Brush Size']")  # the pen is taken
-        canvas = visible("#sketch canvas")
-        pointer = ActionChains(browser, duration=50)
-        for index, (across, down) in enumerate(corners):
-            side = demo.SIDE
-            pointer.move_to_element_with_offset(canvas, round((across - 0.5) * side), round((down - 0.5) * side))
-            if index == 0:
-                pointer.click_and_hold()
-        pointer.release().perform()
-        shows("[data-testid='label-output-value']", digit)
-        assert len(browser.find_elements(By.CSS_SELECTOR, "[data-testid$='-confidence-set']")) == 10
-        visible("#seen img")
-        visible("#sketch [aria-label='Clear canvas']").click()
-        WebDriverWait(browser, 60).until_not(lambda _: browser.find_elements(By.CSS_SELECTOR, "#seen img"))
+PHONE = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
 
-    # an example and a file of one's own, and files that are refused
-    label = "[data-testid='label-output-value']"
-    browser.find_elements(By.CSS_SELECTOR, "img[src$='/4.png']")[0].click()
-    shows(label, "4")
-    assert visible("#photograph img").get_attribute("src")
-    visible("#photograph [aria-label='Remove Image']").click()
 
-    def drop(path: Path) -> None:
-        browser.find_element(By.CSS_SELECTOR, "#photograph input[type=file]").send_keys(str(path))
-
-    drop(picture(tmp_path / "one.png"))
-    shows(label, "1")
-    visible("#photograph [aria-label='Remove Image']").click()
-    Image.new("L", (10_000, 6_000), 255).save(tmp_path / "wide.png")
-    drop(tmp_path / "wide.png")
-    shows("#seen .prose", "10000x6000 pixels, at most 50,000,000 are read")
-    visible("#photograph [aria-label='Remove Image']").click()
-    (tmp_path / "heavy.png").write_bytes(bytes(demo.PHOTOGRAPH_LIMIT + 1))
-    drop(tmp_path / "heavy.png")
-    assert 'exceed the maximum allowed size of 20.0 Mb: "heavy.png"' in visible(".toast-body").text
-
-    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    addresses = {each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"}
-    assert len(addresses) > 20
-    assert not [each for each in addresses if not each.startswith((address, "data:", f"blob:{address}", "chrome:"))]
-
-    assert len(list((tmp_path / "left").glob("lit_mnist-*/*"))) > 10
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(60) == 143
-    assert server.stderr.read() == "lit_mnist: stopped by SIGTERM\n"
-    assert list((tmp_path / "left").iterdir()) == []
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no run under lightning_logs has a last checkpoint" in fails(capsys, "demo", "--ckpt_path", "last")
+    write_checkpoint()
+    flags = ["demo", "--ckpt_path", "best"]
+    assert "argument --port: invalid int value: 'http'" in fails(capsys, *flags, "--port", "http")
+    assert "--host 127.0.0.1 --port 70000: cannot listen there" in fails(capsys, *flags, "--port", "70000")
+    unknown = ["--host", "no.such.invalid", "--port", "0"]
+    assert "--host no.such.invalid --port 0: cannot listen there" in fails(capsys, *flags, *unknown)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address" in fails(capsys, *flags, "--port", port)

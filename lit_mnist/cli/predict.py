@@ -1,0 +1,91 @@
+"""predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_mnist.cli.console import OneLineParser
+from lit_mnist.data import datasets
+from lit_mnist.exact.console import shown
+from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.reader import find_and_read
+from lit_mnist.exact.runs import run_folder
+from lit_mnist.network import load_network
+from lit_mnist.pictures import report
+
+
+def checkpoint_parser(command: str, description: str) -> OneLineParser:
+    """Make a parser with the flags of all commands that read a checkpoint's network."""
+    parser = OneLineParser(prog=f"python -m lit_mnist {command}", description=description)
+    parser.add_argument("--ckpt_path", required=True, metavar="best|last|PATH", help="the checkpoint")
+    parser.add_argument("--root_dir", type=Path, default=Path(), help="folder of lightning_logs (the current one)")
+    return parser
+
+
+def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
+    """Load the network of `--ckpt_path`, in eval mode, and return it after the checkpoint's path and content."""
+    try:
+        path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
+    except UserError as error:
+        raise UserError(f"--ckpt_path {error}") from error
+    try:
+        network = load_network(checkpoint)
+    except UserError as error:
+        raise UserError(f"--ckpt_path {path}: {error}") from error
+    print(f"Checkpoint: {path}", flush=True)
+    return path, checkpoint, network
+
+
+def load_test_set(checkpoint: dict[str, Any], root: str) -> tuple[str, Tensor, Tensor]:
+    """Load the test set of the data that a checkpoint was trained on: its name, images and targets."""
+    name = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
+    if name not in datasets.SETS:
+        raise UserError(f"--ckpt_path: the checkpoint's data.name is {name}, allowed are {', '.join(datasets.SETS)}")
+    datasets.prepare(root, name=name)
+    return name, *datasets.load(root, train=False, name=name)
+
+
+def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Refuse a file that cannot be written before any work is done for it."""
+    if output.suffix not in suffixes:
+        raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
+    if os.path.lexists(output) and not overwrite:
+        raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(f"--output {output}: no file can be written to {output.absolute().parent}")
+
+
+def predict(args: Sequence[str]) -> None:
+    """Run the command with the flags that follow its name.
+
+    Raises:
+        UserError: the input cannot be used, or no picture shows a digit.
+    """
+    parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
+    parser.add_argument("pictures", nargs="*", help="files and folders, one digit in each; none for the test set")
+    parser.add_argument("--split", action="store_true", help="the pictures may show several digits each")
+    parser.add_argument("--output", type=Path, help="answers.csv, with answers.png beside it (in the run's folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of --output if they exist")
+    parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set (data)")
+    options = parser.parse_intermixed_args(args)
+    if options.split and not options.pictures:
+        raise UserError("--split needs pictures")
+    if options.output:
+        check_output(options.output, [".csv"], options.overwrite)
+        if options.pictures:
+            check_output(options.output.with_suffix(".png"), [".png"], options.overwrite)
+    path, checkpoint, network = open_network(options)
+    kind = "pictures" if options.pictures else "predictions"
+    output = options.output or (run_folder(path) or path.parent) / f"{kind}-{path.stem}.csv"
+    if options.pictures:
+        report.report(options.pictures, options.split, network, output)
+    else:
+        _, images, _ = load_test_set(checkpoint, options.root)
+        answers = report.classify(network, images).tolist()
+        report.write_csv(output, [{"index": index} | report.columns(p) for index, p in enumerate(answers)])
+        print(f"Predictions of {len(images)} images: {shown(output)}")

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import TINY, only
+from torch import nn
+
+from lit_mnist import DigitNet, LitMNIST
+from lit_mnist.__main__ import main
+from lit_mnist.data import datasets
+
+BEST = "lightning_logs/version_0/checkpoints/best-epoch=00-accuracy=0.1000.ckpt"
+
+
+def write_checkpoint() -> nn.Module:
+    """Write what Lightning would of an untrained network as BEST, and return it."""
+    torch.manual_seed(0)
+    network = DigitNet("4x5/2 8/2", activation="silu").eval()
+    checkpoint = {
+        "state_dict": {f"network.{name}": weights for name, weights in network.state_dict().items()},
+        "hyper_parameters": {"layers": "4x5/2 8/2", "activation": "silu", "classes": 10},
+        "datamodule_hyper_parameters": {"name": "mnist"},
+        "epoch": 0,
+        "global_step": 1,
+        "pytorch-lightning_version": "2.6.6",
+    }
+    Path(BEST).parent.mkdir(parents=True)
+    torch.save(checkpoint, BEST)
+    return network.to(memory_format=torch.channels_last)
+
+
+def picture(path: Path, colour: int = 0, places: tuple[int, ...] = (40,), width: int = 90) -> Path:
+    """Thick strokes on paper of another grey."""
+    image = Image.new("L", (width, 90), 255 - colour)
+    for left in places:
+        image.paste(colour, (left, 10, left + 8, 70))
+    path.parent.mkdir(exist_ok=True)
+    image.save(path)
+    return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that must end with status 2 and one line on stderr, and return that line."""
+    capsys.readouterr()
+    assert main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_test_set(command: Callable[..., int], tiny_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The probabilities are those of the LightningModule that was trained."""
+    assert command("fit", *TINY) == 0
+    assert command("predict", "--ckpt_path", "best") == 0
+    checkpoint = only("lightning_logs/version_0/checkpoints/best-*.ckpt")
+    rows = read(only("lightning_logs/version_0/predictions-best-*.csv"))
+    module = LitMNIST.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+    with torch.inference_mode():
+        expected = module.predict_step(datasets.load(tiny_root, train=False), 0)
+    assert [row["index"] for row in rows] == [str(index) for index in range(100)]
+    assert [int(row["digit"]) for row in rows] == expected.argmax(1).tolist()
+    found = torch.tensor([[float(row[f"p{label}"]) for label in range(10)] for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+    assert command("predict", "--ckpt_path", "best", "--output", "answers.csv") == 0
+    assert read(Path("answers.csv")) == rows
+    Path("answers.csv").write_text("mine")
+    flags = ["predict", "--data.root", str(tiny_root), "--ckpt_path", "best", "--output", "answers.csv"]
+    assert "--output answers.csv: that file exists; --overwrite replaces it" in fails(capsys, *flags)
+    assert Path("answers.csv").read_text() == "mine"
+    assert main([*flags, "--overwrite"]) == 0
+    assert read(Path("answers.csv")) == rows
+
+
+def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files and folders, flags before, between and after them; names of any bytes, pictures of 16 bits."""
+    monkeypatch.chdir(tmp_path)
+    network = write_checkpoint()
+    odd = picture(Path(os.fsdecode(b"odd\xff[bold],\n.png")))
+    inside = picture(Path("folder/white.gif"), 255)
+    levels = np.full((90, 90), 60_000, np.uint16)
+    levels[10:70, 40:48] = 300
+    Image.fromarray(levels.astype(">u2")).save("folder/deep.tif")
+    (broken := Path("folder/broken.jpg")).write_bytes(b"no picture")
+    assert main(["predict", str(odd), "--ckpt_path", "best", "folder"]) == 0
+    out = capsys.readouterr().out
+    run = Path("lightning_logs/version_0")
+    rows = read(run / f"pictures-{Path(BEST).stem}.csv")
+    assert [row["file"] for row in rows] == [str(odd), str(broken), "folder/deep.tif", str(inside)]
+    assert rows[1]["problem"].startswith("no PNG")
+    assert rows[1]["digit"] == rows[1]["confidence"] == rows[1]["p0"] == ""
+    for row in (rows[0], *rows[2:]):
+        probabilities = [float(row[f"p{digit}"]) for digit in range(10)]
+        assert float(row["confidence"]) == max(probabilities) == probabilities[int(row["digit"])]
+        assert row["p3"] == rows[0]["p3"]  # the same digit to the network
+    assert ["folder/white.gif", rows[3]["digit"], rows[3]["confidence"]] in [line.split() for line in out.splitlines()]
+    with Image.open(run / f"pictures-{Path(BEST).stem}.png") as sheet:
+        seen = np.asarray(sheet.convert("L"))[12 + 2 : 12 + 112 : 4, 12 + 112 + 2 : 12 + 224 : 4]  # each pixel is 4x4
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(seen.copy())[None, None]).softmax(1)[0]
+    assert [float(rows[0][f"p{label}"]) for label in range(10)] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        *sorted(p.name for p in run.glob("pictures-*")),
+    ]
+
+    before = {path: path.read_bytes() for path in run.glob("pictures-*")}
+    assert "none of the files shows a digit" in fails(capsys, "predict", "--ckpt_path", "best", str(broken))
+    assert {path: path.read_bytes() for path in run.glob("pictures-*")} == before
+
+
+def test_several_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each digit of a picture gets a row with its box; a picture without one, a row that says so."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint()
+    picture(Path("number.png"), 0, (40, 140, 240), 300)
+    picture(Path("blank.png"), places=())
+    assert main(["predict", "number.png", "blank.png", "--split", "--ckpt_path", BEST, "--output", "a.csv"]) == 0
+    rows = read(Path("a.csv"))
+    assert [tuple(row[key] for key in ("file", "box", "x", "y", "width", "height", "problem")) for row in rows] == [
+        *(("number.png", str(number), str(x), "10", "8", "60", "") for number, x in ((1, 40), (2, 140), (3, 240))),
+        ("blank.png", "", "", "", "", "", "nothing stands out from the background"),
+    ]
+    assert len({row["p3"] for row in rows[:3]}) == 1
+    assert Path("a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["no/where.png"], "'no/where.png' is neither a file nor a folder with .bmp"),
+        ([""], "'' is neither a file nor a folder"),
+        (["--split"], "--split needs pictures"),
+        (["--output", "answers.txt"], "--output answers.txt: the name must end in .csv"),
+        (["--output", "no/answers.csv"], "--output no/answers.csv: no file can be written to "),
+        (["one.png", "--output", "mine.csv"], "--output mine.png: that file exists; --overwrite replaces it"),
+        (["--data.images", "one.png"], "unrecognized arguments: --data.images"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint()
+    picture(Path("one.png"))
+    picture(Path("mine.png"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert problem in fails(capsys, "predict", "--ckpt_path", "best", *flags)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "values", "problem"),
+    [
+        ("hyper_parameters", {"layers": "8/2"}, "weights do not fit the network that it names"),
+        ("hyper_parameters", {"layers": "4x4"}, "settings make no network (ValueError: model.layers must be words"),
+        ("hyper_parameters", {"layers": 7}, "settings make no network (AttributeError: "),
+        ("hyper_parameters", {}, "settings make no network (KeyError: "),
+        (
+            "hyper_parameters",
+            {"layers": "4x5/2 8/2", "network": ["digitnet"]},
+            "settings make no network (TypeError",
+        ),
+        ("state_dict", {"network.head.bias": "zero"}, "weights do not fit the network that it names"),
+    ],
+)
+def test_a_checkpoint_without_a_network(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    entry: str,
+    values: object,
+    problem: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint()
+    torch.save(torch.load(BEST) | {entry: values}, BEST)
+    for name in ("predict", "demo"):
+        assert f"--ckpt_path {BEST}: the checkpoint's {problem}" in fails(capsys, name, "--ckpt_path", "best")
+
+
+def test_no_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint()
+    picture(Path("one.png"))
+    program = """
+import sys
+from lit_mnist.__main__ import main
+assert main(["predict", "one.png", "--ckpt_path", "best"]) == 0
+import lit_mnist.cli.demo
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "pandas"}, sorted(loaded)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
