@@ -88,26 +88,28 @@ def call_command(args: list[str]) -> int:
         from lit_mnist.cli.runs import runs
 
         runs(args[1:])
+    elif command in ("predict", "export", "demo"):  # these need a network, and never import Lightning
+        call_function(f"cli.{command}", args)
     elif command in COMMANDS:
         from lit_mnist.cli.cli import MNISTCLI, translate_errors
 
         with translate_errors():
-            if command in ("fit", "validate", "test"):
-                MNISTCLI(args)
+            if command == "sweep":
+                call_function("sweep.sweep", args)
             else:
-                call_function(command, args[1:])
+                MNISTCLI(args)
     else:
         raise UserError(f"unknown command {shortened(repr(command))}, allowed are {', '.join(COMMANDS)}")
     return 0 if args else BAD_INPUT
 
 
-def call_function(command: str, args: list[str]) -> None:
-    room = "sweep" if command == "sweep" else "cli"
+def call_function(module: str, args: list[str]) -> None:
+    """Call the function of a command's name in its file, which may need packages of an extra."""
     try:
-        module = import_module(f"lit_mnist.{room}.{command}")
+        function = getattr(import_module(f"lit_mnist.{module}"), args[0])
     except ModuleNotFoundError as error:
-        raise UserError(f"{command} needs {error.name}: pip install 'lit_mnist[{command}]'") from error
-    getattr(module, command)(args)
+        raise UserError(f"{args[0]} needs {error.name}: pip install 'lit_mnist[{args[0]}]'") from error
+    function(args[1:])
 
 
 if __name__ == "__main__":
