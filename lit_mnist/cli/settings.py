@@ -16,10 +16,10 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_mnist.cli.console import one_line
 from lit_mnist.exact import runs
-from lit_mnist.exact.checkpoint_io import find_and_read
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import shortened, shown
 from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.reader import check_resumable, find_and_read
 from lit_mnist.exact.run import is_newest
 
 DEFAULT_SEED = 1
@@ -150,8 +150,10 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     """
     try:
         settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs)
+        if settings.command == "fit":
+            check_resumable(path, loaded)
     except UserError as error:
-        raise UserError(f"--ckpt_path {str(error).removeprefix('--ckpt_path ')}") from error
+        raise UserError(f"--ckpt_path {error}") from error
     settings.lines.append(f"Checkpoint: {path}")
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
@@ -160,8 +162,6 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         hparams.pop(key, None)
     if settings.command != "fit":
         return hparams, hparams
-    if not {"loops", "optimizer_states", "callbacks"} <= loaded.keys():
-        raise UserError(f"--ckpt_path {path}: it holds weights alone, no state to resume")
     if not settings.continues:
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
     run = runs.run_folder(path)

@@ -24,12 +24,11 @@ from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
 from lit_mnist.exact.progress import EpochLines
+from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.run import Run
 from lit_mnist.exact.runs import run_folder, section
 
-# what is restored to score a checkpoint: not the states of callbacks and loops
-SCORED = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
@@ -57,7 +56,7 @@ def make_run(settings: Settings) -> Run:
     checkpoint, loaded = settings.checkpoint, settings.loaded
     if settings.command != "fit":
         folder = run_folder(checkpoint) if checkpoint else None
-        return Run(folder, checkpoint, {key: loaded[key] for key in SCORED}, folder)
+        return Run(folder, checkpoint, {key: loaded[key] for key in ENTRIES}, folder)
     if settings.own["trainer.fast_dev_run"]:
         return Run(None, checkpoint, loaded)
     if checkpoint and settings.continues:
