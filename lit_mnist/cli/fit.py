@@ -38,11 +38,7 @@ def fit(trainer: Trainer, run: Run, model: LightningModule, data: Any) -> None:
 
 
 def print_summary(trainer: Trainer, run: Run, folder: Path, place: str) -> None:
-    """Print the run's result and the commands for what comes next.
-
-    Args:
-        place: the flag for the data's folder, which a checkpoint does not store.
-    """
+    """Print the run's result and the commands for what comes next; `place` is the flag for the data's folder."""
     keeper, progress, best = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress), best_of(trainer)
     assert progress
     last, times = (keeper.last_path if keeper else None) or run.checkpoint, progress.state_dict()

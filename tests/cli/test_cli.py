@@ -230,7 +230,7 @@ def test_precision_auto_is_what_the_processor_has_and_stays_the_runs(
         (["--ckpt_path", "last"], ["--ckpt_path", "last", "lightning_logs"]),
         (["--ckpt_path", "typo.yaml"], ["--ckpt_path", "typo.yaml"]),
         (["--ckpt_path", "n" * 300], ["--ckpt_path", "nnn"]),
-        (["--trainer.default_root_dir", "typo.yaml"], ["trainer.default_root_dir", "typo.yaml"]),
+        (["--trainer.default_root_dir", "typo.yaml"], ["typo.yaml", "Not a directory"]),
         (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
         (["--data.root", "~nobody-here/x"], ["data.root", "~nobody-here/x"]),
         (["--processes.timeout", "0"], ["processes.timeout", "0"]),
