@@ -19,11 +19,11 @@ from lit_mnist.cli.console import one_line, quiet, resume_command
 from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
 from lit_mnist.cli.trainer import AutoTrainer, check_trainer, make_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
-from lit_mnist.exact.checkpoints import BestSettings, LastCheckpoint, SaveSettings, callback_of
+from lit_mnist.exact.checkpoint_io import translate_restoring
+from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of
 from lit_mnist.exact.ddp import environment_kept, launched, lost
 from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
 from lit_mnist.exact.run import Run
-from lit_mnist.exact.state import not_restorable, restoring
 from lit_mnist.module import LitMNIST
 
 DEFAULT_EPOCHS = 4
@@ -138,7 +138,7 @@ class MNISTCLI(LightningCLI):
 
     def _score(self, name: str, model: LightningModule, data: LightningDataModule) -> None:
         path = self.settings.checkpoint
-        with translate_failures(self):
+        with translate_failures(self), translate_restoring(path):
             score = getattr(self.trainer, name)
             scores = score(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
@@ -158,11 +158,9 @@ def translate_failures(cli: MNISTCLI) -> Iterator[None]:
         if reason := lost(error):
             if not torch.distributed.is_initialized():
                 raise ProcessLost(f"the processes could not be joined: {reason}") from error
-            last = callback_of(cli.trainer, LastCheckpoint)
-            resume = resume_command(last.path if last else None)
+            keeper = callback_of(cli.trainer, CheckpointKeeper)
+            resume = resume_command(keeper.last_path if keeper else None)
             raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error
-        if cli.settings.checkpoint and restoring(error):
-            raise not_restorable(cli.settings.checkpoint, error) from error
         cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
         module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
         says = isinstance(error, (RuntimeError, ImportError)) and module.startswith("pytorch_lightning.")

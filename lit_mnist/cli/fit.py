@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 
 from lit_mnist.exact.assembly import hold
-from lit_mnist.exact.checkpoints import LastCheckpoint, callback_of
+from lit_mnist.exact.checkpoints import CheckpointKeeper, callback_of
 from lit_mnist.exact.console import PROGRAM, shown
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import RunLogger
@@ -38,14 +38,10 @@ def fit(trainer: Trainer, run: Run, model: LightningModule, data: Any) -> None:
 
 
 def print_summary(trainer: Trainer, run: Run, folder: Path, place: str) -> None:
-    """Print the run's result and the commands for what comes next.
-
-    Args:
-        place: the flag for the data's folder, which a checkpoint does not store.
-    """
-    keeper, progress, best = callback_of(trainer, LastCheckpoint), callback_of(trainer, Progress), best_of(trainer)
+    """Print the run's result and the commands for what comes next; `place` is the flag for the data's folder."""
+    keeper, progress, best = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress), best_of(trainer)
     assert progress
-    last, times = (keeper.path if keeper else None) or run.checkpoint, progress.state_dict()
+    last, times = (keeper.last_path if keeper else None) or run.checkpoint, progress.state_dict()
     seconds = times["train_seconds"] + times["validation_seconds"]
     minutes = f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
     score = words({name: value for name, value in (best or {}).items() if name != "checkpoint"})

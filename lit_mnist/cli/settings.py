@@ -16,10 +16,10 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_mnist.cli.console import one_line
 from lit_mnist.exact import runs
-from lit_mnist.exact.checkpoint_io import find_and_read
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import shortened, shown
 from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.reader import check_resumable, find_and_read
 from lit_mnist.exact.run import is_newest
 
 DEFAULT_SEED = 1
@@ -51,6 +51,7 @@ class Parser(LightningArgumentParser):
 class Settings:
     """The settings of a command, and the checkpoint it begins with."""
 
+    command: str
     args: list[str]  # as typed, the command first
     parser: LightningArgumentParser  # the command's part of it
     config: Any  # as parsed, the command's under its name
@@ -61,10 +62,7 @@ class Settings:
     loaded: dict[str, Any] = field(default_factory=dict)  # its content
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
     unchanged: bool = True  # whether they do not
-
-    @property
-    def command(self) -> str:
-        return self.args[0]
+    continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
     def own(self) -> Any:
@@ -76,35 +74,28 @@ class Settings:
         root = self.own["trainer.default_root_dir"] or "."
         return runs.expanded(root, "trainer.default_root_dir") / "lightning_logs"
 
-    @property
-    def continues(self) -> bool:
-        """Whether the checkpoint's run is resumed in its own folder."""
-        return self.checkpoint is not None and is_newest(self.checkpoint)
-
 
 def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: list[str]) -> Settings:
     """Parse a command line; the settings of a checkpoint's run are a configuration file before the user's own.
 
-    Args:
-        own: the command's part of the parser.
-
     Raises:
-        UserError: the command line or the checkpoint cannot be used.
+        UserError: the command line or the checkpoint cannot be used; `own` is the command's part of the parser.
     """
     configs = configs_of(args)
     recipe = "+".join(Path(config).stem for config in configs) or "default"
-    settings = Settings(args, own, parse_args(parser, args, configs), recipe)
+    settings = Settings(args[0], args, own, parse_args(parser, args, configs), recipe)
     before: dict[str, Any] = {}
     if wanted := settings.own["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
-        text = yaml.safe_dump({key: value for key, value in base.items() if key in own.get_defaults()})
+        names = {*own.get_defaults().keys()}
+        text = yaml.safe_dump({key: value for key, value in base.items() if key in names})
         files = ["the checkpoint's run", *configs]
         settings.config = parse_args(parser, [settings.command, "--config", text, *args[1:]], files)
     elif settings.command != "fit":
         raise UserError(f"{settings.command} needs --ckpt_path best, last or the path of a checkpoint")
     if settings.own["trainer.precision"] == "auto":
         chosen, reason = quickest_precision(settings.own["trainer.accelerator"])
-        if "trainer.precision" in before:
+        if before.get("trainer.precision", "auto") != "auto":
             chosen, reason = before["trainer.precision"], "the run has it"
         settings.own["trainer.precision"] = chosen
         settings.lines.append(f"Precision: {chosen}, as {reason}")
@@ -136,22 +127,18 @@ def configs_of(args: list[str]) -> list[str]:
 
 
 def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the checkpoint that `--ckpt_path` means.
+    """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from.
 
-    A fit takes the settings in the run's config.yaml. Of a checkpoint that is scored, or whose run is not there, it is
-    the hyperparameters of module and data. A config.yaml may name classes; a checkpoint, which may be somebody else's,
-    never does.
-
-    Returns:
-        The settings that its run had, and those to begin from, by dotted key.
-
-    Raises:
-        UserError: the checkpoint or its run's config.yaml cannot be used.
+    A fit takes the run's config.yaml; without one, and to score a checkpoint, it is the checkpoint's hyperparameters.
+    config.yaml may name classes; a checkpoint, which may be somebody else's, never does.
     """
     try:
         settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs)
+        if settings.command == "fit":
+            check_resumable(path, loaded)
     except UserError as error:
-        raise UserError(f"--ckpt_path {str(error).removeprefix('--ckpt_path ')}") from error
+        raise UserError(f"--ckpt_path {error}") from error
+    settings.continues = is_newest(path)
     settings.lines.append(f"Checkpoint: {path}")
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
@@ -160,19 +147,17 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         hparams.pop(key, None)
     if settings.command != "fit":
         return hparams, hparams
-    if not {"loops", "optimizer_states", "callbacks"} <= loaded.keys():
-        raise UserError(f"--ckpt_path {path}: it holds weights alone, no state to resume")
     if not settings.continues:
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
-    run = runs.run_folder(path)
-    if not (run and (run / "config.yaml").is_file()):
+    file = (runs.run_folder(path) or Path()) / "config.yaml"
+    if not (runs.run_folder(path) and file.is_file()):
         settings.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
         return hparams, hparams
-    settings.lines.append(f"Settings: {shown(run / 'config.yaml')}")
+    settings.lines.append(f"Settings: {shown(file)}")
     try:
-        config = flat(yaml.safe_load((run / "config.yaml").read_text()))
+        config = flat(yaml.safe_load(file.read_text()))
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{run / 'config.yaml'}: the run's settings cannot be read ({one_line(error)})") from error
+        raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
     config = {key: value for key, value in config.items() if key not in MACHINE}
     before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
@@ -216,11 +201,7 @@ def quickest_precision(accelerator: Any) -> tuple[str, str]:
 
 
 def check_trainer(now: Mapping[str, Any]) -> None:
-    """Check the trainer's settings that Lightning 2.6 divides by, or trains for ever with.
-
-    Raises:
-        UserError: one is out of its range.
-    """
+    """Refuse settings of the trainer that Lightning 2.6 divides by, or trains for ever with."""
     for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
         value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
         if value is not None and (isinstance(value, (str, dict)) or value <= 0):
@@ -231,11 +212,7 @@ def check_trainer(now: Mapping[str, Any]) -> None:
 
 
 def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
-    """Check what a command cannot change about a checkpoint's run.
-
-    Raises:
-        UserError: a setting differs that must not.
-    """
+    """Refuse settings that would make another run of a checkpoint's."""
     now, command = settings.plain, settings.command
     reasons = {key: reason for key, (commands, reason) in FIXED.items() if command in commands}
     if command == "fit":

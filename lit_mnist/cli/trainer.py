@@ -24,12 +24,11 @@ from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
 from lit_mnist.exact.progress import EpochLines
+from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.run import Run
 from lit_mnist.exact.runs import run_folder, section
 
-# what is restored to score a checkpoint: not the states of callbacks and loops
-SCORED = ("state_dict", "hyper_parameters", "epoch", "global_step", "pytorch-lightning_version")
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
@@ -57,16 +56,13 @@ def make_run(settings: Settings) -> Run:
     checkpoint, loaded = settings.checkpoint, settings.loaded
     if settings.command != "fit":
         folder = run_folder(checkpoint) if checkpoint else None
-        return Run(folder, checkpoint, {key: loaded[key] for key in SCORED}, folder)
+        return Run(folder, checkpoint, {key: loaded[key] for key in ENTRIES}, folder)
     if settings.own["trainer.fast_dev_run"]:
         return Run(None, checkpoint, loaded)
     if checkpoint and settings.continues:
         run = Run.resumed(checkpoint, loaded, settings.unchanged)
     else:
-        try:
-            run = Run.new(settings.runs, checkpoint, loaded)
-        except UserError as error:
-            raise UserError(f"trainer.default_root_dir: {error}") from error
+        run = Run.new(settings.runs, checkpoint, loaded)
     for number, logger in enumerate(as_list(settings.own["trainer.logger"])):
         if hasattr(logger, "init_args"):
             place_logger(run, logger, number, settings.runs)
@@ -79,12 +75,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Callback]) -> dict[str, Any]:
-    """Return the arguments of a command's Trainer.
-
-    Args:
-        made: the settings with their classes instantiated.
-        watch: callbacks before the user's own.
-    """
+    """Return the arguments of a command's Trainer; `made` are the settings with their classes instantiated."""
     trainer, command = made["trainer"], settings.command
     StrategyRegistry.register(
         "ddp",  # which Lightning chooses for more than one process
@@ -166,11 +157,7 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
 
 
 def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:
-    """Check that the Trainer has the processes that were started, and parts that can be resumed exactly.
-
-    Raises:
-        UserError: it has others.
-    """
+    """Refuse other processes than those that were started, and parts that cannot be resumed exactly."""
     wanted, (processes, machines) = trainer.world_size, launched()
     before = len(settings.loaded["processes"]) if settings.command == "fit" and settings.checkpoint else wanted
     if before != wanted:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from pytorch_lightning.loggers import Logger
 
@@ -75,12 +74,3 @@ def test_without_a_logger_or_checkpoints_nothing_else_is_written(command: Comman
     assert command("fit", *TINY, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false") == 0
     assert "finished" in Path("lightning_logs/version_1/results.json").read_text()
     assert Path("config.yaml").read_text() == Path("results.json").read_text() == "mine"
-
-
-def test_a_loggers_folder_with_a_file_of_the_users(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("hparams.yaml").write_text("mine")
-    here = '{"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "", "version": ""}}'
-    assert command("fit", *TINY, "--trainer.logger", here) == 2
-    assert "hparams.yaml" in capsys.readouterr().err
-    assert Path("hparams.yaml").read_text() == "mine"
-    assert not Path("lightning_logs").exists()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_mnist import LitMNIST, MNISTDataModule
 from lit_mnist.network import NETWORKS
 
 TINY = ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false"]
@@ -106,13 +105,3 @@ def test_more_classes_than_the_model_has(
     write_own(tmp_path / "own", classes=12)
     assert command("test", "--ckpt_path", "last", "--data.root", str(tmp_path / "own"), "--data.name", "idx") == 2
     assert "data.name idx has 12 classes" in capsys.readouterr().err
-
-
-def test_names_from_python(tmp_path: Path) -> None:
-    assert MNISTDataModule().classes == LitMNIST().hparams["classes"] == 10
-    assert MNISTDataModule(name="emnist_balanced").classes == 47
-    assert LitMNIST("16", network="mlp", classes=47)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 47)
-    with pytest.raises(ValueError, match=r"model\.network must be .* got x; model\.classes must be"):
-        LitMNIST(network="x", classes=1)
-    write_own(tmp_path / "own", classes=5)
-    assert MNISTDataModule(str(tmp_path / "own"), name="idx").classes == 5

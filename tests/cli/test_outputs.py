@@ -97,14 +97,3 @@ def test_results_that_cannot_be_written(
     assert error.count("\n") == 1
     assert (RUN / "results.json").read_bytes() == before
     assert not list(RUN.rglob("*.tmp"))
-
-
-def test_a_current_folder_that_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    assert main(["fit"]) == 2
-    assert "No such file or directory" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 
 from lit_mnist.__main__ import main
 from lit_mnist.exact import runs
-from lit_mnist.exact.runs import find_checkpoint, only_process
+from lit_mnist.exact.reader import find_checkpoint
+from lit_mnist.exact.runs import only_process
 
 
 def checkpoint(run: Path, name: str, age: int = 0) -> Path:
