@@ -1,3 +1,5 @@
+"""Which checkpoints are kept, how they are written, found and read."""
+
 import errno
 import os
 import pickle
@@ -7,47 +9,70 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
-from lit_mnist.exact.checkpoint_io import CheckpointWriteError, DurableCheckpointIO, read_checkpoint
-from lit_mnist.exact.checkpoints import BestCheckpoint, LastCheckpoint
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.checkpoint_io import DurableCheckpointIO
+from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, SaveSettings
+from lit_mnist.exact.errors import TrainingFailed, UserError
+from lit_mnist.exact.reader import find_and_read, find_checkpoint, read_checkpoint
 from lit_mnist.exact.run import Run
 
 
 class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
     def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("run by the pickle",)
 
 
-def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.ckpt"
-    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, whole)
-    spoilt = {
-        "empty": b"",
-        "text": b"hello",
-        "truncated": whole.read_bytes()[:-200],
-        "pickle": pickle.dumps(Hostile(tmp_path / "run by the pickle")),
-    }
+def checkpoint(**entries: Any) -> dict[str, Any]:
+    required = {"state_dict": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
+    return {**required, "lit_mnist_format": 3, **entries}
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint(weight=torch.zeros(1000)), "whole.ckpt")
+    assert read_checkpoint(Path("whole.ckpt"))["hyper_parameters"] == {}
+    whole = Path("whole.ckpt").read_bytes()
+    spoilt = {"empty": b"", "text": b"hello", "truncated": whole[:-200], "pickle": pickle.dumps(Hostile())}
     for name, content in spoilt.items():
-        path = tmp_path / f"{name}.ckpt"
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.ckpt: that file is no intact checkpoint") as error:
-            read_checkpoint(path)
-        assert "\n" not in str(error.value)
-    torch.save({"state_dict": Hostile(tmp_path / "run by the pickle")}, tmp_path / "hostile.ckpt")
-    with pytest.raises(UserError, match=r"no intact checkpoint"):
-        read_checkpoint(tmp_path / "hostile.ckpt")
-    newer = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "lit_mnist_format": 3}
-    torch.save(newer, tmp_path / "newer.ckpt")
-    with pytest.raises(UserError, match=r"has the format 3, and this version reads 2; install a newer"):
-        read_checkpoint(tmp_path / "newer.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match=r"no checkpoint of lit_mnist"):
-        read_checkpoint(tmp_path / "other.ckpt")
-    assert not (tmp_path / "run by the pickle").exists()
+        Path(f"{name}.ckpt").write_bytes(content)
+    contents: dict[str, Any] = {"list": [1], "other": {"state_dict": {}}, "newer": checkpoint(lit_mnist_format=4)}
+    contents |= {"hostile": checkpoint(callbacks=Hostile()), "nested": checkpoint(lit_mnist_format=[[["deep"] * 1000]])}
+    contents |= {"weights": checkpoint(state_dict=[]), "step": checkpoint(global_step="x")}
+    for name, value in contents.items():
+        torch.save(value, f"{name}.ckpt")
+    for name in [*spoilt, *contents]:
+        with pytest.raises(UserError, match=rf"^{name}\.ckpt: [^\n]{{1,200}}$"):
+            read_checkpoint(Path(f"{name}.ckpt"))
+    with pytest.raises(pickle.UnpicklingError):
+        DurableCheckpointIO().load_checkpoint("hostile.ckpt", weights_only=False)  # never, whatever is asked for
+    assert not Path("run by the pickle").exists()
+
+
+def test_finding_the_newest_intact(tmp_path: Path) -> None:
+    for name in ("version_2/checkpoints/best-epoch=00-accuracy=0.5000.ckpt", "version_10/checkpoints"):
+        (tmp_path / name).parent.mkdir(parents=True)
+    old, folder = tmp_path / "version_2/checkpoints/best-epoch=00-accuracy=0.5000.ckpt", tmp_path / "version_10"
+    torch.save(checkpoint(), old)
+    (folder / "checkpoints").mkdir()
+    os.mkfifo(folder / "checkpoints/best-epoch=00-accuracy=0.6000.ckpt")  # a pipe would be waited for
+    (folder / "checkpoints/last-mine.ckpt").write_bytes(b"")
+    (folder / "checkpoints/last-epoch=01-step=000014.ckpt").write_bytes(b"")
+    assert find_checkpoint("best", tmp_path) == old
+    assert find_checkpoint("last", tmp_path).parent.parent == folder
+    with pytest.raises(UserError, match=str(old)):
+        find_and_read("last", tmp_path)
+    for wanted in (
+        "/dev/zero",
+        str(folder / "checkpoints/best-epoch=00-accuracy=0.6000.ckpt"),
+        "http://x",
+        "a\0b",
+        ".",
+    ):
+        with pytest.raises(UserError, match="file"):
+            find_checkpoint(wanted, tmp_path)
+    with pytest.raises(UserError, match="best"):
+        find_checkpoint("best", tmp_path / "nowhere")
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,56 +84,69 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointWriteError, match="No space left on device"):
+    with pytest.raises(TrainingFailed, match="No space left on device"):
         writer.save_checkpoint({"step": 2}, path)
     assert writer.load_checkpoint(path) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_loading_is_with_weights_only_whatever_is_asked_for(tmp_path: Path) -> None:
-    torch.save({"x": Hostile(tmp_path / "run by the pickle")}, tmp_path / "hostile.ckpt")
-    with pytest.raises(pickle.UnpicklingError):
-        DurableCheckpointIO().load_checkpoint(tmp_path / "hostile.ckpt", weights_only=False)
-    assert not (tmp_path / "run by the pickle").exists()
-
-
 def test_bad_intervals() -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.every_seconds"):
-        LastCheckpoint(every_seconds=-1)
+        SaveSettings(every_seconds=-1)
 
 
-def test_of_equal_scores_the_lower_loss_is_the_better(tmp_path: Path) -> None:
-    class Scored(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(1, 1)
+class Scored(LightningModule):
+    """A module whose epochs have these accuracies and losses; a third value is a weight."""
 
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            return self.layer(batch).sum()
+    def __init__(self, scores: list[tuple[float, ...]]) -> None:
+        super().__init__()
+        self.scores, self.layer = scores, torch.nn.Linear(1, 1)
 
-        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            scores = [(0.5, 3.0), (0.5, 1.0), (0.5, 2.0), (0.4, 0.1), (0.6, 5.0), (0.6, 4.0), (0.6, 6.0)]
-            accuracy, loss = scores[self.current_epoch]
-            self.log_dict({"val/accuracy": accuracy, "val/loss": loss})
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).sum()
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        accuracy, loss, *weight = self.scores[self.current_epoch]
+        self.log_dict({"val/accuracy": accuracy, "val/loss": loss})
+        if weight:
+            self.layer.weight.data.fill_(weight[0])
 
-    kept = []
-    for epochs in (1, 2, 3, 4, 5, 7):
-        best = BestCheckpoint()
-        best.run = Run(tmp_path / str(epochs))
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            callbacks=[best],
-            num_sanity_val_steps=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        loader: Any = torch.utils.data.DataLoader(torch.ones(2, 1))  # type: ignore[arg-type]
-        trainer.fit(Scored(), loader, loader)
-        kept.append([path.name for path in (tmp_path / str(epochs)).rglob("*.ckpt")])
-    names = ["0", "1", "1", "1", "4", "5"]
-    assert kept == [[f"best-epoch=0{name}-accuracy=0.{6 if name > '3' else 5}000.ckpt"] for name in names]
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def names_kept(run: Path, scores: list[tuple[float, ...]], best: BestSettings) -> list[str]:
+    keeper = CheckpointKeeper(Run(run), SaveSettings(), best)
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": len(scores)}
+    loader: Any = DataLoader(torch.ones(2, 1))  # type: ignore[arg-type]
+    Trainer(callbacks=[keeper], **settings).fit(Scored(scores), loader, loader)
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("scores", "mode", "expected"),
+    [
+        ([(0.5, 3.0)], "max", "0-accuracy=0.5000"),
+        ([(0.5, 3.0), (0.5, 1.0)], "max", "1-accuracy=0.5000"),  # of equal scores the lower loss
+        ([(0.5, 3.0), (0.5, 1.0), (0.5, 2.0), (0.4, 0.1)], "max", "1-accuracy=0.5000"),
+        ([(0.5, 3.0), (0.6, 5.0), (0.6, 4.0), (0.6, 6.0)], "max", "2-accuracy=0.6000"),
+        ([(0.5, 3.0), (0.6, 5.0), (0.4, 4.0)], "min", "2-accuracy=0.4000"),
+        ([(float("nan"), 0.0), (0.1, 3.0), (float("nan"), 0.0)], "max", "1-accuracy=0.1000"),
+    ],
+)
+def test_the_best_of_scores(tmp_path: Path, scores: list[tuple[float, ...]], mode: Any, expected: str) -> None:
+    best, last = names_kept(tmp_path, scores, BestSettings(mode=mode))
+    assert best == f"best-epoch=0{expected}.ckpt"
+    latest = scores[-1][0]
+    assert last == f"last-epoch=0{len(scores) - 1}-step={2 * len(scores):06d}-accuracy={latest:.4f}.ckpt"
+
+
+def test_a_diverged_state_is_not_kept(tmp_path: Path) -> None:
+    names = names_kept(tmp_path, [(0.5, 3.0), (0.9, 0.1, float("inf"))], BestSettings())
+    assert names == ["best-epoch=00-accuracy=0.5000.ckpt", "last-epoch=00-step=000002-accuracy=0.5000.ckpt"]
+
+
+def test_a_score_that_is_not_logged(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="val/f1"):
+        names_kept(tmp_path, [(0.5, 3.0)], BestSettings("val/f1"))

@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-KILL = Path(__file__).parents[2] / "benchmarks" / "kill.py"
+import pytest
+from helpers import REPOSITORY
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_processes_end_as_if_nothing_had_been(real_root: Path) -> None:
-    command = [sys.executable, str(KILL), "smoke", "--kills", "3", "--root", str(real_root)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "benchmarks/kill.py", "smoke", "--kills", "3", "--root", str(real_root)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| smoke |" in done.stdout
