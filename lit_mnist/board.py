@@ -29,15 +29,12 @@ from lit_mnist.module import Batch
 # The tab "custom scalars": what belongs together on one chart.
 LAYOUT = {
     "by step": {
-        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
-        "accuracy": ["Multiline", ["^train/accuracy$", "^val/accuracy$"]],
+        "loss": ["Multiline", ["^(train|val)/loss$"]],
+        "accuracy": ["Multiline", ["^(train|val)/accuracy$"]],
         "learning rate": ["Multiline", ["^train/learning_rate$"]],
         "samples per second": ["Multiline", ["^train/samples_per_second$"]],
     },
-    "by epoch": {
-        "loss": ["Multiline", ["^by_epoch/train/loss$", "^by_epoch/val/loss$"]],
-        "accuracy": ["Multiline", ["^by_epoch/train/accuracy$", "^by_epoch/val/accuracy$"]],
-    },
+    "by epoch": {"loss": ["Multiline", ["^by_epoch/.*/loss$"]], "accuracy": ["Multiline", ["^by_epoch/.*/accuracy$"]]},
     "each digit": {"validation accuracy": ["Multiline", ["val_class_accuracy/.*"]]},
 }
 # The columns of the tab "hparams": each run's latest values of these scalars.

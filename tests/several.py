@@ -49,20 +49,16 @@ def run(
     environment: Sequence[dict[str, str]] | None = None,
     patience: float = LONGEST,
 ) -> list[Outcome]:
-    """Run `main(arguments)` in the folder on each of the processes, and say how each ended."""
-    port = str(free_port())
-    started = []
+    """Run `main(arguments)` in the folder on each of the processes, and return how each ended."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    flags = [*arguments, *(["--trainer.devices", str(processes)] if environment is None else [])]
+    started, outcomes = [], []
     for rank in range(processes):
-        variables = {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if environment is None else environment[rank]
-        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **variables}
-        flags = list(arguments)
-        if environment is None:
-            flags += ["--trainer.devices", str(processes)]
+        own = {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if environment is None else environment[rank]
         own_death = death if death and death.rank == rank else None
-        process = CONTEXT.Process(target=_one, args=(rank, flags, str(folder), files, variables, own_death))
+        process = CONTEXT.Process(target=_one, args=(rank, flags, str(folder), files, {**common, **own}, own_death))
         process.start()
         started.append(process)
-    outcomes = []
     for rank, process in enumerate(started):
         process.join(patience)
         if process.is_alive():
