@@ -1,6 +1,5 @@
 import math
 
-import pytest
 import torch
 from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
@@ -74,9 +73,8 @@ def test_nothing_asked_for_is_the_identity() -> None:
     assert_close(transformed, images.float(), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("key", [(1, 0, 0), (1, 3, 7)])
-def test_is_a_function_of_its_generator(key: tuple[int, ...]) -> None:
-    first, again = (affine_matrices(8, 10.0, 2.0, 0.1, seeded_generator(*key)) for _ in range(2))
-    other = affine_matrices(8, 10.0, 2.0, 0.1, seeded_generator(key[0], key[1], key[2] + 1))
+def test_is_a_function_of_its_generator() -> None:
+    first, again = (affine_matrices(8, 10.0, 2.0, 0.1, seeded_generator(1, 3, 7)) for _ in range(2))
+    other = affine_matrices(8, 10.0, 2.0, 0.1, seeded_generator(1, 3, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

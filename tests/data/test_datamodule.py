@@ -5,6 +5,7 @@ import torch
 
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.data.datamodule import MNISTDataModule, stratified_split
+from lit_mnist.exact.errors import UserError
 
 
 def ready(root: Path, stage: str, **settings: int) -> MNISTDataModule:
@@ -19,21 +20,15 @@ def targets_of(loader: TensorBatches | list[TensorBatches]) -> torch.Tensor:
     return torch.cat([targets for _, targets in loader])
 
 
-def test_split_is_stratified_and_complete() -> None:
+def test_split_is_stratified_and_a_function_of_its_seed() -> None:
     targets = torch.tensor([0] * 500 + [1] * 300 + [2] * 199 + [3])
     train, val = stratified_split(targets, 100, split_seed=0)
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1000))
     assert torch.bincount(targets[val], minlength=4).tolist() == [50, 30, 20, 0]
-    for size in (0, 1, 7, 999):
-        assert len(stratified_split(targets, size, 0)[1]) == size
-
-
-def test_split_is_a_function_of_its_seed_alone() -> None:
-    targets = torch.arange(1000) % 10
-    first = stratified_split(targets, 100, 0)[1]
+    assert [len(stratified_split(targets, size, 0)[1]) for size in (0, 1, 7, 999)] == [0, 1, 7, 999]
     torch.manual_seed(123)
-    assert torch.equal(stratified_split(targets, 100, 0)[1], first)
-    assert not torch.equal(stratified_split(targets, 100, 1)[1], first)
+    assert torch.equal(stratified_split(targets, 100, 0)[1], val)
+    assert not torch.equal(stratified_split(targets, 100, 1)[1], val)
 
 
 def test_validate_scores_the_images_that_fit_held_out(tiny_root: Path) -> None:
@@ -44,11 +39,9 @@ def test_validate_scores_the_images_that_fit_held_out(tiny_root: Path) -> None:
     assert len(targets_of(fit.train_dataloader())) == 350
     assert targets_of(fit.train_dataloader()).tolist() != targets_of(validate.train_dataloader()).tolist()
 
-
-def test_nothing_held_out(tiny_root: Path) -> None:
-    datamodule = ready(tiny_root, "fit", val_size=0)
-    assert datamodule.val_dataloader() == []
-    assert len(targets_of(datamodule.train_dataloader())) == 400
+    everything = ready(tiny_root, "fit", val_size=0)
+    assert everything.val_dataloader() == []
+    assert len(targets_of(everything.train_dataloader())) == 400
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 60_000])
@@ -58,13 +51,12 @@ def test_every_test_image_is_scored_once(tiny_root: Path, batch_size: int) -> No
     assert len(datamodule.sets["test"][1]) == 100
 
 
-def test_bad_settings_are_told_all_at_once() -> None:
-    with pytest.raises(ValueError, match=r"data\.batch_size must be in 1\.\.60000, got 0; data\.val_size must be in"):
-        MNISTDataModule(batch_size=0, val_size=60_000)
-
-
-def test_a_split_larger_than_the_set(tiny_root: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.val_size must be in 0\.\.399, got 400"):
+def test_settings_out_of_range_are_refused_at_once(tiny_root: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.batch_size.*\b0; data\.val_size.*60000; data\.scale.*nan; data\.name.*x$"
+    ):
+        MNISTDataModule(name="x", batch_size=0, val_size=60_000, scale=float("nan"))
+    with pytest.raises(UserError, match=r"data\.val_size must be in 0\.\.399, got 400"):
         ready(tiny_root, "fit", val_size=400)
 
 

