@@ -79,7 +79,7 @@ trainer.strategy    | auto                    | x ddp_notebook
 trainer.accelerator | cpu                     | x tpu
 trainer.devices     | 1                       | x 0
 trainer.precision   | 32 32-true 64-true auto | x 8
-trainer.logger      | true CSVLogger          | x
+trainer.logger      | true '{"class_path": "CSVLogger", "init_args": {"save_dir": "."}}' | x
 trainer.callbacks   | Timer                   | x LearningRateFinder
 trainer.profiler    | simple                  | x
 trainer.fast_dev_run | false                  | x
@@ -225,7 +225,7 @@ def may_write(path: str, args: list[str], before: dict[str, str]) -> bool:
     if any(part and path.startswith((part.removeprefix("./"), f"{part}/MNIST")) for part in named):
         return True
     if not (run := re.match(r"(.*/)?lightning_logs(/version_(\d+))?", path)):
-        return path in ("out", ".lr_find") or path.startswith("predictions")
+        return path == "out" or path.startswith(("predictions", "answers", "pictures-"))
     return run[0] not in before or args[0] != "runs"
 
 
