@@ -126,10 +126,10 @@ def draw(rng: Random) -> Case:
     case = Case([*FIT] if command == "fit" else ["fit" if command == "resume" else command])
     if command == "runs":
         for flag in rng.sample(list(RUNS), rng.randrange(4)):
-            case.add(rng, flag, *RUNS[flag])
+            case.add(rng, flag, RUNS[flag][0], RUNS[flag][1])
     elif command == "fit":
         for flag in rng.sample(list(FLAGS), rng.choice([0, 1, 1, 1, 2, 2, 3])):
-            case.add(rng, f"--{flag}", *FLAGS[flag])
+            case.add(rng, f"--{flag}", FLAGS[flag][0], FLAGS[flag][1])
     else:
         if command == "predict" and rng.random() < 0.7:
             case.add(rng, "", ["digit.png", "pictures"], PICTURES, 0.5)
@@ -180,7 +180,7 @@ def call(args: list[str], files: dict[str, Any], kill_at: int = 0) -> int:
 
     signal.alarm(SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    socket.getaddrinfo = unreachable  # type: ignore[assignment]
+    socket.getaddrinfo = unreachable
     os.environ["PIP_NO_INDEX"] = "1"
     datasets.FILES = files
     kill_before(kill_at, LitMNIST)
