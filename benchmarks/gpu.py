@@ -4,7 +4,7 @@ tests   the tests that need a GPU: `pytest -m gpu`.
 runs    configs/gpu.yaml over the seeds, and each other recipe once, the quickest first: seconds from the first step
         until the last checkpoint is written, within Lightning's Trainer, and test accuracy. gpu.yaml must reach a mean
         of 99.44 % in 3 s, and aims at 1 s.
-steps   what each means brings to bare steps of fast.yaml, in turns: bfloat16, channels_last, a fused optimizer,
+steps   what each means brings to bare steps of fast.yaml, in turns: bfloat16, a fused optimizer,
         torch.compile, a CUDA graph of the whole step, batches of up to 4096.
 busy    of bare steps, by torch's profiler: the time that the GPU is at work, kernels, launches, waits of the host.
 
@@ -24,14 +24,13 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from records import measure, print_rows
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import profile
@@ -79,7 +78,6 @@ class Means:
 
     batch_size: int = 128
     bf16: bool = False
-    contiguous: bool = False
     fused: bool = False
     compiled: bool = False
     graph: bool = False  # with a fused optimizer, whose learning rate may be a tensor: others would fix it
@@ -89,10 +87,6 @@ class Loop:
     """A recipe's network, batches, augmentation, loss, optimizer, changing learning rate and averaged weights.
 
     No metrics, logs and checkpoints; a step waits for the device only at the beginning of an epoch, for its order.
-
-    Args:
-        recipe: its name.
-        root: folder of the data.
     """
 
     def __init__(self, recipe: str, root: Path, device: torch.device, means: Means) -> None:
@@ -100,19 +94,18 @@ class Loop:
         settings: Record = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text()) if recipe != "default" else {}
         torch.manual_seed(1)
         model = LitMNIST(**settings.get("model", {}))
-        self.hp: Any = model.hparams
-        layout = torch.contiguous_format if means.contiguous else torch.channels_last
-        network: nn.Module = model.network.to(self.device).to(memory_format=layout).train()
+        self.hp = hp = cast(Any, model.hparams)
+        network: nn.Module = model.network.to(self.device).train()
         self.forward: Callable[[Tensor], Tensor] = torch.compile(network) if means.compiled else network
-        self.rate = torch.tensor(self.hp.lr, device=self.device)
+        self.rate = torch.tensor(hp.lr, device=self.device)
         weights = [p for p in network.parameters() if p.ndim > 1]
         others = [p for p in network.parameters() if p.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": self.hp.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        chosen = {"nesterov": self.hp.nesterov, "fused": means.fused or means.graph or None}
-        self.optimizer = torch.optim.SGD(groups, self.rate if means.graph else self.hp.lr, self.hp.momentum, **chosen)
+        groups = [{"params": weights, "weight_decay": hp.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        chosen = {"nesterov": hp.nesterov, "fused": means.fused or means.graph or None}
+        self.optimizer = torch.optim.SGD(groups, self.rate if means.graph else hp.lr, hp.momentum, **chosen)
         self.current = [t.detach() for t in network.state_dict().values() if t.is_floating_point()]
         self.average = [tensor.clone() for tensor in self.current]
-        self.update_average = get_ema_multi_avg_fn(self.hp.ema_decay)
+        self.update_average = get_ema_multi_avg_fn(hp.ema_decay)
         own = {key: value for key, value in settings.get("data", {}).items() if key not in ("batch_size", "val_size")}
         self.data = MNISTDataModule(batch_size=means.batch_size, val_size=0, **own)
         images, targets = (tensor.to(device) for tensor in datasets.load(root, train=True))
@@ -203,9 +196,8 @@ def runs(options: Options) -> Iterator[Record]:
 
 
 VARIANTS = {
-    "float32, channels_last, batches of 128": Means(),
+    "float32, batches of 128": Means(),
     "bfloat16": Means(bf16=True),
-    "contiguous": Means(contiguous=True),
     "fused optimizer": Means(fused=True),
     "torch.compile": Means(compiled=True),
     "CUDA graph": Means(graph=True),
@@ -239,8 +231,8 @@ def counts(profiler: profile, steps: int) -> Record:
     """Count what a step has of a profile's events, and round for printing."""
     events = list(profiler.key_averages())
     annotations = {event.key for event in events if event.is_user_annotation}  # an optimizer's: on both devices
-    there = [e for e in events if e.device_type == DeviceType.CUDA and e.key not in annotations]
-    here = {e.key: e.count / steps for e in events if e.device_type == DeviceType.CPU}
+    there = [e for e in events if e.device_type.name == "CUDA" and e.key not in annotations]
+    here = {e.key: e.count / steps for e in events if e.device_type.name == "CPU"}
     return {
         "busy_milliseconds": round(sum(event.self_device_time_total for event in there) / 1000 / steps, 4),
         "kernels": sum(event.count for event in there) / steps,

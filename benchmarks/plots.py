@@ -42,11 +42,13 @@ def plot_recipes() -> None:
         errors = [100 - value for value in accuracy]
         for axes, x, y in ((by_parameters, values[0], errors), (by_seconds, values[1], accuracy)):
             axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")
-            ring = {"s": 120, "facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
-            axes.scatter(x, statistics.mean(y), label=f"{name}: {statistics.mean(y):.2f}, n = {len(y)}", **ring)
-    for axes, x, y in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, seconds, BASELINE)):
-        axes.scatter(x, y, marker="x", s=80, color="black", label=f"the baseline: {y:.2f}, n = 1")
-        axes.axhline(y, color="black", linewidth=0.5, linestyle=":")
+            label = f"{name}: {statistics.mean(y):.2f}, n = {len(y)}"
+            axes.scatter(
+                x, statistics.mean(y), 120, label=label, facecolors="none", edgecolors=f"C{number}", linewidths=2
+            )
+    for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, seconds, BASELINE)):
+        axes.scatter(place, level, marker="x", s=80, color="black", label=f"the baseline: {level:.2f}, n = 1")
+        axes.axhline(level, color="black", linewidth=0.5, linestyle=":")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
     by_parameters.set(xlabel="parameters", ylabel="test error, %", xscale="log", ylim=(0, None))

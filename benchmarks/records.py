@@ -51,7 +51,8 @@ def measure(parser: argparse.ArgumentParser, measures: Mapping[str, Measure], ar
     """
     parser.add_argument("measures", nargs="*", help=f"of {', '.join(measures)} (all)")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data (data)")
-    options, options.flags = parser.parse_known_args(arguments)
+    options, flags = parser.parse_known_args(arguments)
+    options.flags = flags
     options.records = Path(os.environ.get("OUT") or RESULTS) / options.records.name
     options.root = options.root.resolve()
     datasets.prepare(options.root)

@@ -78,14 +78,13 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0] or ""
-    flags = ["headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
-    flags += ["disable-background-networking", "disable-component-update", f"user-data-dir={tmp_path}/chromium"]
-    for flag in [*flags, "window-size=1600,1200"]:
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync window-size=1600,1200"
+    flags += f" disable-background-networking disable-component-update user-data-dir={tmp_path}/chromium"
+    for flag in flags.split():
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-    yield browser
-    browser.quit()
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1])) as browser:
+        yield browser
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +37,9 @@ def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, 
     patterns = np.kron(generator.integers(0, 2, (10, 7, 7)), np.ones((4, 4), np.int64)) * 180
     raw.mkdir(parents=True, exist_ok=True)
     files = {}
-    for part, count in (("train", train), ("t10k", test)):
-        labels = generator.permutation(np.arange(count) % 10).astype(np.uint8)
-        images = (patterns[labels] + generator.integers(0, 75, (count, 28, 28))).astype(np.uint8)
+    for part, size in (("train", train), ("t10k", test)):
+        labels = generator.permutation(np.arange(size) % 10).astype(np.uint8)
+        images = (patterns[labels] + generator.integers(0, 75, (size, 28, 28))).astype(np.uint8)
         for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
             content = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
             (raw / name).write_bytes(content)
@@ -79,12 +80,14 @@ def in_processes(folder: Path, target: Callable[..., Any], *calls: tuple[Any, ..
     started = [CONTEXT.Process(target=_enter, args=(folder, rank, target, call)) for rank, call in enumerate(calls)]
     for process in started:
         process.start()
-    for process in started:
+    outcomes = []
+    for rank, process in enumerate(started):
         process.join(LONGEST)
         process.kill()
         process.join()
-    texts = [[(folder / f".{name}-{rank}").read_text() for name in ("out", "err")] for rank in range(len(calls))]
-    return [Outcome(process.exitcode, *printed) for process, printed in zip(started, texts, strict=True)]
+        texts = ((folder / f".{name}-{rank}").read_text() for name in ("out", "err"))
+        outcomes.append(Outcome(process.exitcode, *texts))
+    return outcomes
 
 
 def _enter(folder: Path, rank: int, target: Callable[..., Any], call: tuple[Any, ...]) -> None:
@@ -97,11 +100,10 @@ def _enter(folder: Path, rank: int, target: Callable[..., Any], call: tuple[Any,
 
 def kill_before(step: int, module: type[LightningModule]) -> None:
     """End this process by SIGKILL before a training step, counted from 1; 0 for never."""
-    original, left = module.training_step, [step]
+    original, steps = module.training_step, count(1)
 
     def training_step(self: LightningModule, *batch: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
+        if next(steps) == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *batch)
 

@@ -1,13 +1,13 @@
 """benchmarks/gpu.py and speed.py in small on the processor, so that they work when they are needed."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from helpers import REPOSITORY
-from torch.autograd import DeviceType
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +27,7 @@ def test_all_measures_of_a_gpu(
 
     monkeypatch.setenv("OUT", str(tmp_path))
     append = records.append
-    monkeypatch.setattr(
-        records, "append", lambda o, *args: append(SimpleNamespace(record=True, records=o.records), *args)
-    )
+    monkeypatch.setattr(records, "append", lambda o, *args: append(Namespace(record=True, records=o.records), *args))
     assert gpu.main(["--cpu", "--seeds", "1", "--root", str(tiny_root)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert {line["measure"] for line in lines} == {"tests", "runs", "steps", "busy"}
@@ -60,21 +58,24 @@ def test_without_a_gpu(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_a_profile_says_of_a_step(gpu: ModuleType) -> None:
-    def event(
-        key: str, device: DeviceType, count: int, microseconds: float, annotation: bool = False
-    ) -> SimpleNamespace:
-        own = {"key": key, "device_type": device, "count": count, "is_user_annotation": annotation}
+    def event(key: str, device: str, count: int, microseconds: float, annotation: bool = False) -> SimpleNamespace:
+        own = {
+            "key": key,
+            "device_type": SimpleNamespace(name=device),
+            "count": count,
+            "is_user_annotation": annotation,
+        }
         return SimpleNamespace(**own, self_device_time_total=microseconds)
 
     events = [
-        event("Optimizer.step#SGD.step", DeviceType.CPU, 2, 0, annotation=True),
-        event("Optimizer.step#SGD.step", DeviceType.CUDA, 2, 9000),
-        event("cudaLaunchKernel", DeviceType.CPU, 3, 0),
-        event("cudaLaunchKernelExC", DeviceType.CPU, 1, 0),
-        event("cudaStreamSynchronize", DeviceType.CPU, 1, 0),
-        event("cudaDeviceSynchronize", DeviceType.CPU, 1, 0),  # the timer's
-        event("add_kernel", DeviceType.CUDA, 3, 4000),
-        event("Memcpy DtoD (Device -> Device)", DeviceType.CUDA, 1, 1000),
+        event("Optimizer.step#SGD.step", "CPU", 2, 0, annotation=True),
+        event("Optimizer.step#SGD.step", "CUDA", 2, 9000),
+        event("cudaLaunchKernel", "CPU", 3, 0),
+        event("cudaLaunchKernelExC", "CPU", 1, 0),
+        event("cudaStreamSynchronize", "CPU", 1, 0),
+        event("cudaDeviceSynchronize", "CPU", 1, 0),  # the timer's
+        event("add_kernel", "CUDA", 3, 4000),
+        event("Memcpy DtoD (Device -> Device)", "CUDA", 1, 1000),
     ]
     found = gpu.counts(SimpleNamespace(key_averages=lambda: events), 2)
     assert found == {"busy_milliseconds": 2.5, "kernels": 2, "launches": 2, "waits": 0.5}

@@ -79,7 +79,7 @@ trainer.strategy    | auto                    | x ddp_notebook
 trainer.accelerator | cpu                     | x tpu
 trainer.devices     | 1                       | x 0
 trainer.precision   | 32 32-true 64-true auto | x 8
-trainer.logger      | true CSVLogger          | x
+trainer.logger      | true '{"class_path": "CSVLogger", "init_args": {"save_dir": "."}}' | x
 trainer.callbacks   | Timer                   | x LearningRateFinder
 trainer.profiler    | simple                  | x
 trainer.fast_dev_run | false                  | x
@@ -126,10 +126,10 @@ def draw(rng: Random) -> Case:
     case = Case([*FIT] if command == "fit" else ["fit" if command == "resume" else command])
     if command == "runs":
         for flag in rng.sample(list(RUNS), rng.randrange(4)):
-            case.add(rng, flag, *RUNS[flag])
+            case.add(rng, flag, RUNS[flag][0], RUNS[flag][1])
     elif command == "fit":
         for flag in rng.sample(list(FLAGS), rng.choice([0, 1, 1, 1, 2, 2, 3])):
-            case.add(rng, f"--{flag}", *FLAGS[flag])
+            case.add(rng, f"--{flag}", FLAGS[flag][0], FLAGS[flag][1])
     else:
         if command == "predict" and rng.random() < 0.7:
             case.add(rng, "", ["digit.png", "pictures"], PICTURES, 0.5)
@@ -180,7 +180,7 @@ def call(args: list[str], files: dict[str, Any], kill_at: int = 0) -> int:
 
     signal.alarm(SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    socket.getaddrinfo = unreachable  # type: ignore[assignment]
+    socket.getaddrinfo = unreachable
     os.environ["PIP_NO_INDEX"] = "1"
     datasets.FILES = files
     kill_before(kill_at, LitMNIST)
@@ -225,7 +225,7 @@ def may_write(path: str, args: list[str], before: dict[str, str]) -> bool:
     if any(part and path.startswith((part.removeprefix("./"), f"{part}/MNIST")) for part in named):
         return True
     if not (run := re.match(r"(.*/)?lightning_logs(/version_(\d+))?", path)):
-        return path in ("out", ".lr_find") or path.startswith("predictions")
+        return path == "out" or path.startswith(("predictions", "answers", "pictures-"))
     return run[0] not in before or args[0] != "runs"
 
 

@@ -95,8 +95,9 @@ def kill_and_compare(home: Path, command: list[str]) -> None:
     """Compare a run with a second one, which is killed within its first epoch, at its end and within its second."""
     for kill_at, flags in ((4, command), (5, RESUME), (3, RESUME), (0, RESUME)):
         run(home, flags, kill_at)
-    assert_same(*(last_checkpoint(version(home, number))["state_dict"] for number in (1, 0)))
-    assert_same(*(scalars(version(home, number)) for number in (1, 0)))
+    ours, theirs = version(home, 1), version(home, 0)
+    assert_same(last_checkpoint(ours)["state_dict"], last_checkpoint(theirs)["state_dict"])
+    assert_same(scalars(ours), scalars(theirs))
 
 
 @pytest.mark.parametrize("copy", ["Another network", "Another loss", "Another metric"], indirect=True)
@@ -130,7 +131,8 @@ def test_mixup_is_the_same_on_several_processes(copy: Path, request: pytest.Fixt
 
 @pytest.mark.parametrize("copy", ["Another data set"], indirect=True)
 def test_another_data_set(copy: Path) -> None:
-    run(copy, *commands("Another data set"))
+    (command,) = commands("Another data set")
+    run(copy, command)
     run(copy, ["test", "--ckpt_path", "best", "--data.root", "digits"])
     assert results(copy)["test"]["samples"] == 297
 
