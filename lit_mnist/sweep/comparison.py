@@ -67,7 +67,7 @@ def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
     apart = pairs[0] - pairs[1]
     found: dict[str, Any] = {"seeds": pairs.index.tolist(), "low": None, "high": None}
     found["mean"] = float(apart.mean()) if len(apart) else None
-    if apart.std() > 1e-9:  # else there is one seed, or chance or rounding made them equal
+    if apart.std() > 1e-6:  # else there is one seed, or chance or rounding made them equal
         interval = ttest_rel(pairs[0], pairs[1]).confidence_interval(0.95)
         found |= {"low": float(interval.low), "high": float(interval.high)}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import platform
 import signal
@@ -79,10 +80,11 @@ class Worker:
     """Opens a study, and trains what is in its queue."""
 
     def __init__(self, plan: Study, options: Any) -> None:
-        usual = check(plan.flags({}))
+        given = {"data.root": options["data.root"], "trainer.default_root_dir": options.root_dir}
+        usual = check([*plan.flags({}), *(f"--{name}={value}" for name, value in given.items() if value)])
         plan.suggest(optuna.create_study().ask())
-        root = expanded(options.root_dir or usual["trainer.default_root_dir"] or ".", "--root_dir").absolute()
-        data = expanded(options["data.root"] or usual["data.root"], "--data.root")
+        root = expanded(usual["trainer.default_root_dir"] or ".", "--root_dir").absolute()
+        data = expanded(usual["data.root"], "--data.root")
         self.plan, self.parent, self.host = plan, options.parent, platform.node()
         self.places = [f"--data.root={data}", f"--trainer.default_root_dir={root}"]
         self.runs, self.folder = root / "lightning_logs", root / "lightning_logs" / "sweeps" / options.name
@@ -102,13 +104,16 @@ class Worker:
         while True:
             optuna.storages.fail_stale_trials(self.study)
             states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
-            if not states & {TrialState.WAITING, TrialState.RUNNING}:
-                return
             try:
                 if TrialState.WAITING in states:
                     # Optuna sends heartbeats only within `optimize`, which by itself would draw more and more trials
                     self.study.optimize(self.train, n_trials=1)
-                sleep(TrialState.WAITING not in states)
+                elif TrialState.RUNNING in states:
+                    sleep(1)
+                elif self.is_settled():
+                    return
+                else:  # a worker ended before it could queue its trial again
+                    self.plan.fill_queue(self.study, again=False)
             except (Interrupted, KeyboardInterrupt):
                 trial = self.study.get_trials()[self.number]
                 if trial.state == TrialState.FAIL and not self.plan.is_done(trial):
@@ -174,13 +179,13 @@ class Worker:
                 isinstance(cause, OSError) for cause in (error.__cause__, getattr(error.__cause__, "__cause__", None))
             ):
                 raise  # a full disk, or data that is gone, would end every run
-            self.end(trial, shortened(" ".join(str(error).partition("; checkpoints")[0].split())))
+            self.end(trial, shortened(" ".join(str(error).partition(";")[0].split())))
         run = self.runs / trial.user_attrs[seed]["run"]
         fit, last = read_results(run)["fit"], newest(run)
         ended = {"checkpoint": last and last.name, **fit["metrics"]}
         if self.plan.of == "best" and self.plan.compare in (fit["best"] or {}):
             ended = fit["best"]
-        if self.plan.compare not in ended:
+        if not math.isfinite(ended.get(self.plan.compare, math.nan)):
             self.end(trial, f"{self.plan.compare} was not logged, but {', '.join(fit['metrics'])}")
         kept = {key: fit[key] for key in ("parameters", "epochs", "hardware", "versions", "commit")}
         kept |= {"value": ended[self.plan.compare], "seconds": fit["train_seconds"], "checkpoint": ended["checkpoint"]}
@@ -192,12 +197,15 @@ class Worker:
         done = f"{sum(one.state.is_finished() for one in trials)}/{len(trials)}"
         print(f"[{done}] {named(trial.params)}, {text}\n", end="", flush=True)  # in one piece: workers share a terminal
 
+    def is_settled(self) -> bool:
+        return all(map(self.plan.is_done, latest_trials(self.study).values()))
+
     def drop_losers(self) -> None:
         """Delete the checkpoints of configurations that were pruned, have failed, or are not the best."""
-        found = table(self.plan, self.study)
+        found, trials = table(self.plan, self.study), latest_trials(self.study)
         ended = found[found["reason"].notna() | (found["n"] == len(self.plan.all_seeds))]
-        for run in ended["trials"][1:].explode().dropna():
-            if run["host"] == self.host:
+        for run in (run for sample in ended["sample"][1:] for run in trials[sample].user_attrs.values()):
+            if isinstance(run, dict) and run["host"] == self.host:
                 for path in (self.runs / run["run"] / "checkpoints").glob("*.ckpt"):
                     path.unlink(missing_ok=True)
 
@@ -282,7 +290,12 @@ def sweep(args: list[str]) -> None:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with warnings.catch_warnings():
-            for name in ("experimental", "deprecated", "already reported"):  # of Optuna 4.6 to 5
+            for name in (
+                "experimental",
+                "deprecated",
+                "already reported",
+                "Attempting to set identical",
+            ):  # of Optuna 4.6 to 5
                 warnings.filterwarnings("ignore", f".*{name}")
             run(*read(args), args)
     except (Interrupted, KeyboardInterrupt) as stopped:
@@ -304,7 +317,7 @@ def run(plan: Study, options: Any, args: list[str]) -> None:
         worker.work()
     elif options.workers:
         run_workers(options.workers, worker.folder, args)
-    settled = all(map(plan.is_done, latest_trials(worker.study).values()))
+    settled = worker.is_settled()
     missing = worker.test() if options.test and settled else []
     found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
     if options.workers and not settled:
