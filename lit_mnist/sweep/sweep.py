@@ -1,413 +1,329 @@
-"""sweep: train settings with several seeds, on one or many workers, and say which is the best and whether it is."""
+"""sweep: train configurations with several seeds, on one or many workers, and say which is the best."""
 
 from __future__ import annotations
 
-import json
+import io
+import math
 import os
+import platform
 import signal
 import subprocess
 import sys
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from argparse import SUPPRESS
+from contextlib import redirect_stdout
 from pathlib import Path
 from time import sleep
-from types import FrameType
 from typing import Any, NoReturn
 
 import optuna
 import torch
-from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import TrialState
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain
 from lit_mnist.cli.runs import read_settings
+from lit_mnist.cli.settings import Parser, configs_of
 from lit_mnist.exact.checkpoints import callback_of
-from lit_mnist.exact.console import number, shortened
-from lit_mnist.exact.ddp import launched
-from lit_mnist.exact.errors import Interrupted, TrainingFailed, UserError
+from lit_mnist.exact.console import shortened, shown
+from lit_mnist.exact.errors import Interrupted, TrainingFailed
 from lit_mnist.exact.progress import Progress
-from lit_mnist.exact.runs import being_trained, expanded, newest, own_checkpoints, read_results, replaced, section, text
-from lit_mnist.sweep import comparison
-from lit_mnist.sweep.comparison import Display, Setting, ranked
-from lit_mnist.sweep.storage import LOOK_SECONDS, Pulse
-from lit_mnist.sweep.study import Check, Study, checked_base, distributions, read
-from lit_mnist.sweep.trials import Trials
+from lit_mnist.exact.results import Results
+from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
+from lit_mnist.sweep.comparison import named, report, shown_value, table
+from lit_mnist.sweep.study import Study, latest_trials, retry
 
-
-class GivenUp(Interrupted):
-    """A trial was stopped because its setting is not worth going on with; its run could be resumed like any other."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(0, None)
-        self.reason = reason
+REFUSED = (TrainingFailed, ValueError, MisconfigurationException, torch.OutOfMemoryError)
 
 
 class Watch(Callback):
-    """Reports each epoch's value to the pruner, and ends what is pruned or takes too long."""
+    """Keeps in a trial where one of its runs is, and ends that if it exceeds the study's limits."""
 
-    def __init__(self, plan: Study, trial: optuna.Trial, clock: Progress | None) -> None:
-        self.plan = plan
-        self.trial = trial
-        self.clock = clock
-        self.reports = plan.pruner != "none" and trial.user_attrs["seed"] == plan.all_seeds[0]
+    def __init__(self, plan: Study, trial: optuna.Trial, seed: str) -> None:
+        self.plan, self.trial, self.seed = plan, trial, seed
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        limit = self.plan.max_seconds
-        if limit and self.clock and self.clock.state_dict()["train_seconds"] > limit:
-            raise GivenUp(f"took more than {limit:g} s")
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        parameters, most = sum(p.numel() for p in pl_module.parameters()), self.plan.max_parameters
+        results: Any = callback_of(trainer, Results)
+        self.trial.set_user_attr(self.seed, {"run": results.run.folder.name, "host": platform.node()})
+        if 0 < most < parameters:
+            raise TrainingFailed(f"{parameters:,} parameters are more than {most:,}")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.plan.compare)
-        if not self.reports or trainer.sanity_checking or not trainer.is_last_batch or value is None:
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a resumed trial reports an epoch again, with the same value
-            self.trial.report(float(value), trainer.current_epoch)
-        if self.trial.should_prune():
-            raise GivenUp(
-                f"pruned in epoch {trainer.current_epoch} at {comparison.shown_value(self.plan, float(value))}"
-            )
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        timer = callback_of(trainer, Progress)
+        if timer and timer.state_dict()["train_seconds"] > self.plan.max_seconds > 0:
+            raise TrainingFailed(f"took more than {self.plan.max_seconds:g} s")
 
 
-class TrialCLI(MNISTCLI):
-    """A fit or a test of one trial.
+class RunCLI(MNISTCLI):
+    """A `fit` that trains nothing unless it is watched."""
 
-    Args:
-        prepare: called with the command as soon as its run has a folder.
-    """
+    def __init__(self, flags: list[str], *watch: Watch) -> None:
+        self.watch = watch
+        super().__init__(["fit", *flags])
 
-    def __init__(self, args: list[str], prepare: Callable[[TrialCLI], None] | None = None) -> None:
-        self.prepare = prepare
-        super().__init__(args)
-
-    def after_instantiate_classes(self) -> None:
-        super().after_instantiate_classes()
-        if self.prepare:
-            self.prepare(self)
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        if self.watch:
+            super().fit(*args, **kwargs)
 
 
-class Sweep:
-    """A study, and what this process does for it.
+def check(flags: list[str]) -> Any:
+    """Return the settings of a `fit` with these flags, by dotted key; a UserError says why they cannot be used."""
+    with redirect_stdout(io.StringIO()):
+        return RunCLI(flags).settings.own
 
-    Args:
-        plan: what is tried.
-        options: the command's flags.
-        where: the study file, for messages.
-    """
 
-    def __init__(self, plan: Study, options: Namespace, where: str) -> None:
-        self.plan, self.options, self.where = plan, options, where
-        self.described, self.check = plan.described(), Check(["fit"])
-        base = checked_base(self.check, plan, where)
-        self.root = expanded(options.root_dir or base["trainer.default_root_dir"] or ".", "--root_dir")
-        data = expanded(options["data.root"] or base["data.root"], "--data.root")
-        self.places = ["--data.root", str(data), "--trainer.default_root_dir", str(self.root)]
-        space = distributions(self.check, plan, base, where, self.places)
-        self.runs = self.root / "lightning_logs"
-        self.folder = self.runs / "sweeps" / options.name
-        self.output = expanded(options.output, "--output") if options.output else self.folder
-        for folder, flag in ((self.folder / "workers", "--root_dir"), (self.output, "--output")):
+class Worker:
+    """Opens a study, and trains what is in its queue."""
+
+    def __init__(self, plan: Study, options: Any) -> None:
+        given = {"data.root": options["data.root"], "trainer.default_root_dir": options.root_dir}
+        usual = check([*plan.flags({}), *(f"--{name}={value}" for name, value in given.items() if value)])
+        plan.suggest(optuna.create_study().ask())
+        root = expanded(usual["trainer.default_root_dir"] or ".", "--root_dir").absolute()
+        data = expanded(usual["data.root"], "--data.root")
+        self.plan, self.parent, self.host = plan, options.parent, platform.node()
+        self.places = [f"--data.root={data}", f"--trainer.default_root_dir={root}"]
+        self.runs, self.folder = root / "lightning_logs", root / "lightning_logs" / "sweeps" / options.name
+        self.number = -1  # of the trial
+        if options.worker is None:
+            for name, given in plan.varied.items():
+                for value in given if isinstance(given, list) else (given["low"], given["high"]):
+                    check([*plan.flags({name: value}), *self.places])
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = (self.folder / f"worker-{options.worker or 0}.log").open("a", buffering=1)
+        self.study = plan.open(options.name, options.storage, self.folder)
+        if options.worker is None:
+            plan.fill_queue(self.study, options.retry)
+
+    def work(self) -> None:
+        """Train what is in the queue, until nothing is and no other worker may leave something undone."""
+        while True:
+            optuna.storages.fail_stale_trials(self.study)
+            states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{flag} {shortened(str(folder))}: {error.strerror}") from error
-        self.trials = Trials(plan, self.described, options.name, space, self.folder, options.storage, where)
-        plan.write_recipes(self.folder)
-
-    def work(self, display: Display | None = None) -> None:
-        """Train trials until there are none left."""
-        with self.trials.alive() as lock, Pulse(self.plan.heartbeat, self.options.worker) as pulse:
-            if display:
-                display.update(self.trials.trials())
-            while (trial := self.trials.next()) is not None:
-                pulse.trial = trial
-                try:
-                    with redirect_stdout(display.log) if display else nullcontext():
-                        self.train(trial)
-                except UpdateFinishedTrialError:
-                    print("Another worker has taken this one for dead, and the trial up.", file=sys.stderr)
-                except BaseException:
-                    self.trials.give_back(trial)
-                    raise
-                finally:
-                    pulse.trial = None
-                if display:
-                    display.update(self.trials.trials())
-                self.drop_losers()
-        Path(lock.lock_file).unlink(missing_ok=True)
-
-    def train(self, trial: optuna.Trial) -> None:
-        """Train a trial to its end, from where an earlier worker left it if that is here."""
-        seed = trial.user_attrs["seed"]
-        flags = [*self.plan.flags(trial.params, self.folder), "--seed_everything", str(seed)]
-        print(f"\nTrial {trial.number}: {comparison.named(trial.params)}, seed {seed}", flush=True)
-        if reason := self._refused(flags):
-            self.trials.end(trial, reason=reason)
-            return
-        run = self.run_of(trial.user_attrs)
-        while run and being_trained(run):
-            sleep(LOOK_SECONDS)  # by a worker that was taken for dead, or by the user
-        if run and not self._as_meant(run, flags):
-            run = None
-        if run is None or not ended_whole(run):
-            last = newest(run) if run else None
-            for name in ("enable_model_summary", "enable_progress_bar"):
-                flags += [f"--trainer.{name}", "false"]
-            resumed = ["--ckpt_path", str(last)] if last else []
-            try:
-                TrialCLI(["fit", *flags, *self.places, *resumed], lambda cli: self._begin(cli, trial))
-            except GivenUp as stop:
-                self.trials.end(trial, reason=stop.reason)
-                return
-            except TrainingFailed as error:
-                self.trials.end(trial, reason=shortened(str(error).partition(";")[0], 100))
-                return
-            except torch.OutOfMemoryError:
-                self.trials.end(trial, reason="the device has too little memory for it")
-                return
-            except (ValueError, MisconfigurationException) as error:  # what only a Trainer refuses
-                if any(isinstance(one, (OSError, UserError, UserError)) for one in (error, error.__cause__)):
-                    raise
-                self.trials.end(trial, reason=shortened(" ".join(str(error).split()), 200))
-                return
-            run = self.runs / trial.user_attrs["run"]
-        fit, value = section(read_results(run), "fit"), self.plan.value_of(run)
-        checkpoint = self.plan.checkpoint_of(run)
-        if value is None:
-            logged = ", ".join(section(fit, "metrics")) or "nothing"
-            reason = f"it did not log {self.plan.compare}, but {shortened(logged, 100)}"
-            self.trials.end(trial, reason=reason)
-            return
-        told = {name: fit[name] for name in ("parameters", "epochs")}
-        told |= {"seconds": fit["train_seconds"], "checkpoint": checkpoint.name if checkpoint else None}
-        told |= {name: fit[name] for name in ("hardware", "commit")}  # a study may be of several machines
-        self.trials.end(trial, value, **told)
-
-    def _refused(self, flags: list[str]) -> str:
-        """Why a setting cannot be trained, which may lie in a combination of values.
-
-        Raises:
-            UserError: that is not the setting's fault.
-        """
-        try:
-            network = self.check.made([*flags, *self.places])["model"]
-        except ValueError as error:
-            if isinstance(error, UserError):
+                if TrialState.WAITING in states:
+                    # Optuna sends heartbeats only within `optimize`, which by itself would draw more and more trials
+                    self.study.optimize(self.train, n_trials=1)
+                elif TrialState.RUNNING in states:
+                    sleep(1)
+                elif self.is_settled():
+                    return
+                else:  # a worker ended before it could queue its trial again
+                    self.plan.fill_queue(self.study, again=False)
+            except (Interrupted, KeyboardInterrupt):
+                trial = self.study.get_trials()[self.number]
+                if trial.state == TrialState.FAIL and not self.plan.is_done(trial):
+                    retry(self.study, trial)
                 raise
-            return shortened(" ".join(str(error).split()), 200)
-        parameters, most = sum(p.numel() for p in network.parameters()), self.plan.max_parameters
-        return f"{parameters:,} parameters are more than {most:,}" if 0 < most < parameters else ""
+            except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+                if isinstance(error, ValueError) and not str(error).startswith("Cannot tell"):  # by Optuna 4.6 to 5
+                    raise
+                print("This trial was reassigned: another worker considered this one dead.", flush=True)
+            if self.plan.keep == "best":
+                self.drop_losers()
 
-    def _as_meant(self, run: Path, flags: list[str]) -> bool:
-        """Whether a run has the settings of its trial still; its user may have trained it on with others."""
-        now, meant = read_settings(section(read_results(run), "fit")), self.check.parsed(flags)
-        places = ("data.download", "model.classes")  # the machine's, and the data's
-        return all(meant[name] == value for name, value in now.items() if name in meant and name not in places)
+    def train(self, trial: optuna.Trial) -> float:
+        """Train a configuration with each seed, and return the mean of what is compared: Optuna's objective."""
+        trials, sample = latest_trials(self.study), trial.user_attrs.get("sample")
+        seeds, values = self.plan.all_seeds, []
+        # Optuna creates a trial where another worker has just emptied the queue, and two commands may fill it at once
+        if sample is None or trials[sample].number > trial.number:
+            raise optuna.TrialPruned
+        self.number = trial.number
+        trial.set_user_attr("reason", None)
+        # What is drawn depends on the configuration's number and on the trials before, not on how often this process
+        # has drawn. Of Optuna's ways only independent sampling asks the sampler after the trial has begun.
+        tpe = optuna.samplers.TPESampler(seed=sample, multivariate=False, constant_liar=True)
+        trial.study.sampler = tpe if self.plan.sampler == "tpe" else optuna.samplers.RandomSampler(sample)
+        params = self.plan.suggest(trial)
+        if any(other.params == params for number, other in trials.items() if number < sample):
+            self.end(trial, "drawn before")
+        for step, seed in enumerate(seeds):
+            new = "value" not in trial.user_attrs.get(f"seed {seed}", {})
+            if new:
+                flags = [*self.plan.flags(params, self.folder), f"--seed_everything={seed}", *self.places]
+                self.train_run(trial, f"seed {seed}", flags)
+            values.append(trial.user_attrs[f"seed {seed}"]["value"])
+            trial.report(sum(values) / len(values), step)
+            if new and self.plan.pruner == "median" and seed != seeds[-1] and trial.should_prune():
+                self.end(trial, f"pruned after seed {seed}")
+        return sum(values) / len(values)
 
-    def _begin(self, cli: TrialCLI, trial: optuna.Trial) -> None:
-        folder, callbacks = cli.run.folder, cli.trainer.callbacks  # type: ignore[attr-defined]
-        assert folder
-        if cli.trainer.world_size > 1:
-            raise UserError(f"{self.where}: a trial is trained on one device, and the recipe asks for more")
-        callbacks.insert(0, Watch(self.plan, trial, callback_of(cli.trainer, Progress)))  # before checkpoints are saved
-        if cli.run.continues and folder.name == trial.user_attrs.get("run"):
-            return
-        mark = {"study": self.options.name, "seed": trial.user_attrs["seed"], "id": uuid.uuid4().hex}
-        with replaced(folder / "trial.json") as partial:
-            partial.write_text(json.dumps(mark | {"settings": trial.params}, indent=2) + "\n")
-        trial.set_user_attr("id", mark["id"])
-        trial.set_user_attr("run", folder.name)
+    def end(self, trial: optuna.Trial, reason: str) -> NoReturn:
+        """Mark a trial as pruned, for then a sampler avoids its parameters; it would ignore a failed one."""
+        trial.set_user_attr("reason", reason)
+        self.say(trial, reason)
+        raise optuna.TrialPruned(reason)
 
-    def run_of(self, attributes: Mapping[str, Any]) -> Path | None:
-        """The folder of a trial's run, where it lies on this machine."""
-        run = self.runs / str(attributes.get("run"))
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            mark = json.loads((run / "trial.json").read_text())
-            return run if mark["id"] == attributes.get("id") else None
-        return None
+    def train_run(self, trial: optuna.Trial, seed: str, flags: list[str]) -> None:
+        """Train a configuration with one seed, from where an earlier trial of it was interrupted if that is here."""
+        if self.parent and self.parent != os.getppid():  # it was killed
+            raise KeyboardInterrupt(signal.SIGTERM)
+        run = self.runs / trial.user_attrs.get(seed, {}).get("run", "none")
+        while being_trained(run):
+            sleep(1)  # by a worker that was considered dead, or by the user
+        if last := newest(run):  # whose user may have trained it on with other settings
+            now, meant = read_settings(read_results(run).get("fit", {})), check(flags)
+            places = ("data.root", "data.download", "model.classes")  # the machine's, and the data's
+            if all(meant[key] == now[key] for key in now.keys() & dict(meant.items()).keys() - {*places}):
+                flags = [*flags, f"--ckpt_path={last}"]
+        try:
+            with redirect_stdout(self.log):
+                RunCLI(flags, Watch(self.plan, trial, seed))
+        except REFUSED as error:
+            if any(
+                isinstance(cause, OSError) for cause in (error.__cause__, getattr(error.__cause__, "__cause__", None))
+            ):
+                raise  # a full disk, or data that is gone, would end every run
+            self.end(trial, shortened(" ".join(str(error).partition(";")[0].split())))
+        run = self.runs / trial.user_attrs[seed]["run"]
+        fit, last = read_results(run)["fit"], newest(run)
+        ended = {"checkpoint": last and last.name, **fit["metrics"]}
+        if self.plan.of == "best" and self.plan.compare in (fit["best"] or {}):
+            ended = fit["best"]
+        if not math.isfinite(ended.get(self.plan.compare, math.nan)):
+            self.end(trial, f"{self.plan.compare} was not logged, but {', '.join(fit['metrics'])}")
+        kept = {key: fit[key] for key in ("parameters", "epochs", "hardware", "versions", "commit")}
+        kept |= {"value": ended[self.plan.compare], "seconds": fit["train_seconds"], "checkpoint": ended["checkpoint"]}
+        trial.set_user_attr(seed, trial.user_attrs[seed] | kept)
+        self.say(trial, f"{seed}: {shown_value(self.plan.compare, kept['value'])} in {kept['seconds']:.1f} s")
 
-    def table(self) -> list[Setting]:
-        tested = {key: value for key, value in self.trials.study.user_attrs.items() if key.startswith("test ")}
-        return comparison.table(self.plan, self.trials.trials(), tested)
+    def say(self, trial: optuna.Trial, text: str) -> None:
+        trials = latest_trials(self.study).values()
+        done = f"{sum(one.state.is_finished() for one in trials)}/{len(trials)}"
+        print(f"[{done}] {named(trial.params)}, {text}\n", end="", flush=True)  # in one piece: workers share a terminal
+
+    def is_settled(self) -> bool:
+        return all(map(self.plan.is_done, latest_trials(self.study).values()))
 
     def drop_losers(self) -> None:
-        """With `keep: best` delete the checkpoints of settings that were given up, or have lost with every seed."""
-        if self.plan.keep != "best":
-            return
-        table = self.table()
-        whole = [setting for setting in table if setting.n == len(self.plan.all_seeds) and not setting.reason]
-        for setting in table:
-            if setting.reason or setting in whole[1:]:
-                for run in filter(None, map(self.run_of, setting.runs.values())):
-                    for path in (*own_checkpoints(run, "best"), *own_checkpoints(run, "last")):
-                        path.unlink(missing_ok=True)
+        """Delete the checkpoints of configurations that were pruned, have failed, or are not the best."""
+        found, trials = table(self.plan, self.study), latest_trials(self.study)
+        ended = found[found["reason"].notna() | (found["n"] == len(self.plan.all_seeds))]
+        for run in (run for sample in ended["sample"][1:] for run in trials[sample].user_attrs.values()):
+            if isinstance(run, dict) and run["host"] == self.host:
+                for path in (self.runs / run["run"] / "checkpoints").glob("*.ckpt"):
+                    path.unlink(missing_ok=True)
 
     def test(self) -> list[str]:
-        """Score the best setting's runs on the test set, and return what could not be."""
-        missing, best = [], self.table()[0]
-        for seed in best.values:
-            key, attributes = f"test {best.sample} {seed}", best.runs[seed]
-            if key in self.trials.study.user_attrs:
-                continue
-            run, name = self.run_of(attributes), attributes["checkpoint"]
-            if not run:
-                here = attributes["host"] == self.trials.host
-                why = "is not there any more" if here else f"lies on {attributes['host']}: test it there"
-            elif not name or not (run / "checkpoints" / name).is_file():
-                why = f"has no {name or 'checkpoint'} any more"
-            else:
-                flags = [*self.places, "--trainer.enable_progress_bar", "false"]
-                TrialCLI(["test", *flags, "--ckpt_path", str(run / "checkpoints" / name)])
-                test = section(read_results(run), "test")
-                scores = {name: value for name, value in test.items() if name.startswith("test/")}
-                self.trials.study.set_user_attr(key, scores)
-                continue
-            missing.append(f"{attributes['run']} (seed {seed}) {why}")
+        """Score the best configuration's runs on the test set, and return those that could not be."""
+        missing, best = [], table(self.plan, self.study).iloc[0]
+        for run in best["trials"]:
+            folder, key = self.runs / run["run"], f"test {best['sample']} {run['seed']}"
+            checkpoint = folder / "checkpoints" / run["checkpoint"]
+            if key not in self.study.user_attrs and not (checkpoint.is_file() and run["host"] == self.host):
+                missing.append(f"{run['run']} (seed {run['seed']}, trained on {run['host']})")
+            elif key not in self.study.user_attrs:
+                with redirect_stdout(self.log):
+                    MNISTCLI(["test", *self.places, "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"])
+                test = read_results(folder)["test"]
+                self.study.set_user_attr(key, {name: test[name] for name in test if name.startswith("test/")})
         return missing
 
 
-def ended_whole(run: Path) -> bool:
-    """Whether a run has come to its end, its last checkpoint included, which is written after its results."""
-    fit, last = section(read_results(run), "fit"), newest(run)
-    return text(fit, "state") == "finished" and last is not None and f"step={fit['steps']:06d}" in last.name
+def read(args: list[str]) -> tuple[Study, Any]:
+    """Return the study and the other flags of a command line of `sweep`."""
+    parser = Parser(prog="python -m lit_mnist sweep", description="Compare settings over seeds, by a study file.")
+    add = parser.add_argument
+    add("-c", "--config", action="config", metavar="STUDY.yaml", help="the study file")
+    add("--name", type=str, help="of the study (that of the study file, and of a --base)")
+    add("--workers", type=NonNegativeInt, default=1, help="processes that train; 0 shows the table so far (1)")
+    add("--test", action="store_true", help="in the end score the chosen configuration, and only it, on the test set")
+    add("--storage", type=str, help="URL of a database for several machines (an SQLite file in the study's folder)")
+    add("--output", type=str, help="folder of the tables and plots (the study's, under lightning_logs/sweeps)")
+    add("--retry", action="store_true", help="try pruned and failed configurations again")
+    add("--root_dir", type=str, help="the folder of lightning_logs (the recipe's, or this one)")
+    add("--data.root", type=str, help="the folder of the data (the recipe's)")
+    add("--worker", type=int, help=SUPPRESS)  # the number of a worker that another process has started
+    add("--parent", type=int, default=0, help=SUPPRESS)  # that process
+    parser.add_class_arguments(Study)
+    options = parser.parse_args(args)
+    given = {name: options.pop(name) for name in Study.__dataclass_fields__}
+    plan = Study(**{name: value for name, value in given.items() if value is not None})
+    bases = plan.bases if any(arg.partition("=")[0] == "--base" for arg in args) else []
+    options.name = options.name or "-".join(Path(file).stem for file in [*configs_of(args), *bases]) or "study"
+    return plan, options
 
 
-class Signalled(BaseException):  # no Exception: what brings errors to words must let it pass
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
-@contextmanager
-def signals() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end this process in good order, also between two trainings; a second one at once."""
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        restore()
-        raise Signalled(signum)
-
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    for signum in before:
-        signal.signal(signum, stop)
+def run_workers(workers: int, folder: Path, args: list[str]) -> None:
+    """Start workers, each with its share of this machine's processor cores and GPUs, and wait for them."""
+    environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers)), **os.environ}
+    here = ",".join(map(str, range(torch.cuda.device_count())))
+    devices, processes = environment.get("CUDA_VISIBLE_DEVICES", here).split(","), []
     try:
-        yield
-    finally:
-        restore()
-
-
-def share(worker: int, workers: int) -> dict[str, str]:
-    """The environment of one of several workers on this machine: its share of the processor cores and of the GPUs."""
-    environment = dict(os.environ)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    if devices != [""]:
-        environment["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
-    return environment
-
-
-def run_workers(sweep: Sweep, args: list[str], display: Display) -> None:
-    """Start the workers, show what they come to, and wait for them.
-
-    Raises:
-        TrainingFailed: all have ended before the study has.
-    """
-    count, processes, logs = sweep.options.workers, [], []
-    for worker in range(count):
-        logs.append(sweep.folder / f"worker-{worker}.log")
-        with logs[-1].open("w") as log:
-            command = [sys.executable, "-m", "lit_mnist", "sweep", *args, f"--worker={os.getpid()}"]
-            environment = share(worker, count)
-            # in a session of its own: Ctrl-C comes to this process alone, which tells them once
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            processes.append(process)
-    lost: set[int] = set()
-    going = True
-    try:
-        while going:
-            sleep(0.3)
-            going = any(process.poll() is None for process in processes)
-            display.update(sweep.trials.trials())
-            for worker, process in enumerate(processes):
-                if process.returncode and worker not in lost:
-                    lost.add(worker)
-                    display.say(f"worker {worker} {ended(process.returncode, logs[worker])}")
+        for worker in range(workers):
+            environment["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
+            command = [
+                sys.executable,
+                "-m",
+                "lit_mnist",
+                "sweep",
+                *args,
+                f"--worker={worker}",
+                f"--parent={os.getpid()}",
+            ]
+            with (folder / f"worker-{worker}.log").open("a") as log:
+                # in its own session: only this process gets Ctrl-C, and stops each of them once
+                processes.append(subprocess.Popen(command, env=environment, stderr=log, start_new_session=True))
+        for worker, process in enumerate(processes):
+            if process.wait():
+                where = shown(folder / f"worker-{worker}.log")
+                print(f"worker {worker} ended with status {process.returncode}: see {where}", flush=True)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.terminate()
+            process.terminate()
         for process in processes:
             process.wait()
-        display.update(sweep.trials.trials())
 
 
-def ended(status: int, log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    return f"{how}{f': {shortened(lines[-1], 300)}' if status > 0 and lines else ''}; its trial is open again"
+def stop(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(signum)
 
 
 def sweep(args: list[str]) -> None:
-    """Run the command with the flags that follow its name.
-
-    Raises:
-        UserError: the input cannot be used.
-        TrainingFailed: the study cannot go on.
-        SystemExit: from `--help`, and where a signal stopped it.
-    """
+    """Run the command with the flags that follow its name."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.filterwarnings("ignore", module="optuna")
-        try:
-            with signals():
-                run(args)
-        except (Interrupted, Signalled) as stop:
-            name = signal.Signals(stop.signum).name
-            raise SystemExit(complain(f"stopped by {name}; the same line goes on with it", 128 + stop.signum)) from stop
-        except StorageInternalError as error:
-            reason = shortened(" ".join(str(error.__cause__ or error).split()), 200)
-            raise TrainingFailed(
-                f"the trials' storage failed: {reason}; what is trained is kept, start it again"
-            ) from error
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with warnings.catch_warnings():
+            for name in (
+                "experimental",
+                "deprecated",
+                "already reported",
+                "Attempting to set identical",
+            ):  # of Optuna 4.6 to 5
+                warnings.filterwarnings("ignore", f".*{name}")
+            run(*read(args), args)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        signum = stopped.signum if isinstance(stopped, Interrupted) else next(iter(stopped.args), signal.SIGINT)
+        message = f"Stopped by {signal.Signals(signum).name}. Run the same command to continue the sweep."
+        raise SystemExit(complain(message, 128 + signum)) from stopped
+    except optuna.exceptions.StorageInternalError as error:
+        reason = shortened(" ".join(str(error.__cause__ or error).split()))
+        raise TrainingFailed(f"the database failed ({reason}); run the same command to continue the sweep") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def run(args: list[str]) -> None:
-    plan, options, where = read(args)
-    if not 0 <= options.workers <= 1000:
-        raise UserError(f"--workers must be a number in 0..1000, got {options.workers}")
-    if launched() != (1, 1) or number("WORLD_SIZE", "SLURM_NTASKS") > 1:
-        raise UserError("sweep starts its own workers (--workers); start it without torchrun and srun")
-    going = Sweep(plan, options, where)
+def run(plan: Study, options: Any, args: list[str]) -> None:
+    worker = Worker(plan, options)
     if options.worker is not None:
-        going.work()
-        return
-    if options.retry:
-        going.trials.retry()
-    missing: list[str] = []
-    with Display(plan, going.trials.settings * len(plan.all_seeds), going.folder / "worker-0.log") as display:
-        if options.workers == 1:
-            going.work(display)
-        elif options.workers:
-            run_workers(going, args, display)
-        settled, ended = going.trials.settled(), bool(ranked(going.table()))
-        if options.workers and not settled:
-            raise TrainingFailed("the study has not come to its end, and no worker is left; start it again to go on")
-        if options.workers:
-            going.drop_losers()
-        if options.test and settled and ended:
-            with redirect_stdout(display.log):
-                missing = going.test()
-    comparison.report(plan, going.table(), going.described | {"study": options.name}, going.output, settled)
-    if settled and not ended:
-        raise TrainingFailed("no setting came to an end; --retry tries again what was given up")
+        return worker.work()
+    if options.workers == 1:
+        worker.work()
+    elif options.workers:
+        run_workers(options.workers, worker.folder, args)
+    settled = worker.is_settled()
+    missing = worker.test() if options.test and settled else []
+    found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
+    if options.workers and not settled:
+        raise TrainingFailed("the sweep is not complete, and no worker is left; run the same command to continue it")
+    if settled and found["reason"].notna().all():
+        raise TrainingFailed("all configurations were pruned or failed; --retry tries them again")
     if missing:
-        raise TrainingFailed(f"--test could not score all: {'; '.join(missing)}")
+        raise TrainingFailed(f"--test could not score all runs: {', '.join(missing)} have no checkpoint here")
+    return None
