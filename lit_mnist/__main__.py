@@ -106,6 +106,8 @@ def call_function(command: str, args: list[str]) -> None:
     try:
         module = import_module(f"lit_mnist.{room}.{command}")
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("lit_mnist"):
+            raise
         raise UserError(f"{command} needs {error.name}: pip install 'lit_mnist[{command}]'") from error
     getattr(module, command)(args)
 
