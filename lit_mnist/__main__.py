@@ -108,6 +108,8 @@ def call_function(module: str, args: list[str]) -> None:
     try:
         function = getattr(import_module(f"lit_mnist.{module}"), args[0])
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("lit_mnist"):
+            raise
         raise UserError(f"{args[0]} needs {error.name}: pip install 'lit_mnist[{args[0]}]'") from error
     function(args[1:])
 

@@ -80,7 +80,8 @@ def test_fit_then_validate_and_test(command: Command, capsys: pytest.CaptureFixt
     test = results()["test"]
     assert (test["test/accuracy"], test["checkpoint"]) == (int(tested[1]) / 100, last.name)
     ((step, value),) = scalars(RUN)["test/accuracy"]
-    assert (step, value) == (14, pytest.approx(int(tested[1]) / 100))
+    assert step == 14
+    assert value == pytest.approx(int(tested[1]) / 100)
     assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
 
 
