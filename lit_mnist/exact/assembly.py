@@ -65,7 +65,6 @@ def hold(run: Run, trainer: Trainer) -> Iterator[None]:
 
     Raises:
         UserError: another process has it, or its checkpoint cannot be restored.
-        Interrupted: the training was stopped.
     """
     with ExitStack() as held:
         if trainer.is_global_zero and run.folder:

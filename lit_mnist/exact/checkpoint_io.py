@@ -26,13 +26,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     TorchCheckpointIO of Lightning 2.6 writes to a temporary folder, which may be on another file system, and copies
     from there without flushing: a kill in the middle leaves half a file.
-
-    Args:
-        loaded: checkpoints that were read before, by path.
     """
 
     def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
-        self.loaded = loaded or {}
+        self.loaded = loaded or {}  # checkpoints that were read before, by path
         self._readable = False  # whether one that was written could be read again
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -67,11 +64,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def check_readable(checkpoint: dict[str, Any]) -> None:
-    """Check that each entry can be loaded with `weights_only=True`.
-
-    Raises:
-        UserError: one cannot.
-    """
+    """Refuse an entry that could not be loaded again with `weights_only=True`, with a UserError."""
     for name, value in checkpoint.items():
         for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
             part = io.BytesIO()
@@ -79,18 +72,13 @@ def check_readable(checkpoint: dict[str, Any]) -> None:
             try:
                 torch.load(io.BytesIO(part.getvalue()), weights_only=True)
             except Exception as error:
-                allowed = "than tensors, numbers, strings and booleans"
-                message = f"a checkpoint could not be loaded again: in {name}/{key} there is something else {allowed}"
-                raise UserError(message) from error
+                what = f"in {name}/{key} there is something else than tensors, numbers, strings and booleans"
+                raise UserError(f"a checkpoint could not be loaded again: {what}") from error
 
 
 @contextmanager
 def translate_restoring(checkpoint: Path | None) -> Iterator[None]:
-    """Turn whatever fails while a checkpoint is restored into one line; bugs elsewhere keep their traceback.
-
-    Raises:
-        UserError: the checkpoint cannot be restored.
-    """
+    """Turn whatever fails while a checkpoint is restored into a UserError; bugs elsewhere keep their traceback."""
     try:
         yield
     except (UserError, NameError, ImportError, torch.OutOfMemoryError):

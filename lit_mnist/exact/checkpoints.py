@@ -63,16 +63,11 @@ class BestSettings:
 
 
 class CheckpointKeeper(Checkpoint):
-    """Keeps the newest state of a run, and the one of the best validation score.
+    """Keeps the newest state of a run, and the one of the best validation score where `best` says which that is.
 
     ModelCheckpoint 2.6 would write the newest state only where it has just written a best one, and forgets the best
     score where the run's folder was moved. As a `Checkpoint` it is called after all other callbacks: it saves what they
     have done.
-
-    Args:
-        run: whose folder the files lie in.
-        save: how often the newest state is saved.
-        best: which one is the best; None keeps none.
     """
 
     def __init__(self, run: Run, save: SaveSettings, best: BestSettings | None = None) -> None:
@@ -140,10 +135,11 @@ class CheckpointKeeper(Checkpoint):
         stepped = trainer.global_step > self._step
         self._step = trainer.global_step
         # Not where gradients accumulate: they are in no checkpoint. Not before a validation or after the last batch of
-        # an epoch: Lightning 2.6 resumes from there after the validation, and leaves it out. And not after the very
-        # last step, before the end of its epoch.
-        done = 0 < trainer.max_steps <= trainer.global_step
-        if not stepped or done or trainer.is_last_batch or validation_may_follow(trainer, batch_idx):
+        # an epoch: Lightning 2.6 resumes from there after the validation, and leaves it out; it has no public name for
+        # what decides. And not after the very last step, before the end of its epoch.
+        loop = trainer.fit_loop
+        validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+        if not stepped or validates or 0 < trainer.max_steps <= trainer.global_step:
             return
         due = bool(self._save.every_n_steps and trainer.global_step % self._save.every_n_steps == 0)
         # each process has a clock and signals of its own, and asking the others in every step would take time
@@ -220,14 +216,3 @@ class CheckpointKeeper(Checkpoint):
         if better:
             self.best_score, self._best_loss = score, loss
         return better
-
-
-def validation_may_follow(trainer: Trainer, batch_idx: int) -> bool:
-    """Say whether Lightning may validate after this batch, whether it counts all batches or those of an epoch."""
-    interval = trainer.val_check_batch
-    if not trainer.enable_validation or interval is None or interval == float("inf"):
-        return False
-    every_n_epochs = trainer.check_val_every_n_epoch
-    if every_n_epochs is None:
-        return (trainer.fit_loop.total_batch_idx + 1) % int(interval) == 0
-    return (trainer.current_epoch + 1) % every_n_epochs == 0 and (batch_idx + 1) % int(interval) == 0

@@ -61,11 +61,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> None:
-    """Give a metric its state; where the number of processes has changed, the states of all are merged.
-
-    Raises:
-        ValueError: it is the state of another metric, which would be taken silently.
-    """
+    """Give a metric its state; where the number of processes has changed, the states of all are merged."""
     fresh = metric_state(metric)
     for number, state in enumerate(states):
         if state.keys() != fresh.keys():

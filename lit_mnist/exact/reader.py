@@ -33,16 +33,14 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
                 return found
         hint = "" if wanted == "last" else " (a run without validation has only a last one)"
         raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
-    path, named = Path(wanted), shortened(wanted)
-    if "://" in wanted:
-        raise UserError(f"{named}: only local files are loaded; download it first, then pass its path")
+    path = Path(wanted)
     try:
         if path.is_file():  # a named pipe or a device would be waited for
             return path
         what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
     except (OSError, ValueError) as error:
         what = f"cannot be read ({getattr(error, 'strerror', error)})"
-    raise UserError(f"{named}: that file {what}; allowed are best, last and the path of a checkpoint")
+    raise UserError(f"{shortened(wanted)}: that file {what}; allowed are best, last and the path of a local checkpoint")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint that a path, `best` or `last` means, and its contents.
 
     Raises:
-        UserError: there is none, or it cannot be read; the message then names the newest intact one.
+        UserError: there is none, or it cannot be read; then the message names the newest intact one.
     """
     path = find_checkpoint(wanted, runs)
     try:
@@ -91,11 +89,7 @@ def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Check that a checkpoint has a state to resume.
-
-    Raises:
-        UserError: it holds weights alone, or is of an older format.
-    """
+    """Refuse to resume a checkpoint that holds weights alone, or is of an older format, with a UserError."""
     if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= checkpoint.keys():
         raise UserError(f"{path}: it holds weights alone, no state to resume")
     if (version := checkpoint.get(FORMAT_ENTRY)) != FORMAT:

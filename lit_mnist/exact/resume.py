@@ -115,28 +115,28 @@ class ExactResume(Callback):
                 trainer.should_stop = True  # a callback had ended this run, and no setting says to train it longer
         problem: OSError | UserError | None = None
         try:
-            if trainer.is_global_zero and self.run.folder:
-                self.run.folder.mkdir(parents=True, exist_ok=True)
-            open_loggers(trainer, loaded, self._written, self.run.origin, self.run.continues)
-            if metrics := dict(loaded.get("pending", {})):
-                step = int(metrics.pop("step"))
-                for logger in trainer.loggers:
-                    logger.log_metrics(metrics, step)
-            if trainer.is_global_zero and self.run.folder and self.config:
-                with replaced(self.run.folder / "config.yaml") as partial:
-                    partial.write_text(self.config)
+            self._open(trainer)
         except (OSError, UserError) as error:
             problem = error
         if reason := next(filter(None, gather_all(str(problem or ""))), ""):  # all end with it: none waits for another
             raise problem or UserError(f"another process could not write to the run: {reason}")
         self.run.started = True
 
-    def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Restore what Lightning does not; the logged values only as far as to see that they can be.
+    def _open(self, trainer: Trainer) -> None:
+        """Begin to write to the run's folder and loggers."""
+        if trainer.is_global_zero and self.run.folder:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+        open_loggers(trainer, self.run.loaded, self._written, self.run.origin, self.run.continues)
+        if metrics := dict(self.run.loaded.get("pending", {})):
+            step = int(metrics.pop("step"))
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step)
+        if trainer.is_global_zero and self.run.folder and self.config:
+            with replaced(self.run.folder / "config.yaml") as partial:
+                partial.write_text(self.config)
 
-        Returns:
-            Whether settings of optimizers and schedules differ from those of the checkpoint.
-        """
+    def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
         loaded, rank, device = self.run.loaded, trainer.global_rank, pl_module.device
         if trainer.global_step != loaded["global_step"]:
             raise ValueError(f"loops/fit_loop is at step {trainer.global_step}, not {loaded['global_step']}")
@@ -185,38 +185,26 @@ class ExactResume(Callback):
 
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse what could not be resumed exactly, or is not the same on several processes.
-
-    Raises:
-        UserError: one line about it.
-    """
+    """Refuse what could not be resumed exactly, or is not the same on several processes, with a UserError."""
     for loader in loaders_of(trainer):
         if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-            raise UserError(
-                f"train_dataloader gives a {type(loader).__name__}, which has no state_dict and load_state_dict: a run"
-                " could not be resumed within an epoch; torchdata's StatefulDataLoader has them"
-            )
+            what = f"train_dataloader gives a {type(loader).__name__}, which has no state_dict and load_state_dict"
+            raise UserError(f"{what}: use torchdata's StatefulDataLoader, to resume within an epoch")
     if any(isinstance(part, MetricTracker) for part in module.modules()):
         raise UserError("a MetricTracker grows while it is used, and could not be restored; log its metric instead")
     for hook, instead in TOO_LATE.items():
         if is_overridden(hook, module):
-            raise UserError(
-                f"{type(module).__name__}.{hook} comes after a checkpoint is saved, and a resumed run would leave it"
-                f" out; do it in {instead} or in a callback"
-            )
+            what = f"{type(module).__name__}.{hook} comes after a checkpoint is saved, and is left out by a resume"
+            raise UserError(f"{what}; use {instead} or a callback")
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and (config.interval == "step" or trainer.max_steps != -1):
-            raise UserError(
-                "ReduceLROnPlateau would be left out by a resumed run with interval step or trainer.max_steps; use"
-                " interval epoch and trainer.max_epochs"
-            )
+            what = "ReduceLROnPlateau is left out by a resume with interval step or trainer.max_steps"
+            raise UserError(f"{what}; use interval epoch and trainer.max_epochs")
     # batch norm of each process alone cannot do without samples, nor torch's synchronised one in mixed precision
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
     if smallest_part(trainer) == 0 and (alone or "mixed" in trainer.precision):
-        raise UserError(
-            "trainer.sync_batchnorm must be true and trainer.precision not mixed where an epoch's last batch is"
-            f" smaller than the number of processes, {trainer.world_size}; change the batch size"
-        )
+        what = f"an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
+        raise UserError(f"{what}: that needs trainer.sync_batchnorm true and no mixed trainer.precision")
 
 
 def loaders_of(trainer: Trainer) -> list[Any]:
@@ -277,11 +265,7 @@ def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
-    """Restore what `Optimizer.load_state_dict` of torch 2.15 rounds, and refuse what it and schedules let through.
-
-    Raises:
-        ValueError: a part would begin again, or a fused step, which looks at no form, would leave a state's memory.
-    """
+    """Restore what `Optimizer.load_state_dict` of torch 2.15 rounds, and refuse what it and schedules let through."""
     for optimizer, saved in zip(trainer.optimizers, loaded["optimizer_states"], strict=True):
         parameters = [(part, group.get("fused")) for group in optimizer.param_groups for part in group["params"]]
         for number, state in saved["state"].items():
@@ -290,7 +274,7 @@ def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
                 if not isinstance(value, Tensor):
                     continue
                 short = value.shape != parameter.shape or value.untyped_storage().nbytes() < value.nbytes
-                if fused and short and name != "step":
+                if fused and short and name != "step":  # it would read and write beyond the state
                     raise ValueError(f"optimizer_states/state/{number}/{name} does not have the form of its parameter")
                 if parameter.ndim and not value.ndim:  # NAdam's mu_product, cast to the type of the parameter
                     own = optimizer.state[parameter]
@@ -303,14 +287,11 @@ def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
 def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Let the present settings of optimizers and schedules win over the restored ones; return whether any differs.
 
-    Lightning restores both as they were saved, settings included. Only what differs from what the saved run was
-    configured with is set: what a schedule or a callback changes in training stays as it was. A rate under a schedule
-    is multiplied by as much as its highest; under LambdaLR, which is a function of the step, it is computed anew.
-
-    Raises:
-        ValueError: the optimizers had other parameters: torch takes their states, as long as there are as many.
+    Only what differs from what the saved run was configured with is set: what a schedule or a callback changes in
+    training stays as it was. A rate under a schedule is multiplied by as much as its highest; under LambdaLR, which is
+    a function of the step, it is computed anew.
     """
-    if before["parameters"] != now["parameters"]:
+    if before["parameters"] != now["parameters"]:  # torch takes the states of others, as long as there are as many
         raise ValueError("the optimizers had other parameters, or the same ones in another order")
     differs, schedulers = False, [config.scheduler for config in trainer.lr_scheduler_configs]
     # a callback may have added groups

@@ -15,7 +15,7 @@ from .runs import claim_version, discard, newest, run_folder
 
 @dataclass
 class Run:
-    """Where a fit writes, and what it begins with.
+    """Where a fit writes, and what it begins with; both ways to make one raise UserError where they cannot.
 
     Args:
         folder: of its checkpoints, config.yaml and results.json; None on all processes but the first until it starts.
@@ -36,11 +36,7 @@ class Run:
 
     @classmethod
     def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> Run:
-        """Make a run in a new folder `version_N`, which only the first process does.
-
-        Raises:
-            UserError: no folder can be made there, or nothing can be resumed from that checkpoint.
-        """
+        """Make a run in a new folder `version_N`, which only the first process does."""
         run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
         run.folder = None
         if is_first():
@@ -54,11 +50,7 @@ class Run:
 
     @classmethod
     def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
-        """Return the run that a checkpoint belongs to, in its own folder.
-
-        Raises:
-            UserError: nothing can be resumed from that checkpoint.
-        """
+        """Return the run that a checkpoint belongs to, in its own folder."""
         check_resumable(checkpoint, loaded)
         folder = run_folder(checkpoint)
         return cls(folder, checkpoint, loaded, folder, unchanged)

@@ -23,11 +23,7 @@ LOCK = ".lock"  # in a run's folder: held by the process that trains it
 
 
 def expanded(path: str | Path, setting: str) -> Path:
-    """Replace `~` in a path by the home folder.
-
-    Raises:
-        UserError: there is no such home folder.
-    """
+    """Replace `~` in a path by the home folder; where there is none, the UserError names the setting."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -78,11 +74,7 @@ def discard(run: Path, existed: Path) -> None:
 
 @contextmanager
 def only_process(run: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the system releases it however the process ends.
-
-    Raises:
-        UserError: another process has it.
-    """
+    """Hold a run's folder for this process, until it ends; where another has it, raise UserError."""
     try:
         held = FileLock(run / LOCK).acquire(timeout=0)
     except Timeout:

@@ -13,11 +13,7 @@ from .errors import Interrupted
 
 @contextmanager
 def stop_on_signals(keeper: CheckpointKeeper) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the training after the current step; a second Ctrl-C ends it at once.
-
-    Raises:
-        Interrupted: a signal has ended the training.
-    """
+    """Let SIGTERM and Ctrl-C end the training after the current step, with Interrupted; a second Ctrl-C at once."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(signum: int, frame: FrameType | None) -> None:
