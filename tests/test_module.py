@@ -91,7 +91,12 @@ def test_training_metrics_are_those_of_every_step(monkeypatch: pytest.MonkeyPatc
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     module = small(label_smoothing=0.1)
     update = module.train_metrics.update
-    monkeypatch.setattr(module.train_metrics, "update", lambda *pair: (seen.append(pair), update(*pair)))
+
+    def record(*pair: Any) -> None:
+        seen.append(pair)
+        update(*pair)
+
+    monkeypatch.setattr(module.train_metrics, "update", record)
     trainer(max_epochs=1).fit(module, some_batches(count=50, batch_size=10))
     logits, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
     metrics = module.trainer.callback_metrics

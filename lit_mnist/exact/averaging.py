@@ -11,8 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage(WeightAveraging):
-    """An exponential moving average, after each step, of all weights and of batch norm's statistics, which is what is
-    validated, tested and kept.
+    """Averages all weights and batch norm's statistics after each step; the average is validated, tested and kept.
 
     WeightAveraging 2.6 leaves it on the CPU, so that with an accelerator each step would wait for a copy, and searches
     all modules for their tensors in each step, a twentieth of its time on a CPU.

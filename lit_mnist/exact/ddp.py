@@ -31,9 +31,7 @@ set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distribut
 
 
 class ExactDDP(DDPStrategy):
-    """DDPStrategy whose steps are those of one process, up to rounding, and the same again in a resumed run.
-
-    The loss is the mean over the whole batch, though the processes' parts of it differ in size.
+    """DDPStrategy whose steps are those of one process, up to rounding, and bit for bit the same in a resumed run.
 
     Args:
         waiting: seconds that a process waits for another, once training or scoring begins.
@@ -153,11 +151,12 @@ def launched() -> tuple[int, int]:
 @contextmanager
 def environment_kept() -> Iterator[None]:
     """Undo what Lightning 2.6 sets when it launches: the next run of this process would wait for others in vain."""
-    before = dict(os.environ)
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield
     finally:
-        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        for name in names:
             os.environ.pop(name, None)
         os.environ.update(before)
 
