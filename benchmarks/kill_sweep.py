@@ -1,12 +1,11 @@
-"""Kill a study with SIGKILL at random moments, go on with it, and compare it with the study that was never killed.
+"""Kill a study with SIGKILL at random moments, continue it, and compare it with the study that was never killed.
 
-    python benchmarks/kill_sweep.py                        # one worker, two, and two with trials in PostgreSQL: minutes
-    python benchmarks/kill_sweep.py --kills 3 --ways one
+    python benchmarks/kill_sweep.py                        # one worker and two: minutes
+    python benchmarks/kill_sweep.py --kills 3 --workers 2 --storage postgresql+psycopg://user@host/empty_database
 
-Two learning rates and two label smoothings with five seeds each on real MNIST, shortened. With several workers a kill
-is of one of them, or of the process that started them. Compared are all rows of the table but the seconds, and for
-each setting and seed every tensor of the last checkpoint. Ends with status 1 where anything differed; with
-`--record` a line for each study is appended to results/kill_sweep.jsonl.
+Two learning rates with three seeds each on real MNIST, shortened. With several workers a kill is of one of them, or of
+the process that started them. Compared are all rows of the table but times and places, and every tensor of each run's
+last checkpoint. Ends with status 1 where anything differed; `--record` appends to results/kill_sweep.jsonl.
 """
 
 from __future__ import annotations
@@ -20,126 +19,91 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import torch
-from kill import ENVIRONMENT, REPOSITORY, same, tensors
+from kill import ENVIRONMENT, REPOSITORY, tensors
 from records import add_flag, append
 
-from lit_mnist.data import datasets
-from lit_mnist.exact.conditions import conditions
-
-STUDY = """\
-base: [{configs}/smoke.yaml, base.yaml]
-settings:
-  model.lr: [0.2, 0.4]
-  model.label_smoothing: [0.0, 0.05]
-seeds: 5
-heartbeat: 1.0
-"""
-BASE = """\
-trainer: {max_epochs: 4, limit_train_batches: 60, accelerator: cpu}
-checkpoint: {every_seconds: 0.2}
-"""
-WAYS = {"one": 1, "two": 2, "postgresql": 2}
+STUDY = "base: [{configs}/smoke.yaml, base.yaml]\nsettings: {{model.lr: [0.2, 0.4]}}\nseeds: 3\nheartbeat: 2\n"
+BASE = "trainer: {max_epochs: 4, limit_train_batches: 60, accelerator: cpu}\ncheckpoint: {every_seconds: 0.2}\n"
 
 
-def start(folder: Path, root: str, workers: int, storage: str | None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lit_mnist", "sweep", "--config", "study.yaml", "--data.root", root]
-    command += ["--workers", str(workers), *(["--storage", storage] if storage else [])]
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL)
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    return [int(child) for child in found]
-
-
-def trials_begun(folder: Path) -> int:
-    return len(list(folder.glob("lightning_logs/version_*/trial.json")))
+def start(folder: Path, options: argparse.Namespace, workers: int, storage: str | None) -> subprocess.Popen[bytes]:
+    (folder / "study.yaml").write_text(STUDY.format(configs=REPOSITORY / "configs"))
+    (folder / "base.yaml").write_text(BASE)
+    command = [sys.executable, "-m", "lit_mnist", "sweep", "--config", "study.yaml", "--workers", str(workers)]
+    command += ["--data.root", str(Path(options.root).resolve()), *(["--storage", storage] if storage else [])]
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
 def outcome(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The rows of the table without the seconds, and all tensors of each setting and seed."""
+    """Return the rows of the table, and all tensors of the last checkpoint of each run."""
     rows = json.loads((folder / "lightning_logs/sweeps/study/results.json").read_text())["settings_tried"]
     found: dict[str, torch.Tensor] = {}
-    table = []
     for row in rows:
-        setting = f"{row['model.lr']} {row['model.label_smoothing']}"
-        for trial in row.pop("trials"):
-            path = next((folder / "lightning_logs" / trial["run"] / "checkpoints").glob("last-*"))
-            checkpoint = torch.load(path, weights_only=True)
-            found |= {f"{setting}, seed {trial['seed']}{key}": tensor for key, tensor in tensors(checkpoint).items()}
-        table.append({name: value for name, value in row.items() if name != "seconds"})
-    return table, found
+        for run in row["trials"]:
+            path = next((folder / "lightning_logs" / run["run"] / "checkpoints").glob("last-*"))
+            name = f"lr {row['model.lr']}, seed {run['seed']}"
+            found |= {name + key: tensor for key, tensor in tensors(torch.load(path, weights_only=True)).items()}
+            for key in ("run", "seconds"):
+                del run[key]
+        del row["seconds"]
+    return rows, found
 
 
-def killed(folder: Path, root: str, workers: int, storage: str | None, kills: int, moment: random.Random) -> int:
-    """Run the study, killing it so often, and return how many kills came while a trial was in progress."""
-    done = 0
-    while done < kills:
-        process = start(folder, root, workers, storage)
-        before, begun = trials_begun(folder), monotonic()
-        while trials_begun(folder) == before and process.poll() is None and monotonic() - begun < 60:
-            sleep(0.01)
-        sleep(moment.uniform(0, 8))
-        if process.poll() is not None:
-            break
-        workers_left = children(process.pid)
-        if workers_left and moment.random() < 0.5:  # a worker; the others go on
-            os.kill(moment.choice(workers_left), signal.SIGKILL)
-            done += 1
-            sleep(moment.uniform(0, 4))
-        if process.poll() is None:
-            process.kill()
-            done += 1
-        process.wait()
-        while any(Path(f"/proc/{child}").exists() for child in workers_left):
-            sleep(0.1)  # they notice that their parent is gone
-    process = start(folder, root, workers, storage)
-    if process.wait():
-        raise RuntimeError(f"sweep ended with status {process.returncode}")
-    return done
+def kill(folder: Path, process: subprocess.Popen[bytes], moment: random.Random) -> bool:
+    """Kill the command or one of its workers some seconds after it has begun a run; False if it ended before."""
+    before = set(folder.glob("lightning_logs/version_*"))
+    while set(folder.glob("lightning_logs/version_*")) == before and process.poll() is None:
+        sleep(0.01)
+    sleep(moment.uniform(0, 6))
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    workers = [int(pid) for pid in listed.split()]
+    if process.poll() is not None:
+        return False
+    if workers and moment.random() < 0.5:  # the others continue
+        os.kill(moment.choice(workers), signal.SIGKILL)
+        sleep(moment.uniform(0, 6))
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        sleep(0.1)  # they stop after their run
+    return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="how the study is run (all)")
-    parser.add_argument("--kills", type=int, default=10, help="so many each (10)")
-    parser.add_argument("--storage", help="of the way postgresql: a database's URL; it must be empty")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="so many workers (1 and 2)")
+    parser.add_argument("--kills", type=int, default=5, help="so often each (5)")
+    parser.add_argument("--storage", help="a database's URL; it must be empty")
     parser.add_argument("--root", default=str(REPOSITORY / "data"), help="folder of the data")
     add_flag(parser, "kill_sweep")
     options = parser.parse_args()
-    root = str(Path(options.root).resolve())
-    datasets.prepare(root)
-    different = 0
+    different = False
     with tempfile.TemporaryDirectory() as name:
-        for way in ["never killed", *options.ways]:
-            folder = Path(name, way)
-            folder.mkdir()
-            (folder / "study.yaml").write_text(STUDY.format(configs=REPOSITORY / "configs"))
-            (folder / "base.yaml").write_text(BASE)
-            if way == "never killed":
-                if start(folder, root, 1, None).wait():
-                    return 1
-                table, expected = outcome(folder)
-                continue
-            storage = options.storage if way == "postgresql" else None
-            if way == "postgresql" and not storage:
-                print("postgresql: no --storage given")
-                continue
-            kills = killed(folder, root, WAYS[way], storage, options.kills, random.Random(way))
+        (whole := Path(name, "whole")).mkdir()
+        if start(whole, options, 1, None).wait():
+            return 1
+        table, expected = outcome(whole)
+        for workers in options.workers:
+            (folder := Path(name, str(workers))).mkdir()
+            moment = random.Random(workers)
+            kills = sum(
+                kill(folder, start(folder, options, workers, options.storage), moment) for _ in range(options.kills)
+            )
+            if start(folder, options, workers, options.storage).wait():
+                return 1
             ours, found = outcome(folder)
-            wrong = [key for key in expected.keys() | found.keys() if not same(expected, found, key)]
-            wrong += ["table"] * (ours != table)
-            different += bool(wrong)
-            record = {"way": way, "kills": kills, "trials": sum(row["n"] for row in ours), "tensors": len(found)}
-            print(f"{record}, different: {wrong[:5] or 'none'}", flush=True)
-            where = conditions(torch.device("cpu"))
-            where["hardware"]["threads"] = int(ENVIRONMENT["OMP_NUM_THREADS"])
-            append(options, {**record, "different": wrong}, where)
-    return int(different > 0)
+            same = ours == table and found.keys() == expected.keys()
+            same = same and all(torch.equal(found[key], expected[key]) for key in expected)
+            record = {"workers": workers, "storage": (options.storage or "sqlite").partition(":")[0], "kills": kills}
+            record |= {"runs": len(list(folder.glob("lightning_logs/version_*"))), "tensors": len(found), "same": same}
+            print(record, flush=True)
+            append(options, record)
+            different |= not same
+    return int(different)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def named(params: Mapping[str, Any]) -> str:
 
 
 def shown_value(metric: str, value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.2f} %" if metric.endswith("accuracy") else f"{value:{sign}.4f}"
+    return (
+        f"{100 * value:{sign}.2f}{' points' if sign else ' %'}" if metric.endswith("accuracy") else f"{value:{sign}.4f}"
+    )
 
 
 def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def in_words(plan: Study, ranked: pd.DataFrame, apart: dict[str, Any] | None) ->
         words.append(f"Its score is optimistically biased: it is the best of {len(ranked)} settings on the same data.")
     for metric, scores in pd.DataFrame(ranked["trials"].iloc[0]).filter(like="test/").items():
         mean, std, low, high = (shown_value(str(metric), scores.agg(name)) for name in ("mean", "std", "min", "max"))
-        words.append(f"Test set, {metric}: {mean} ± {std} ({low} to {high}), n = {scores.count()}")
+        several = f" ± {std} ({low} to {high})" if len(scores) > 1 else ""
+        words.append(f"Test set, {metric}: {mean}{several}, n = {scores.count()}")
     return words
 
 

@@ -34,7 +34,7 @@ from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
-from lit_mnist.sweep.study import Study, latest_trials, retry
+from lit_mnist.sweep.study import Study, latest_trials
 
 REFUSED = (TrainingFailed, ValueError, MisconfigurationException, torch.OutOfMemoryError)
 
@@ -47,10 +47,12 @@ class Watch(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         parameters, most = sum(p.numel() for p in pl_module.parameters()), self.plan.max_parameters
-        results: Any = callback_of(trainer, Results)
-        self.trial.set_user_attr(self.seed, {"run": results.run.folder.name, "host": platform.node()})
         if 0 < most < parameters:
             raise TrainingFailed(f"{parameters:,} parameters are more than {most:,}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        results: Any = callback_of(trainer, Results)  # only now the run keeps its folder
+        self.trial.set_user_attr(self.seed, {"run": results.run.folder.name, "host": platform.node()})
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         timer = callback_of(trainer, Progress)
@@ -85,10 +87,10 @@ class Worker:
         plan.suggest(optuna.create_study().ask())
         root = expanded(usual["trainer.default_root_dir"] or ".", "--root_dir").absolute()
         data = expanded(usual["data.root"], "--data.root")
-        self.plan, self.parent, self.host = plan, options.parent, platform.node()
+        self.plan, self.host = plan, platform.node()
+        self.parent = os.getppid() if options.worker is not None else None
         self.places = [f"--data.root={data}", f"--trainer.default_root_dir={root}"]
         self.runs, self.folder = root / "lightning_logs", root / "lightning_logs" / "sweeps" / options.name
-        self.number = -1  # of the trial
         if options.worker is None:
             for name, given in plan.varied.items():
                 for value in given if isinstance(given, list) else (given["low"], given["high"]):
@@ -112,13 +114,8 @@ class Worker:
                     sleep(1)
                 elif self.is_settled():
                     return
-                else:  # a worker ended before it could queue its trial again
+                else:  # a trial whose worker was stopped
                     self.plan.fill_queue(self.study, again=False)
-            except (Interrupted, KeyboardInterrupt):
-                trial = self.study.get_trials()[self.number]
-                if trial.state == TrialState.FAIL and not self.plan.is_done(trial):
-                    retry(self.study, trial)
-                raise
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
                 if isinstance(error, ValueError) and not str(error).startswith("Cannot tell"):  # by Optuna 4.6 to 5
                     raise
@@ -128,19 +125,16 @@ class Worker:
 
     def train(self, trial: optuna.Trial) -> float:
         """Train a configuration with each seed, and return the mean of what is compared: Optuna's objective."""
-        trials, sample = latest_trials(self.study), trial.user_attrs.get("sample")
-        seeds, values = self.plan.all_seeds, []
-        # Optuna creates a trial where another worker has just emptied the queue, and two commands may fill it at once
-        if sample is None or trials[sample].number > trial.number:
-            raise optuna.TrialPruned
-        self.number = trial.number
+        sample, seeds, values = trial.user_attrs.get("sample"), self.plan.all_seeds, []
+        if sample is None:
+            raise optuna.TrialPruned  # another worker has emptied the queue just now, and Optuna has created a trial
         trial.set_user_attr("reason", None)
         # What is drawn depends on the configuration's number and on the trials before, not on how often this process
         # has drawn. Of Optuna's ways only independent sampling asks the sampler after the trial has begun.
         tpe = optuna.samplers.TPESampler(seed=sample, multivariate=False, constant_liar=True)
         trial.study.sampler = tpe if self.plan.sampler == "tpe" else optuna.samplers.RandomSampler(sample)
         params = self.plan.suggest(trial)
-        if any(other.params == params for number, other in trials.items() if number < sample):
+        if any(other.params == params for number, other in latest_trials(self.study).items() if number < sample):
             self.end(trial, "drawn before")
         for step, seed in enumerate(seeds):
             new = "value" not in trial.user_attrs.get(f"seed {seed}", {})
@@ -163,6 +157,8 @@ class Worker:
         """Train a configuration with one seed, from where an earlier trial of it was interrupted if that is here."""
         if self.parent and self.parent != os.getppid():  # it was killed
             raise KeyboardInterrupt(signal.SIGTERM)
+        if latest_trials(self.study)[trial.user_attrs["sample"]].number > trial.number:
+            raise optuna.TrialPruned  # another worker has queued this configuration once more, at the same time
         run = self.runs / trial.user_attrs.get(seed, {}).get("run", "none")
         while being_trained(run):
             sleep(1)  # by a worker that was considered dead, or by the user
@@ -175,9 +171,8 @@ class Worker:
             with redirect_stdout(self.log):
                 RunCLI(flags, Watch(self.plan, trial, seed))
         except REFUSED as error:
-            if any(
-                isinstance(cause, OSError) for cause in (error.__cause__, getattr(error.__cause__, "__cause__", None))
-            ):
+            cause = error.__cause__
+            if isinstance(cause, OSError) or isinstance(getattr(cause, "__cause__", None), OSError):
                 raise  # a full disk, or data that is gone, would end every run
             self.end(trial, shortened(" ".join(str(error).partition(";")[0].split())))
         run = self.runs / trial.user_attrs[seed]["run"]
@@ -239,7 +234,6 @@ def read(args: list[str]) -> tuple[Study, Any]:
     add("--root_dir", type=str, help="the folder of lightning_logs (the recipe's, or this one)")
     add("--data.root", type=str, help="the folder of the data (the recipe's)")
     add("--worker", type=int, help=SUPPRESS)  # the number of a worker that another process has started
-    add("--parent", type=int, default=0, help=SUPPRESS)  # that process
     parser.add_class_arguments(Study)
     options = parser.parse_args(args)
     given = {name: options.pop(name) for name in Study.__dataclass_fields__}
@@ -257,15 +251,7 @@ def run_workers(workers: int, folder: Path, args: list[str]) -> None:
     try:
         for worker in range(workers):
             environment["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
-            command = [
-                sys.executable,
-                "-m",
-                "lit_mnist",
-                "sweep",
-                *args,
-                f"--worker={worker}",
-                f"--parent={os.getpid()}",
-            ]
+            command = [sys.executable, "-m", "lit_mnist", "sweep", *args, f"--worker={worker}"]
             with (folder / f"worker-{worker}.log").open("a") as log:
                 # in its own session: only this process gets Ctrl-C, and stops each of them once
                 processes.append(subprocess.Popen(command, env=environment, stderr=log, start_new_session=True))
@@ -290,13 +276,8 @@ def sweep(args: list[str]) -> None:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with warnings.catch_warnings():
-            for name in (
-                "experimental",
-                "deprecated",
-                "already reported",
-                "Attempting to set identical",
-            ):  # of Optuna 4.6 to 5
-                warnings.filterwarnings("ignore", f".*{name}")
+            # by Optuna 4.6 to 5 and, of plots with one value, matplotlib
+            warnings.filterwarnings("ignore", "(?s).*(experimental|deprecated|already reported|identical low)")
             run(*read(args), args)
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signum if isinstance(stopped, Interrupted) else next(iter(stopped.args), signal.SIGINT)
@@ -311,12 +292,12 @@ def sweep(args: list[str]) -> None:
 
 def run(plan: Study, options: Any, args: list[str]) -> None:
     worker = Worker(plan, options)
-    if options.worker is not None:
-        return worker.work()
-    if options.workers == 1:
+    if options.worker is not None or options.workers == 1:
         worker.work()
     elif options.workers:
         run_workers(options.workers, worker.folder, args)
+    if options.worker is not None:
+        return
     settled = worker.is_settled()
     missing = worker.test() if options.test and settled else []
     found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
@@ -326,4 +307,3 @@ def run(plan: Study, options: Any, args: list[str]) -> None:
         raise TrainingFailed("all configurations were pruned or failed; --retry tries them again")
     if missing:
         raise TrainingFailed(f"--test could not score all runs: {', '.join(missing)} have no checkpoint here")
-    return None
