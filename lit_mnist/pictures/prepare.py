@@ -35,10 +35,8 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
     """Decode a picture's first frame, upright, to grey levels from 0 (black) to 1.
 
     Grey is the mixture of the colours that shows the most; transparent pixels get the level that the rest stands out
-    from. Large pictures are reduced to 1,024 to 2,047 pixels.
-
-    Raises:
-        UserError: the format is unknown, or the picture is broken or too large.
+    from. Large pictures are reduced to 1,024 to 2,047 pixels. Raises UserError for any other file, and for a picture that
+    is broken or too large.
     """
     try:
         with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
@@ -188,11 +186,10 @@ def unruled(ink: Pixels) -> Pixels:
 
 def fits(box: Any, shape: tuple[int, ...]) -> bool:
     """Tell whether a box is large enough for a digit, and has paper on all sides."""
-    x, y, width, height = box
-    top, left = shape[0] / 50, shape[1] / 50
-    clear = x > left and y > top and x + width < shape[1] - left and y + height < shape[0] - top
+    (x, y, width, height), (down, across) = box, shape
+    clear = 0.02 * across < x < 0.98 * across - width and 0.02 * down < y < 0.98 * down - height
     large = max(width, height) >= 0.1 * max(shape)
-    return bool(clear and large and height < 0.9 * shape[0] and width < 0.9 * shape[1])
+    return bool(clear and large and height < 0.9 * down and width < 0.9 * across)
 
 
 def ruled_lines(mask: Mask) -> Mask:

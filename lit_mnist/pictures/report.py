@@ -68,20 +68,20 @@ def load(file: Path | BinaryIO, several: bool = False) -> list[Picture]:
 
 
 def report(names: Sequence[str], several: bool, network: nn.Module, output: Path) -> None:
-    """Print and write a network's answers for files and folders of them.
+    """Print and write a network's answers for files and folders: OUTPUT is the CSV, the `.png` beside it the sheet.
 
-    Args:
-        several: whether there may be several digits in a file.
-        output: the CSV; the contact sheet is the `.png` beside it.
-
-    Raises:
-        UserError: there is no such file or folder, or no file shows a digit; then nothing is written.
+    Raises UserError if there is no such file, or if none shows a digit; then nothing is written.
     """
     paths = track(find(names), "reading pictures", disable=not sys.stdout.isatty())
     pictures = [picture for path in paths for picture in load(path, several)]
     answer(network, pictures)
     rows = [row(picture) for picture in pictures]
-    print_answers(rows)
+    names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
+    table = Table(*names, box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for line in rows:
+        table.add_row(*(str(line.get(name, "-")) for name in names))
+    print_table(table)
     if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")
     write_csv(output, rows)
@@ -130,24 +130,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def print_answers(rows: Sequence[dict[str, Any]]) -> None:
-    names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
-    table = Table(*names, box=None, pad_edge=False)
-    table.columns[0].overflow = "fold"
-    for line in rows:
-        table.add_row(*(str(line.get(name, "-")) for name in names))
-    print_table(table)
-
-
 def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """Draw each picture, beside it what the network saw, and below them the answer."""
     font, small = ImageFont.load_default(20), ImageFont.load_default(12)
     width, height = 2 * CELL + 2 * MARGIN, CELL + 56
-    across = min(COLUMNS, len(pictures))
-    sheet = Image.new("RGB", (across * width + MARGIN, -(-len(pictures) // across) * height + MARGIN), PAPER)
+    columns_used = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns_used)
+    sheet = Image.new("RGB", (columns_used * width + MARGIN, rows * height + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(pictures):
-        left, above = MARGIN + index % across * width, MARGIN + index // across * height
+        left, above = MARGIN + index % columns_used * width, MARGIN + index // columns_used * height
         below = above + CELL
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, below), outline="#d0d0d0")
         place = f"{picture.number}: {picture.box[:2]}, " if picture.number else ""
@@ -155,8 +147,14 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
         if picture.digit is None:
             draw.text((left, below + 6), f"{picture.problem:.36}", ALARM, small)
             continue
-        original = thumbnail(picture)
-        sheet.paste(original, (left + (CELL - original.width) // 2, above + (CELL - original.height) // 2))
+        whole = decode(picture.file)
+        if picture.number:
+            x, y, across, down = picture.box
+            margin = max(across, down) // 4
+            whole = whole.crop((x - margin, y - margin, x + across + margin, y + down + margin))
+        part = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
+        part = Image.alpha_composite(Image.new("RGBA", part.size, BEHIND), part)
+        sheet.paste(part, (left + (CELL - part.width) // 2, above + (CELL - part.height) // 2))
         seen = Image.fromarray(picture.digit[0].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
         sheet.paste(seen, (left + CELL, above))
         draw.text((left, below + 2), str(columns(picture.probabilities)["digit"]), INK, font)
@@ -164,19 +162,8 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     return sheet
 
 
-def thumbnail(picture: Picture) -> Image.Image:
-    """Reduce a picture, or the part of it that is meant, to a cell; what is transparent is grey."""
-    whole = upright(picture.file)
-    if picture.number:
-        x, y, width, height = picture.box
-        margin = max(width, height) // 4
-        whole = whole.crop((x - margin, y - margin, x + width + margin, y + height + margin))
-    small = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
-    return Image.alpha_composite(Image.new("RGBA", small.size, BEHIND), small).convert("RGB")
-
-
 @lru_cache(maxsize=1)  # the digits of a sheet share one file
-def upright(file: Any) -> Image.Image:
+def decode(file: Any) -> Image.Image:
     with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened)
         if picture.mode.startswith(DEEP):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -16,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from test_predict import BEST, fails, picture, write_checkpoint
-from torch import Tensor
+from test_predict import fails, picture
+from torch import Tensor, nn
 
 from lit_mnist.cli import demo
-from lit_mnist.network import load_network
 from lit_mnist.pictures.prepare import digit, grey_levels
 from lit_mnist.pictures.report import classify
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
+
+Server = tuple[subprocess.Popen[str], str, int]  # its process, and where it listens
 
 
 def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
@@ -63,12 +63,9 @@ def requests(browser: Chrome) -> set[str]:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """A demo of an untrained network: its process, and where it listens."""
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint()
+def server(network: nn.Module) -> Iterator[Server]:
     program = [sys.executable, "-m", "lit_mnist", "demo", "--ckpt_path", "best", "--port", "0"]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout
         found = (re.match(r"Draw at http://(127\.0\.0\.1):(\d+) ", line) for line in process.stdout)
@@ -86,7 +83,7 @@ def ask(host: str, port: int, body: bytes, **headers: str) -> tuple[int, bytes]:
     return response.status, response.read()
 
 
-def test_answers_and_refusals(server: tuple[subprocess.Popen[str], str, int], tmp_path: Path) -> None:
+def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     process, host, port = server
     before = sorted(tmp_path.rglob("*"))
     path = picture(tmp_path / "one.png")
@@ -121,7 +118,7 @@ def drawing(strokes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.array(sheet.resize((256, 256), Image.Resampling.BOX))
 
 
-def test_in_a_browser(browser: Chrome, server: tuple[subprocess.Popen[str], str, int], tmp_path: Path) -> None:
+def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     process, host, port = server
@@ -138,7 +135,6 @@ def test_in_a_browser(browser: Chrome, server: tuple[subprocess.Popen[str], str,
     ink = browser.execute_script("return Array.from(pen.getImageData(0, 0, 256, 256).data)")
     levels = 1 - np.array(ink, np.float32).reshape(256, 256, 4)[:, :, 3] / 255
     assert (pixels(browser)[0].int() - digit(levels).int()).abs().max() <= 2
-    network = load_network(torch.load(BEST))
     probabilities = classify(network, pixels(browser))[0]
     assert bars(browser) == pytest.approx((100 * probabilities).tolist(), abs=0.06)
     assert browser.find_element("id", "digit").text == str(int(probabilities.argmax()))
@@ -166,10 +162,9 @@ def test_in_a_browser(browser: Chrome, server: tuple[subprocess.Popen[str], str,
 PHONE = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
 
 
-def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("network")
+def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run under lightning_logs has a last checkpoint" in fails(capsys, "demo", "--ckpt_path", "last")
-    write_checkpoint()
     flags = ["demo", "--ckpt_path", "best"]
     assert "argument --port: invalid int value: 'http'" in fails(capsys, *flags, "--port", "http")
     assert "--host 127.0.0.1 --port 70000: cannot listen there" in fails(capsys, *flags, "--port", "70000")

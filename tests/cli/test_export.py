@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from test_demo import bars, draw, pixels, requests
-from test_predict import BEST, fails, write_checkpoint
+from test_predict import BEST, fails
+from torch import nn
 from torch.testing import assert_close
 
 from lit_mnist.__main__ import main
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_gives_what_the_checkpoint_gives(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str
+    tiny_root: Path,
+    network: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    network = write_checkpoint()
     path = Path(f"digits{suffix}")
     flags = ["--ckpt_path", "best", "--output", str(path), "--data.root", str(tiny_root)]
     assert main(["export", *flags]) == 0
@@ -63,7 +66,7 @@ def test_gives_what_the_checkpoint_gives(
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     assert "nothing was written" in fails(capsys, "export", *flags, "--overwrite")
     assert path.read_bytes() == before
-    assert [path.name for path in tmp_path.glob("*digits*")] == [path.name]
+    assert [path.name for path in Path().glob("*digits*")] == [path.name]
 
 
 @pytest.mark.parametrize(
@@ -101,15 +104,13 @@ def test_a_page_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm
         export.fetch_runtime()
 
 
-def test_a_page(tiny_root: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page(tiny_root: Path, network: nn.Module, browser: Chrome, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers as the network does, and asks for nothing."""
     try:
         runtime = export.fetch_runtime()
     except UserError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(export, "fetch_runtime", lambda: runtime)
-    monkeypatch.chdir(tmp_path)
-    network = write_checkpoint()
     assert main(["export", "--ckpt_path", "best", "--output", "digits.html", "--data.root", str(tiny_root)]) == 0
     assert Path("digits.html").stat().st_size < 6_000_000
     assert "Copyright (c) Microsoft Corporation" in Path("digits.html").read_text()
