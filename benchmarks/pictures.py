@@ -32,8 +32,8 @@ from lit_mnist.pictures import prepare, report, segment
 
 CANVAS = 240
 LETTERS = "AEFHKMNPRTUVWXYadefhkmnrtuvwx"  # those that no digit looks like
-DIFFICULTIES = ("on paper", "cell lines", "boxed", "desk", "hard shadow", "soft shadow", "strip", "ruled", "squared")
-DIFFICULTIES += ("cut", "tiny", "low contrast", "colour ink")
+DIFFICULTIES = ["on paper", "cell lines", "boxed", "desk", "hard shadow", "soft shadow", "strip", "ruled", "squared"]
+DIFFICULTIES += ["cut", "tiny", "low contrast", "colour ink"]
 
 
 def cropped(ink: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:

@@ -35,8 +35,8 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
     """Decode a picture's first frame, upright, to grey levels from 0 (black) to 1.
 
     Grey is the mixture of the colours that shows the most; transparent pixels get the level that the rest stands out
-    from. Large pictures are reduced to 1,024 to 2,047 pixels. Raises UserError for any other file, and for a picture that
-    is broken or too large.
+    from. Large pictures are reduced to 1,024 to 2,047 pixels. Raises UserError for other files, and for pictures that
+    are broken or too large.
     """
     try:
         with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
