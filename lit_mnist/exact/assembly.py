@@ -37,11 +37,10 @@ def make_callbacks(
 
     Args:
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
-        best: which state is kept as the best; None keeps none.
         own: the user's callbacks.
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key that go into each checkpoint.
-        config: the text of the run's config.yaml; empty for none.
+        config: the text of config.yaml; empty for none.
         recipe: a name for the settings of a new run.
         command: the command line.
     """
