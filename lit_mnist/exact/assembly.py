@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, Trainer
 
 from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
-from .checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of
+from .checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of, stop_on_signals
 from .errors import UserError
 from .loggers import FILE_LOGGERS, RunLogger
 from .progress import EpochLines, Progress
@@ -19,7 +19,6 @@ from .results import Results
 from .resume import ExactResume
 from .run import Run
 from .runs import only_process, read_results, section
-from .signals import stop_on_signals
 
 
 def make_callbacks(
@@ -38,11 +37,10 @@ def make_callbacks(
 
     Args:
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
-        best: which state is kept as the best; None keeps none.
         own: the user's callbacks.
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key that go into each checkpoint.
-        config: the text of the run's config.yaml; empty for none.
+        config: the text of config.yaml; empty for none.
         recipe: a name for the settings of a new run.
         command: the command line.
     """

@@ -19,15 +19,12 @@ from .runs import read_results, replaced
 
 
 class Results(Callback):
-    """Keeps results.json: of a fit from its start, of a test at its end.
+    """Keeps results.json: of a fit from its start, of a test at its end, whose samples `lines` counts.
 
     Args:
-        run: whose folder it lies in.
-        progress: the timer of a fit; None for other commands.
         recipe: a name for the settings of a new run.
         command: the command line.
         settings: plain settings by dotted key, beside those of module and data.
-        lines: which counts the samples of a test.
     """
 
     def __init__(

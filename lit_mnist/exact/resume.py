@@ -203,8 +203,8 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     # batch norm of each process alone cannot do without samples, nor torch's synchronised one in mixed precision
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
     if smallest_part(trainer) == 0 and (alone or "mixed" in trainer.precision):
-        what = f"an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
-        raise UserError(f"{what}: that needs trainer.sync_batchnorm true and no mixed trainer.precision")
+        where = f"where an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
+        raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
 
 
 def loaders_of(trainer: Trainer) -> list[Any]:

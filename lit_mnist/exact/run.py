@@ -15,23 +15,14 @@ from .runs import claim_version, discard, newest, run_folder
 
 @dataclass
 class Run:
-    """Where a fit writes, and what it begins with; both ways to make one raise UserError where they cannot.
+    """Where a fit writes, and what it begins with; both ways to make one raise UserError where they cannot."""
 
-    Args:
-        folder: of its checkpoints, config.yaml and results.json; None on all processes but the first until it starts.
-        checkpoint: what it begins with; None for nothing.
-        loaded: the content of that checkpoint.
-        origin: the run that the checkpoint belongs to; None where it lies in no run's folder.
-        unchanged: whether it is resumed with the settings that it had; then one that a callback had stopped stays so.
-        made: the last folder above `folder` that existed before; None where `folder` itself did.
-    """
-
-    folder: Path | None = None
-    checkpoint: Path | None = None
-    loaded: Mapping[str, Any] = field(default_factory=dict)
-    origin: Path | None = None
-    unchanged: bool = True
-    made: Path | None = None
+    folder: Path | None = None  # of its files; None on all processes but the first until it starts
+    checkpoint: Path | None = None  # what it begins with
+    loaded: Mapping[str, Any] = field(default_factory=dict)  # the content of that checkpoint
+    origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
+    unchanged: bool = True  # whether it has the settings that it had; then one that a callback had stopped stays so
+    made: Path | None = None  # the last folder above `folder` that existed before; None where `folder` itself did
     started: bool = False
 
     @classmethod

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import several
 import torch
+from helpers import assert_same
 from several import Death, Outcome, free_port
-from test_resume import assert_same, curve, state
+from test_resume import curve, state
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datamodule, datasets
