@@ -33,16 +33,11 @@ def table(plan: Study, study: optuna.Study) -> pd.DataFrame:
         frame = pd.DataFrame(runs).reindex(columns=["value", "seconds", "parameters", "epochs"])
         values, scores = frame["value"], pd.DataFrame(runs).filter(like="test/")
         ends = sorted([values.min(), values.max()], reverse=not least)
-        line = {
-            "sample": sample,
-            **plan.settings,
-            **trial.params,
-            "n": len(runs),
-            "reason": trial.user_attrs.get("reason"),
-        }
+        reason = trial.user_attrs.get("reason")
+        line = {"sample": sample, **plan.settings, **trial.params, "n": len(runs), "reason": reason}
         line |= dict(zip(VALUES, [values.mean(), values.std(), *ends], strict=True))
         line |= {"seconds": frame["seconds"].mean(), **frame[["parameters", "epochs"]].max(), "trials": runs}
-        if runs or line["reason"]:
+        if runs or reason:
             lines.append({**line, **scores.mean(), **scores.std().add_suffix(" std")})
     lines.sort(key=lambda line: (bool(line["reason"]), -line["n"], line["n"] and (1 if least else -1) * line["mean"]))
     columns = ["sample", *plan.settings, "n", "reason", *VALUES, "seconds", "parameters", "epochs", "trials"]
@@ -55,9 +50,7 @@ def named(params: Mapping[str, Any]) -> str:
 
 
 def shown_value(metric: str, value: float, sign: str = "") -> str:
-    return (
-        f"{100 * value:{sign}.2f}{' points' if sign else ' %'}" if metric.endswith("accuracy") else f"{value:{sign}.4f}"
-    )
+    return f"{100 * value:{sign}.2f}" if metric.endswith("accuracy") else f"{value:{sign}.4f}"
 
 
 def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
@@ -67,12 +60,10 @@ def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
     lines = [pd.Series({run["seed"]: run["value"] for run in line["trials"]}) for line in (first, second)]
     pairs = pd.concat(lines, axis=1, join="inner")
     apart = pairs[0] - pairs[1]
-    found: dict[str, Any] = {"seeds": pairs.index.tolist(), "low": None, "high": None}
-    found["mean"] = float(apart.mean()) if len(apart) else None
+    mean, low, high = float(apart.mean()) if len(apart) else None, None, None
     if apart.std() > 1e-6:  # else there is one seed, or chance or rounding made them equal
-        interval = ttest_rel(pairs[0], pairs[1]).confidence_interval(0.95)
-        found |= {"low": float(interval.low), "high": float(interval.high)}
-    return found
+        low, high = map(float, ttest_rel(pairs[0], pairs[1]).confidence_interval(0.95))
+    return {"seeds": pairs.index.tolist(), "mean": mean, "low": low, "high": high}
 
 
 def in_words(plan: Study, ranked: pd.DataFrame, apart: dict[str, Any] | None) -> list[str]:
@@ -85,9 +76,10 @@ def in_words(plan: Study, ranked: pd.DataFrame, apart: dict[str, Any] | None) ->
         words.append(f"It has too few seeds in common with the second, {names[1]}, for an interval.")
     elif apart:
         mean, low, high = (shown_value(plan.compare, apart[key], "+") for key in ("mean", "low", "high"))
+        points = " points" if plan.compare.endswith("accuracy") else ""
         real = "a real difference" if apart["low"] > 0 or apart["high"] < 0 else "no difference can be seen"
         paired = f"95 % confidence interval {low} to {high}, paired over {len(apart['seeds'])} common seeds"
-        words.append(f"Against the second, {names[1]}: {mean} ({paired}): {real}.")
+        words.append(f"Against the second, {names[1]}: {mean}{points} ({paired}): {real}.")
     if len(ranked) > 2:
         words.append(f"Its score is optimistically biased: it is the best of {len(ranked)} settings on the same data.")
     for metric, scores in pd.DataFrame(ranked["trials"].iloc[0]).filter(like="test/").items():

@@ -26,7 +26,6 @@ from lit_mnist.exact.runs import replaced
 ALIKE = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.fast_dev_run": False}
 ALIKE |= {"trainer.enable_checkpointing": True, "trainer.enable_progress_bar": False}
 OWN = {"seed_everything", "data.seed", "data.root", "trainer.default_root_dir", "best.monitor", "best.mode", *ALIKE}
-RANGE = "a list, or a range of low and high with log: true or a step (in a grid, a step)"
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class Study:
 
     @property
     def direction(self) -> str:
-        least = self.mode == "min" or (self.mode is None and self.compare.endswith("loss"))
-        return "minimize" if least else "maximize"
+        return "minimize" if (self.mode or ("min" if self.compare.endswith("loss") else "")) == "min" else "maximize"
 
     @property
     def varied(self) -> dict[str, Any]:
@@ -114,7 +112,8 @@ class Study:
                     whole = isinstance(given["low"], int) and isinstance(given["high"], int)
                     params[name] = (trial.suggest_int if whole else trial.suggest_float)(name, **given)
             except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-                raise UserError(f"settings.{name} must be {RANGE}, got {given} ({error})") from error
+                needed = "a list, or a range of low and high with log: true or a step (in a grid, a step)"
+                raise UserError(f"settings.{name} must be {needed}, got {given} ({error})") from error
         return params
 
     def open(self, name: str, url: str | None, folder: Path) -> optuna.Study:

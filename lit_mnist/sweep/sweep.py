@@ -20,7 +20,6 @@ import optuna
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from optuna.trial import TrialState
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.cli.cli import MNISTCLI
@@ -28,7 +27,7 @@ from lit_mnist.cli.console import complain
 from lit_mnist.cli.runs import read_run
 from lit_mnist.cli.settings import Parser, configs_of
 from lit_mnist.exact.checkpoints import callback_of
-from lit_mnist.exact.console import shortened, shown
+from lit_mnist.exact.console import shortened
 from lit_mnist.exact.errors import Interrupted, TrainingFailed
 from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.results import Results
@@ -104,12 +103,12 @@ class Worker:
         """Train what is in the queue, until nothing is and no other worker may leave something undone."""
         while True:
             optuna.storages.fail_stale_trials(self.study)
-            states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
+            states = {trial.state.name for trial in self.study.get_trials(deepcopy=False)}
             try:
-                if TrialState.WAITING in states:
+                if "WAITING" in states:
                     # Optuna sends heartbeats only within `optimize`, which by itself would draw more and more trials
                     self.study.optimize(self.train, n_trials=1)
-                elif TrialState.RUNNING in states:
+                elif "RUNNING" in states:
                     sleep(1)
                 elif self.is_settled():
                     return
@@ -184,7 +183,10 @@ class Worker:
         kept = {key: fit[key] for key in ("parameters", "epochs", "hardware", "versions", "commit")}
         kept |= {"value": ended[self.plan.compare], "seconds": fit["train_seconds"], "checkpoint": ended["checkpoint"]}
         trial.set_user_attr(seed, trial.user_attrs[seed] | kept)
-        self.say(trial, f"{seed}: {shown_value(self.plan.compare, kept['value'])} in {kept['seconds']:.1f} s")
+        self.say(
+            trial,
+            f"{seed}: {self.plan.compare} {shown_value(self.plan.compare, kept['value'])} in {kept['seconds']:.1f} s",
+        )
 
     def say(self, trial: optuna.Trial, text: str) -> None:
         trials = latest_trials(self.study).values()
@@ -256,8 +258,7 @@ def run_workers(workers: int, folder: Path, args: list[str]) -> None:
                 processes.append(subprocess.Popen(command, env=environment, stderr=log, start_new_session=True))
         for worker, process in enumerate(processes):
             if process.wait():
-                where = shown(folder / f"worker-{worker}.log")
-                print(f"worker {worker} ended with status {process.returncode}: see {where}", flush=True)
+                print(f"worker {worker} ended with status {process.returncode}: see worker-{worker}.log", flush=True)
     finally:
         for process in processes:
             process.terminate()
@@ -297,12 +298,13 @@ def run(plan: Study, options: Any, args: list[str]) -> None:
         run_workers(options.workers, worker.folder, args)
     if options.worker is not None:
         return
-    settled = worker.is_settled()
-    missing = worker.test() if options.test and settled else []
+    settled, failure = worker.is_settled(), ""
+    if options.test and settled and (missing := worker.test()):
+        failure = f"--test found no checkpoint here of {', '.join(missing)}"
     found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
-    if options.workers and not settled:
-        raise TrainingFailed("the sweep is not complete, and no worker is left; run the same command to continue it")
     if settled and found["reason"].notna().all():
-        raise TrainingFailed("all configurations were pruned or failed; --retry tries them again")
-    if missing:
-        raise TrainingFailed(f"--test could not score all runs: {', '.join(missing)} have no checkpoint here")
+        failure = "all configurations were pruned or failed; --retry tries them again"
+    elif options.workers and not settled:
+        failure = "the sweep is not complete, and no worker is left; run the same command to continue it"
+    if failure:
+        raise TrainingFailed(failure)
