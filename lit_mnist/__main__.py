@@ -1,29 +1,38 @@
 """The command line: its commands, its help, and how errors become exit statuses.
 
-Nothing here imports torch: `--version` and `--help` answer at once. Each command is a function in a file of its name.
+Nothing here imports torch: `--version` and `--help` answer at once. Each command is a function in a file of its name;
+fit, validate and test are methods of LightningCLI.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from lit_mnist import __version__
-from lit_mnist.cli import COMMANDS
-from lit_mnist.cli.console import BAD_INPUT, complain, console, resume_command
+from lit_mnist.cli.console import BAD_INPUT, complain, resume_command
 from lit_mnist.exact.console import number, shortened
 from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
 
+COMMANDS = ("fit", "validate", "test", "predict", "demo", "export", "sweep", "runs")
 HELP = f"""\
 usage: python -m lit_mnist [-h] [--version] {{{",".join(COMMANDS)}}} ...
 
 Train a small CNN on MNIST, look at it, test it, resume it.
 
 commands:
-{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+  fit       train, with validation after each epoch
+  validate  score a checkpoint on the held-out training images
+  test      score a checkpoint on the 10,000 test images
+  predict   write a checkpoint's answers for pictures, or for the test images
+  demo      serve a page to draw digits on, with a checkpoint's answers
+  export    write a checkpoint's network to an ONNX or PT2 file, or a page to draw on
+  sweep     compare settings over several seeds, by a study file
+  runs      list the runs under lightning_logs/
 
 examples:
   python -m lit_mnist fit
@@ -48,20 +57,11 @@ def main(args: Sequence[str] | None = None) -> int:
         for one that a signal stopped. The reason is one message on stderr.
     """
     args = list(sys.argv[1:] if args is None else args)
-    with console() as output:
-        status = run_command(args)
-        output.flush()
-        if output.fault and output.fault.errno != errno.EPIPE:  # who closes a pipe early has read enough
-            wrote = args[:1] not in ([], ["runs"], ["validate"]) and not {"-h", "--help", "--version"} & set(args)
-            # a command that has written files has not failed; of others the output is the result
-            status = complain(f"standard output: {output.fault.strerror}", status or (0 if wrote else BAD_INPUT))
-    return status
-
-
-def run_command(args: list[str]) -> int:
-    """Run a command, and return the exit status for how it ended."""
     try:
-        return call_command(args)
+        call_command(args)
+        print(end="", flush=True)
+    except BrokenPipeError:  # who closes a pipe early has read enough; Python would complain of the rest when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Interrupted as stop:
         name, resume = signal.Signals(stop.signum).name, resume_command(stop.checkpoint)
         return complain(f"stopped by {name}; {resume}", 128 + stop.signum, everywhere=False)
@@ -75,22 +75,17 @@ def run_command(args: list[str]) -> int:
         return complain(str(error), FAILED_TRAINING if error.errno in FULL else BAD_INPUT)
     except SystemExit as stop:  # from --help, --print_config and argparse's errors
         return stop.code if isinstance(stop.code, int) else BAD_INPUT if stop.code else 0
+    return 0 if args else BAD_INPUT
 
 
-def call_command(args: list[str]) -> int:
+def call_command(args: list[str]) -> None:
     """Call a command with the flags after its name; its file, and what that needs, is imported now."""
     command = args[0] if args else "--help"
     if command == "--version":
         print(f"lit_mnist {__version__}")
     elif command in ("-h", "--help"):
         print(HELP, end="")
-    elif command == "runs":
-        from lit_mnist.cli.runs import runs
-
-        runs(args[1:])
-    elif command in ("predict", "export", "demo"):  # these need a network, and never import Lightning
-        call_function(f"cli.{command}", args)
-    elif command in COMMANDS:
+    elif command in ("fit", "validate", "test", "sweep"):
         from lit_mnist.cli.cli import MNISTCLI, translate_errors
 
         with translate_errors():
@@ -98,9 +93,10 @@ def call_command(args: list[str]) -> int:
                 call_function("sweep.sweep", args)
             else:
                 MNISTCLI(args)
+    elif command in COMMANDS:  # these never import Lightning
+        call_function(f"cli.{command}", args)
     else:
         raise UserError(f"unknown command {shortened(repr(command))}, allowed are {', '.join(COMMANDS)}")
-    return 0 if args else BAD_INPUT
 
 
 def call_function(module: str, args: list[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -14,19 +16,24 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_mnist.board import Board
-from lit_mnist.cli import COMMANDS, fit
 from lit_mnist.cli.console import one_line, quiet, resume_command
 from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
 from lit_mnist.cli.trainer import AutoTrainer, check_trainer, make_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
+from lit_mnist.exact.assembly import hold
 from lit_mnist.exact.checkpoint_io import translate_restoring
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of
+from lit_mnist.exact.console import PROGRAM, shown
 from lit_mnist.exact.ddp import environment_kept, launched, lost
 from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
+from lit_mnist.exact.loggers import RunLogger
+from lit_mnist.exact.progress import Progress, words
+from lit_mnist.exact.results import best_of
 from lit_mnist.exact.run import Run
 from lit_mnist.module import LitMNIST
 
 DEFAULT_EPOCHS = 4
+FINISHED = "Nothing to train: this run has finished. To train longer, raise trainer.max_epochs."
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
@@ -80,7 +87,6 @@ class MNISTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self.own_parser = parser
         parser.usage = f"python -m lit_mnist {self.command} [options]"
-        parser.description = f"{COMMANDS[self.command].capitalize()}."
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data", "model.classes", compute_fn=self._classes, apply_on="instantiate")
@@ -125,8 +131,16 @@ class MNISTCLI(LightningCLI):
     # LightningCLI calls these three in place of the trainer's methods: checkpoints load with weights_only=True
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        with translate_failures(self):
-            fit.fit(self.trainer, self.run, model, datamodule)
+        trainer, run = self.trainer, self.run
+        with translate_failures(self), hold(run, trainer):
+            trainer.fit(model, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+        if run.made and trainer.global_step == run.loaded.get("global_step"):
+            run.started = False  # the new run's folder has nothing that is not its parent's
+            raise UserError(FINISHED)
+        if not (run.started or run.continues or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            raise UserError("nothing to train: trainer.max_epochs, max_steps and limit_train_batches leave no step")
+        if trainer.is_global_zero and run.folder:
+            print_summary(trainer, run, run.folder, self.settings.own["data.root"])
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         if not datamodule.hparams["val_size"]:
@@ -143,6 +157,28 @@ class MNISTCLI(LightningCLI):
             scores = score(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
             raise UserError(f"trainer.limit_{name.replace('validate', 'val')}_batches leaves no image to score")
+
+
+def print_summary(trainer: AutoTrainer, run: Run, folder: Path, root: str) -> None:
+    """Print the result of a run with the data in `root`, and the commands for what comes next."""
+    keeper, progress, best = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress), best_of(trainer)
+    assert progress
+    times, epochs, steps = progress.state_dict(), trainer.current_epoch, trainer.global_step
+    trained = f"{epochs} epoch{'s' * (epochs != 1)}, {steps} steps, "
+    trained += f"{times['train_seconds'] + times['validation_seconds']:.1f} s"
+    if best and keeper and keeper.best:
+        trained += f"; best {words({keeper.best.monitor: best[keeper.best.monitor]})[0]}"
+    if steps == run.loaded.get("global_step"):
+        print(FINISHED)
+    print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")
+    if any(isinstance(logger, RunLogger) for logger in trainer.loggers):
+        print(f"Look at it: tensorboard --logdir {shown(folder.parent)}")
+    if last := (keeper and keeper.last_path) or run.checkpoint:
+        by_steps = 0 < trainer.max_steps <= steps
+        longer = f"max_steps {2 * trainer.max_steps}" if by_steps else f"max_epochs {2 * max(1, epochs)}"
+        tested, place = (keeper and keeper.best_path) or last, "" if root == "data" else f" --data.root {quote(root)}"
+        print(f"Test it:    python -m {PROGRAM} test --ckpt_path {shown(tested)}{place}")
+        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {shown(last)} --trainer.{longer}")
 
 
 @contextmanager

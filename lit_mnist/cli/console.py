@@ -1,4 +1,4 @@
-"""What a command prints: one line for an error, streams that may be closed, and no advertisements.
+"""What a command prints: one line for an error, and no advertisements.
 
 Nothing here imports torch: `--help` answers at once.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
 from lit_mnist.exact.console import PROGRAM, number, shortened, shown
 
@@ -62,58 +61,6 @@ def resume_command(checkpoint: Path | None) -> str:
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SystemExit(complain(message, BAD_INPUT))
-
-
-class Stream:
-    """Standard output or error; where it is closed, full or a broken pipe, what is written is dropped.
-
-    Args:
-        stream: None where the file was closed before the program started.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream: Any = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115
-        self.stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
-        self.fault: OSError | None = None  # the first
-
-    def write(self, text: str) -> int:
-        with self._dropping():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._dropping():
-            self.stream.flush()
-
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self.fault:
-                self.fault = error
-                # what is still buffered goes nowhere, or Python would complain of it when it exits
-                with open(os.devnull, "w") as null:  # noqa: PTH123
-                    os.dup2(null.fileno(), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@contextmanager
-def console() -> Iterator[Stream]:
-    """Let a command continue, and end in good order, where nobody can read what it prints."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # or the next file that is opened would be what libraries take for the console
-    os.close(descriptor)
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = streams = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        yield streams[0]
-    finally:
-        for stream in streams:
-            stream.flush()
-        sys.stdout, sys.stderr = before
 
 
 @contextmanager

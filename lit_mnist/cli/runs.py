@@ -9,10 +9,10 @@ from typing import Any
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.exact.console import shortened
 from lit_mnist.exact.errors import UserError
-from lit_mnist.exact.runs import being_trained, number, read_results, section, text, versions
+from lit_mnist.exact.runs import being_trained, read_results, section, versions
 
 COLUMNS = ("run", "recipe", "parameters", "epochs", "val_accuracy", "test_accuracy", "seconds", "state")
-FORMS = {"parameters": "{:,}", "seconds": "{:.1f}"}
+FORMS = {"parameters": "{:,}", "seconds": "{:.1f}", "val_accuracy": "{:.2%}", "test_accuracy": "{:.2%}"}
 
 
 def runs(args: Sequence[str]) -> None:
@@ -21,9 +21,7 @@ def runs(args: Sequence[str]) -> None:
     Raises:
         UserError: there are no runs, or no such column.
     """
-    parser = OneLineParser(
-        prog="python -m lit_mnist runs", description="List runs and the settings in which they differ."
-    )
+    parser = OneLineParser(prog="python -m lit_mnist runs", description="List runs and the settings they differ in.")
     parser.add_argument("--root_dir", type=Path, default=Path(), help="the folder of lightning_logs (this one)")
     columns_help = f"of {', '.join(COLUMNS)}, any setting such as model.lr, and any metric such as val/loss"
     parser.add_argument("--columns", type=lambda names: [name.strip() for name in names.split(",")], help=columns_help)
@@ -43,43 +41,36 @@ def runs(args: Sequence[str]) -> None:
     for flag, names in (("--columns", columns), ("--sort", [options.sort or "run"])):
         if unknown := [name for name in names if name not in table]:
             raise UserError(f"{flag} {shortened(unknown[0], 80)}: no run has it (see runs --help)")
-    if options.sort and options.sort != "run":
-        keys = table[options.sort].map(lambda value: (isinstance(value, str), value), na_action="ignore")
-        table = table.loc[keys.sort_values(kind="stable", na_position="first").index]  # numbers before words
+    if options.sort and options.sort != "run":  # in whose order they are
+        table = table.sort_values(options.sort, kind="stable", na_position="first")
     table = table[columns]
     if options.format == "json":
         print(table.to_json(orient="records", indent=2, double_precision=15))
     elif options.format == "csv":
         print(table.to_csv(index=False), end="")
     else:
-        forms = {name: lambda value, name=name: shown_value(name, value) for name in columns}
-        print(table.fillna("-").to_string(index=False, formatters=forms))
+        for name in FORMS.keys() & {*columns}:
+            table[name] = table[name].map(FORMS[name].format, na_action="ignore")
+        print(table.fillna("-").to_string(index=False))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Return what a run's results.json has, by column, setting and metric; its state is `unknown` without results."""
     results = read_results(folder)
     fit, test = section(results, "fit"), section(results, "test")
-    values = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
-    values["seed_everything"] = values.pop("data.seed", None)
-    for found in (section(fit, "settings"), test, section(fit, "metrics")):
-        values |= {name: value for name, value in found.items() if "." in name or "/" in name}
-    state = text(fit, "state") or "unknown"
+    state = fit.get("state", "unknown")
     if state == "running" and not being_trained(folder):
         state = "interrupted"  # the process was killed and could not write it
-    values |= {"run": folder.name, "state": state, "recipe": text(fit, "recipe"), "epochs": fit.get("epochs")}
-    values |= {"parameters": fit.get("parameters"), "seconds": fit.get("train_seconds")}
+    values = {**read_settings(fit), **section(fit, "metrics")}
+    values |= {name: value for name, value in test.items() if name.startswith("test/")}
+    values |= {"run": folder.name, "state": state, "seconds": fit.get("train_seconds")}
+    values |= {name: fit.get(name) for name in ("recipe", "parameters", "epochs")}
     values["val_accuracy"] = (section(fit, "best") or section(fit, "metrics")).get("val/accuracy")
     values["test_accuracy"] = test.get("test/accuracy")
-    return {name: plain_value(values, name) for name in values}
+    return {name: value if isinstance(value, (str, int, float)) else None for name, value in values.items()}
 
 
-def plain_value(values: Mapping[str, Any], name: str) -> Any:
-    """Return a string on one line, a boolean or a number; None in place of anything else."""
-    value = values[name]
-    return shortened(value) if isinstance(value, str) else value if isinstance(value, bool) else number(values, name)
-
-
-def shown_value(name: str, value: Any) -> str:
-    form = "{:.2%}" if name.endswith("accuracy") else FORMS.get(name, "{}")
-    return value if isinstance(value, str) else form.format(value)
+def read_settings(fit: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run by dotted name, from the part `fit` of its results.json."""
+    settings = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
+    return {"seed_everything": settings.pop("data.seed", None), **settings, **section(fit, "settings")}

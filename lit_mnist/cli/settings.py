@@ -19,7 +19,7 @@ from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import shortened, shown
 from lit_mnist.exact.errors import UserError
-from lit_mnist.exact.reader import check_resumable, find_and_read
+from lit_mnist.exact.reader import find_and_read
 from lit_mnist.exact.run import is_newest
 
 DEFAULT_SEED = 1
@@ -27,14 +27,19 @@ DEFAULT_SEED = 1
 MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_dir", "profiler")}
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
 # Settings that must be the checkpoint's: in which commands, and why.
+NETWORK, SPLIT = (
+    ("model.network", "model.layers", "model.activation"),
+    ("data.name", "data.val_size", "data.split_seed"),
+)
 FIXED = {
-    **dict.fromkeys(
-        ("model.network", "model.layers", "model.activation"), ("fit validate test", "its weights fit no other")
-    ),
-    **dict.fromkeys(("data.name", "data.val_size", "data.split_seed"), ("fit validate", "others would be held out")),
+    **dict.fromkeys(NETWORK, ("fit validate test", "its weights fit no other")),
+    **dict.fromkeys(SPLIT, ("fit validate", "others would be held out")),
     "model.optimizer": ("fit", "its state fits no other"),
     "seed_everything": ("fit", "it decides the order of the batches"),
 }
+PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
+CONDITIONS = ("versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads")
+PLAIN = (int, float, str, bool, type(None))
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
 
 # a default of a callback, such as Timer's `interval`, may be a member of an enumeration, which YAML does not have
@@ -51,11 +56,9 @@ class Parser(LightningArgumentParser):
 class Settings:
     """The settings of a command, and the checkpoint it begins with."""
 
-    command: str
     args: list[str]  # as typed, the command first
     parser: LightningArgumentParser  # the command's part of it
     config: Any  # as parsed, the command's under its name
-    recipe: str  # a name for them
     text: str = ""  # the command's as YAML, for config.yaml
     plain: dict[str, Any] = field(default_factory=dict)  # these by dotted key
     checkpoint: Path | None = None
@@ -65,8 +68,17 @@ class Settings:
     continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
+    def command(self) -> str:
+        return self.args[0]
+
+    @property
     def own(self) -> Any:
         return self.config[self.command]
+
+    @property
+    def recipe(self) -> str:
+        """A name for the settings."""
+        return "+".join(Path(config).stem for config in configs_of(self.args)) or "default"
 
     @property
     def runs(self) -> Path:
@@ -81,14 +93,12 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: l
     Raises:
         UserError: the command line or the checkpoint cannot be used; `own` is the command's part of the parser.
     """
-    configs = configs_of(args)
-    recipe = "+".join(Path(config).stem for config in configs) or "default"
-    settings = Settings(args[0], args, own, parse_args(parser, args, configs), recipe)
-    before: dict[str, Any] = {}
+    configs, before = configs_of(args), {}
+    settings = Settings(args, own, parse_args(parser, args, configs))
     if wanted := settings.own["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
-        names = {*own.get_defaults().keys()}
-        text = yaml.safe_dump({key: value for key, value in base.items() if key in names})
+        defaults = own.get_defaults()  # a setting of an older version may be gone
+        text = yaml.safe_dump({key: value for key, value in base.items() if key in defaults})
         files = ["the checkpoint's run", *configs]
         settings.config = parse_args(parser, [settings.command, "--config", text, *args[1:]], files)
     elif settings.command != "fit":
@@ -105,11 +115,14 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: l
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
     if settings.command == "fit":
-        check_trainer(now)
         changed = [(key, old, now.get(key, "no longer a setting")) for key, old in before.items()]
         changed = [f"{key}: {shortened(str(old))} -> {shortened(str(new))}" for key, old, new in changed if old != new]
         settings.unchanged = not changed
-        settings.lines += [*map(shortened, changed), *other_conditions(settings.loaded)]
+        settings.lines += changed
+        old, new = flat(settings.loaded.get("conditions", {})), flat(conditions(torch.device("cpu")))
+        for key in (key for key in CONDITIONS if old and old.get(key) != new[key]):
+            other = f"{key.partition('.')[2]}: {shortened(str(old.get(key)))} -> {new[key]}"
+            settings.lines.append(f"{other} (the last bits may differ)")
     return settings
 
 
@@ -134,8 +147,6 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     """
     try:
         settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs)
-        if settings.command == "fit":
-            check_resumable(path, loaded)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     settings.continues = is_newest(path)
@@ -143,14 +154,13 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
     hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
-    for key in ("data.root", "data.download", "model.classes"):  # the machine's, and the data's
-        hparams.pop(key, None)
+    hparams = {key: value for key, value in hparams.items() if key not in (*PLACES, "model.classes")}  # the data's
     if settings.command != "fit":
         return hparams, hparams
     if not settings.continues:
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
-    file = (runs.run_folder(path) or Path()) / "config.yaml"
-    if not (runs.run_folder(path) and file.is_file()):
+    folder = runs.run_folder(path)
+    if not (folder and (file := folder / "config.yaml").is_file()):
         settings.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
         return hparams, hparams
     settings.lines.append(f"Settings: {shown(file)}")
@@ -162,7 +172,7 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
     base = hparams | config if settings.continues else before
-    return {key: value for key, value in before.items() if key not in ("data.root", "data.download")}, base
+    return {key: value for key, value in before.items() if key not in PLACES}, base
 
 
 def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
@@ -172,9 +182,7 @@ def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
     """
 
     def is_plain(value: Any) -> bool:
-        return (
-            all(map(is_plain, value)) if isinstance(value, list) else type(value) in (int, float, str, bool, type(None))
-        )
+        return all(map(is_plain, value)) if isinstance(value, list) else type(value) in PLAIN
 
     named = settings.items() if isinstance(settings, dict) else ()
     return {f"{prefix}.{key}": value for key, value in named if type(key) is str and key[:1] != "_" and is_plain(value)}
@@ -182,12 +190,9 @@ def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration's settings by dotted key, `section.name`."""
-    settings: dict[str, Any] = {}
-    for name, value in config.items():
-        settings |= (
-            {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-        )
-    return settings
+    parts = {name: value for name, value in config.items() if isinstance(value, dict)}
+    settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    return {name: config[name] for name in config if name not in parts} | settings
 
 
 def quickest_precision(accelerator: Any) -> tuple[str, str]:
@@ -198,17 +203,6 @@ def quickest_precision(accelerator: Any) -> tuple[str, str]:
         capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
         device, fast = "the processor", accelerator in ("auto", "cpu") and capabilities.get("amx_bf16")
     return ("bf16-mixed", f"{device} has bfloat16") if fast else ("32-true", f"{device} has no fast bfloat16")
-
-
-def check_trainer(now: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer that Lightning 2.6 divides by, or trains for ever with."""
-    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
-        value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
-        if value is not None and (isinstance(value, (str, dict)) or value <= 0):
-            raise UserError(f"trainer.{name} must be a positive number, got {value}")
-    scheduled = now.get("model.schedule", "constant") != "constant" or now.get("model.warmup")
-    if scheduled and now["trainer.max_epochs"] == now["trainer.max_steps"] == -1:
-        raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
 
 
 def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
@@ -223,14 +217,3 @@ def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
     for key, reason in reasons.items():
         if key in before and before[key] != now[key]:
             raise UserError(f"{key} was {before[key]} in this run and cannot become {now[key]}: {reason}")
-
-
-def other_conditions(loaded: Mapping[str, Any]) -> list[str]:
-    """Return a line for each other version or hardware that a run's last bits depend on."""
-    now, before, lines = conditions(torch.device("cpu")), runs.section(loaded, "conditions"), []
-    for part, keys in (("versions", ("torch", "pytorch-lightning")), ("hardware", ("processor", "threads"))):
-        for key in keys:
-            old, new = runs.section(before, part).get(key), now[part].get(key)
-            if old not in (None, new):
-                lines.append(f"{key}: {shortened(str(old), 60)} -> {new} (the last bits may differ)")
-    return lines

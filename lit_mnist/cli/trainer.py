@@ -27,8 +27,9 @@ from lit_mnist.exact.progress import EpochLines
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.run import Run
-from lit_mnist.exact.runs import run_folder, section
+from lit_mnist.exact.runs import run_folder
 
+SHOWN = ("model.", "data.", "trainer.")  # sections in TensorBoard's tab HParams
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
@@ -135,30 +136,28 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
         elif settings.command == "test" and run.folder:
             given = make_logger(run, filename_suffix=TEST_SUFFIX)
             given.tested_step = settings.loaded["global_step"]
+    now, defaults = settings.plain, settings.parser.get_defaults()
     for logger in as_list(given):
         if isinstance(logger, RunLogger) and settings.command == "fit":
-            logger.shown, logger.shown_metrics = shown_settings(settings), HPARAM_METRICS
+            chosen = {key: now[key] for key in now if now[key] != defaults.get(key) and key not in MACHINE}
+            first = {"recipe": settings.recipe, "lr": now["model.lr"], "layers": now["model.layers"]}
+            first["seed"] = now["seed_everything"]
+            logger.shown = first | {key.partition(".")[2]: chosen[key] for key in chosen if key.startswith(SHOWN)}
+            logger.shown_metrics = HPARAM_METRICS
     return given
 
 
-def shown_settings(settings: Settings) -> dict[str, Any]:
-    """Return what the tab HParams shows of a run: first the most telling settings, then those that are not the default
-    or were given as a flag, as all trials of a study give them.
-    """
-    now, defaults = settings.plain, settings.parser.get_defaults()
-    recipe = section(section(settings.loaded, "callbacks"), "Results").get("recipe") or settings.recipe
-    shown = {"recipe": recipe, "lr": now.get("model.lr"), "layers": now.get("model.layers")}
-    shown["seed"] = now["seed_everything"]
-    for key, value in now.items():
-        given = value != defaults.get(key) or any(arg.startswith(f"--{key}=") for arg in settings.args)
-        if given and key.startswith(("model.", "data.", "trainer.")) and key not in {*MACHINE, "data.root"}:
-            shown.setdefault(key.partition(".")[2], value)
-    return shown
-
-
 def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:
-    """Refuse other processes than those that were started, and parts that cannot be resumed exactly."""
-    wanted, (processes, machines) = trainer.world_size, launched()
+    """Refuse settings that Lightning 2.6 divides by or trains for ever with, other processes than those that were
+    started, and parts that cannot be resumed exactly.
+    """
+    now, wanted, (processes, machines) = settings.plain, trainer.world_size, launched()
+    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
+        value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
+        if value is not None and (isinstance(value, (str, dict)) or value <= 0):
+            raise UserError(f"trainer.{name} must be a positive number, got {value}")
+    if trainer.max_epochs == trainer.max_steps == -1 and (now["model.schedule"] != "constant" or now["model.warmup"]):
+        raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
     before = len(settings.loaded["processes"]) if settings.command == "fit" and settings.checkpoint else wanted
     if before != wanted:
         settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
@@ -168,7 +167,7 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
             f" {machines} machines were started; leave both out, and the number is taken over"
         )
     if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
-        raise UserError(f"trainer.strategy must be auto or ddp, got {settings.plain['trainer.strategy']}")
+        raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
     for kind, instead in REFUSED.items():
         if any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UserError(f"trainer.callbacks must have no {kind.__name__}: {instead}")
