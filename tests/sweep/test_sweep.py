@@ -15,7 +15,7 @@ import pandas as pd
 import postgres
 import pytest
 import several
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
