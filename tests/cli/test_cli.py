@@ -91,7 +91,7 @@ def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys:
     assert command("test", "--ckpt_path", "best") == 2
     assert "--ckpt_path best: " in capsys.readouterr().err
     assert command("validate", "--ckpt_path", "last") == 2
-    assert "data.val_size is 0" in capsys.readouterr().err
+    assert "data.val_size" in capsys.readouterr().err
 
 
 def test_equal_settings_give_equal_weights_and_seeds_matter(tiny_root: Path, trained: Path) -> None:
