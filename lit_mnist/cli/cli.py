@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveFloat, restricted_number_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_mnist.board import Board
@@ -143,8 +143,6 @@ class MNISTCLI(LightningCLI):
             print_summary(trainer, run, run.folder, self.settings.own["data.root"])
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        if not datamodule.hparams["val_size"]:
-            raise UserError("validate needs held-out images, and data.val_size is 0")
         self._score("validate", model, datamodule)
 
     def test(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
@@ -156,10 +154,11 @@ class MNISTCLI(LightningCLI):
             score = getattr(self.trainer, name)
             scores = score(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
-            raise UserError(f"trainer.limit_{name.replace('validate', 'val')}_batches leaves no image to score")
+            part = "data.val_size or trainer.limit_val_batches" if name == "validate" else "trainer.limit_test_batches"
+            raise UserError(f"{name}: {part} leaves no image to score")
 
 
-def print_summary(trainer: AutoTrainer, run: Run, folder: Path, root: str) -> None:
+def print_summary(trainer: Trainer, run: Run, folder: Path, root: str) -> None:
     """Print the result of a run with the data in `root`, and the commands for what comes next."""
     keeper, progress, best = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress), best_of(trainer)
     assert progress

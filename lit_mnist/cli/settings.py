@@ -27,21 +27,16 @@ DEFAULT_SEED = 1
 MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_dir", "profiler")}
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
 # Settings that must be the checkpoint's: in which commands, and why.
-NETWORK, SPLIT = (
-    ("model.network", "model.layers", "model.activation"),
-    ("data.name", "data.val_size", "data.split_seed"),
-)
 FIXED = {
-    **dict.fromkeys(NETWORK, ("fit validate test", "its weights fit no other")),
-    **dict.fromkeys(SPLIT, ("fit validate", "others would be held out")),
-    "model.optimizer": ("fit", "its state fits no other"),
-    "seed_everything": ("fit", "it decides the order of the batches"),
+    ("model.network", "model.layers", "model.activation"): ("fit validate test", "its weights fit no other"),
+    ("data.name", "data.val_size", "data.split_seed"): ("fit validate", "others would be held out"),
+    ("model.optimizer",): ("fit", "its state fits no other"),
+    ("seed_everything",): ("fit", "it decides the order of the batches"),
 }
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
-CONDITIONS = ("versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads")
+CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
 PLAIN = (int, float, str, bool, type(None))
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
-
 # a default of a callback, such as Timer's `interval`, may be a member of an enumeration, which YAML does not have
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
@@ -93,7 +88,8 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: l
     Raises:
         UserError: the command line or the checkpoint cannot be used; `own` is the command's part of the parser.
     """
-    configs, before = configs_of(args), {}
+    configs = configs_of(args)
+    before: dict[str, Any] = {}
     settings = Settings(args, own, parse_args(parser, args, configs))
     if wanted := settings.own["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
@@ -115,14 +111,15 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: l
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
     if settings.command == "fit":
-        changed = [(key, old, now.get(key, "no longer a setting")) for key, old in before.items()]
-        changed = [f"{key}: {shortened(str(old))} -> {shortened(str(new))}" for key, old, new in changed if old != new]
-        settings.unchanged = not changed
-        settings.lines += changed
-        old, new = flat(settings.loaded.get("conditions", {})), flat(conditions(torch.device("cpu")))
-        for key in (key for key in CONDITIONS if old and old.get(key) != new[key]):
-            other = f"{key.partition('.')[2]}: {shortened(str(old.get(key)))} -> {new[key]}"
-            settings.lines.append(f"{other} (the last bits may differ)")
+        for key, old in before.items():
+            if old != (new := now.get(key, "no longer a setting")):
+                settings.lines.append(f"{key}: {shortened(str(old))} -> {shortened(str(new))}")
+                settings.unchanged = False
+        here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(settings.loaded, "conditions"))
+        for key in CONDITIONS & there.keys():
+            if there[key] != here[key]:
+                other = f"{key.partition('.')[2]}: {shortened(str(there[key]))} -> {here[key]}"
+                settings.lines.append(f"{other} (the last bits may differ)")
     return settings
 
 
@@ -208,7 +205,7 @@ def quickest_precision(accelerator: Any) -> tuple[str, str]:
 def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
     """Refuse settings that would make another run of a checkpoint's."""
     now, command = settings.plain, settings.command
-    reasons = {key: reason for key, (commands, reason) in FIXED.items() if command in commands}
+    reasons = {key: reason for keys, (commands, reason) in FIXED.items() if command in commands for key in keys}
     if command == "fit":
         reasons |= {key: "a run has it or not" for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
         loop = runs.section(runs.section(settings.loaded, "loops"), "fit_loop")

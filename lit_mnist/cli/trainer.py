@@ -56,7 +56,8 @@ def make_run(settings: Settings) -> Run:
     """Return the run of a command, a fit's own or the one of the checkpoint to score, and place a fit's loggers."""
     checkpoint, loaded = settings.checkpoint, settings.loaded
     if settings.command != "fit":
-        folder = run_folder(checkpoint) if checkpoint else None
+        assert checkpoint
+        folder = run_folder(checkpoint)
         return Run(folder, checkpoint, {key: loaded[key] for key in ENTRIES}, folder)
     if settings.own["trainer.fast_dev_run"]:
         return Run(None, checkpoint, loaded)
@@ -78,53 +79,41 @@ def as_list(value: Any) -> list[Any]:
 def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Callback]) -> dict[str, Any]:
     """Return the arguments of a command's Trainer; `made` are the settings with their classes instantiated."""
     trainer, command = made["trainer"], settings.command
-    StrategyRegistry.register(
-        "ddp",  # which Lightning chooses for more than one process
-        ExactDDP,
-        override=True,
-        waiting=made["processes.timeout"],
-        synchronized=trainer["sync_batchnorm"],
-        start_method="popen",
-    )
+    ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
+    StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
+    keeps = command == "fit" and not trainer["fast_dev_run"] and trainer["enable_checkpointing"] is not False
     bar = trainer["enable_progress_bar"] is not False and interactive()
     callbacks = [*watch, *as_list(trainer["callbacks"])]
     if command == "fit":
-        callbacks = fit_callbacks(settings, run, made, callbacks)
+        board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
+        if not run.origin:  # a resumed run has its texts
+            described = json.dumps(conditions(torch.device("cpu")), indent=4)
+            board.texts = {"command": f"python -m lit_mnist {shlex.join(settings.args)}", "conditions": described}
+        callbacks = make_callbacks(
+            run,
+            made["checkpoint"] if keeps else None,
+            made["best"] if keeps and now["data.val_size"] > 0 else None,
+            own=callbacks,
+            board=board.callbacks(),
+            settings={key: value for key, value in now.items() if key.startswith(parts) and key not in MACHINE},
+            config=settings.text,
+            recipe=settings.recipe,
+            command=shlex.join(settings.args),
+        )
         callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] is not False else []
     else:
         callbacks.append(lines := EpochLines())
         callbacks += [Results(run, lines=lines), *made["board"].callbacks()] if command == "test" else []
-    keeps = command == "fit" and not trainer["fast_dev_run"]
     return {
         **trainer,
         "callbacks": [*callbacks, lightning.RichProgressBar(refresh_rate=10)] if bar else callbacks,
         "logger": make_loggers(settings, run, trainer["logger"]) or False,
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),
-        "enable_checkpointing": trainer["enable_checkpointing"] if keeps else False,
+        "enable_checkpointing": keeps,
         "enable_progress_bar": bar,
         "enable_model_summary": False,
     }
-
-
-def fit_callbacks(settings: Settings, run: Run, made: Any, own: Sequence[Callback]) -> list[Callback]:
-    board, now = made["board"], settings.plain
-    keeps = not now["trainer.fast_dev_run"] and now["trainer.enable_checkpointing"] is not False
-    if not run.origin:  # a resumed run has its texts
-        described = json.dumps(conditions(torch.device("cpu")), indent=4)
-        board.texts = {"command": f"python -m lit_mnist {shlex.join(settings.args)}", "conditions": described}
-    parts = ("trainer.", "checkpoint.", "best.", "board.")
-    return make_callbacks(
-        run,
-        made["checkpoint"] if keeps else None,
-        made["best"] if keeps and now["data.val_size"] > 0 else None,
-        own=own,
-        board=board.callbacks(),
-        settings={key: value for key, value in now.items() if key.startswith(parts) and key not in MACHINE},
-        config=settings.text,
-        recipe=settings.recipe,
-        command=shlex.join(settings.args),
-    )
 
 
 def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
@@ -137,12 +126,11 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
             given = make_logger(run, filename_suffix=TEST_SUFFIX)
             given.tested_step = settings.loaded["global_step"]
     now, defaults = settings.plain, settings.parser.get_defaults()
+    first = {"recipe": settings.recipe, "lr": now["model.lr"], "layers": now["model.layers"]}
+    others = {key.partition(".")[2]: now[key] for key in now if key.startswith(SHOWN) and now[key] != defaults[key]}
     for logger in as_list(given):
         if isinstance(logger, RunLogger) and settings.command == "fit":
-            chosen = {key: now[key] for key in now if now[key] != defaults.get(key) and key not in MACHINE}
-            first = {"recipe": settings.recipe, "lr": now["model.lr"], "layers": now["model.layers"]}
-            first["seed"] = now["seed_everything"]
-            logger.shown = first | {key.partition(".")[2]: chosen[key] for key in chosen if key.startswith(SHOWN)}
+            logger.shown = {**first, "seed": now["seed_everything"], **others}
             logger.shown_metrics = HPARAM_METRICS
     return given
 
@@ -158,7 +146,8 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
             raise UserError(f"trainer.{name} must be a positive number, got {value}")
     if trainer.max_epochs == trainer.max_steps == -1 and (now["model.schedule"] != "constant" or now["model.warmup"]):
         raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
-    before = len(settings.loaded["processes"]) if settings.command == "fit" and settings.checkpoint else wanted
+    resumed = settings.command == "fit" and "processes" in settings.loaded
+    before = len(settings.loaded["processes"]) if resumed else wanted
     if before != wanted:
         settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
     if processes * machines not in (1, wanted):
