@@ -14,8 +14,8 @@ from threading import Thread
 class Mirror:
     """A web server on this machine, with the contents as .gz files or what a test puts in their place.
 
-    `fault` is what it does to a file: "truncate" and "reset" end in the middle of it, "trickle" sends it slowly,
-    "silent" sends nothing after the headers, "endless" never ends, "marked" says that it is compressed in transit.
+    `fault` is what it does to a file: "truncate" and "reset" end in the middle of it, "silent" sends
+    nothing after the headers, "marked" says that it is compressed in transit.
     """
 
     def __init__(self, contents: dict[str, bytes]) -> None:
@@ -31,21 +31,15 @@ class Mirror:
                 time.sleep(mirror.pause)
                 content, fault = mirror.contents.get(self.path, b""), mirror.fault
                 self.send_response(200 if content else 404)
-                if fault != "endless":
-                    self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", str(len(content)))
                 if fault == "marked":
                     self.send_header("Content-Encoding", "gzip")
                 self.end_headers()
                 if fault == "silent":
                     time.sleep(1)
-                for start in range(0, len(content), 256) if fault == "trickle" else ():
-                    self.wfile.write(content[start : start + 256])
-                    time.sleep(0.01)
                 self.wfile.write(content[: len(content) // 2] if fault in ("truncate", "reset") else content)
                 if fault == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                while fault == "endless":
-                    self.wfile.write(bytes(1 << 16))
                 self.connection.close()
 
             def log_message(self, *_: object) -> None: ...

@@ -44,7 +44,7 @@ def run(
     processes: int,
     arguments: Sequence[str],
     folder: Path,
-    files: dict[str, datasets.IDXFile],
+    files: dict[str, str],
     death: Death | None = None,
     environment: Sequence[dict[str, str]] | None = None,
     patience: float = LONGEST,

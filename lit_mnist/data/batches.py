@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,39 +20,26 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
+@dataclass(eq=False, repr=False)
 class TensorBatches:
-    """Iterate over (images, targets): each batch is one indexing operation on tensors that stay in memory.
+    """Batches (images, targets): each is one indexing operation on tensors that stay in memory.
 
     No sample is left out: the last batch of an epoch may be smaller. On several processes each takes a part of every
     batch, in the order of their ranks; the parts differ by one image at most. Empty parts, of a batch smaller than the
     number of processes, are left out in evaluation (without a seed), and take part in the step in training.
-
-    Args:
-        images: uint8 (N, 1, 28, 28); batches are made on the device where it lies.
-        targets: int64 (N,), on the same device.
-        batch_size: images a batch, of all processes together.
-        seed: shuffles in epoch e by a permutation that is a function of (seed, e); None keeps the order of the tensors.
-        rank: which of the `processes` this is.
     """
 
-    batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
+    images: Tensor  # uint8 (N, 1, 28, 28); batches are made on the device where it lies
+    targets: Tensor  # int64 (N,), on the same device
+    batch_size: int  # images, of all processes together
+    seed: int | None = None  # epoch e has a permutation by (seed, e); None keeps the order of the tensors
+    rank: int = 0  # which of the `processes` this is
+    processes: int = 1
+    epoch: int = field(default=0, init=False)
+    _batches_done: int = field(default=0, init=False)
+    _resume_in: int | None = field(default=None, init=False)  # the epoch in which batches are to be skipped
 
-    def __init__(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        batch_size: int,
-        seed: int | None = None,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        assert len(images) == len(targets)
-        assert 0 <= rank < processes
-        self.images, self.targets = images, targets
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.processes = rank, processes
-        self.epoch = self._batches_done = 0
-        self._resume_in: int | None = None  # the epoch in which batches are to be skipped
+    batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
 
     @property
     def sampler(self) -> TensorBatches:

@@ -16,7 +16,6 @@ from lit_mnist.exact.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
-DEVICE_MEMORY_SHARE = 0.5  # of the accelerator's free memory, up to which a set is kept there
 RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, 60_000),
     "val_size": (0, 59_999),
@@ -145,8 +144,6 @@ class MNISTDataModule(LightningDataModule):
     def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
         images, targets = self.sets[name]
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        if device.type == "cuda" and images.nbytes > DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-            device = images.device  # too large: Lightning moves it there batch by batch
         self.sets[name] = images.to(device), targets.to(device)
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)

