@@ -1,11 +1,8 @@
 """Kill a study with SIGKILL at random moments, continue it, and compare it with the study that was never killed.
 
-    python benchmarks/kill_sweep.py                        # one worker and two: minutes
-    python benchmarks/kill_sweep.py --kills 3 --workers 2 --storage postgresql+psycopg://user@host/empty_database
-
-Two learning rates with three seeds each on real MNIST, shortened. With several workers a kill is of one of them, or of
-the process that started them. Compared are all rows of the table but times and places, and every tensor of each run's
-last checkpoint. Ends with status 1 where anything differed; `--record` appends to results/kill_sweep.jsonl.
+Two learning rates with three seeds each on real MNIST, shortened, with one worker and with two, of which one is killed
+or the process that started them: minutes. Compared are all rows of the table but times and places, and every tensor of
+each run's last checkpoint. Ends with status 1 if anything differs; `--record` appends to results/kill_sweep.jsonl.
 """
 
 from __future__ import annotations
@@ -30,11 +27,13 @@ STUDY = "base: [{configs}/smoke.yaml, base.yaml]\nsettings: {{model.lr: [0.2, 0.
 BASE = "trainer: {max_epochs: 4, limit_train_batches: 60, accelerator: cpu}\ncheckpoint: {every_seconds: 0.2}\n"
 
 
-def start(folder: Path, options: argparse.Namespace, workers: int, storage: str | None) -> subprocess.Popen[bytes]:
+def start(folder: Path, options: argparse.Namespace, workers: int) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
     (folder / "study.yaml").write_text(STUDY.format(configs=REPOSITORY / "configs"))
     (folder / "base.yaml").write_text(BASE)
-    command = [sys.executable, "-m", "lit_mnist", "sweep", "--config", "study.yaml", "--workers", str(workers)]
-    command += ["--data.root", str(Path(options.root).resolve()), *(["--storage", storage] if storage else [])]
+    flags = ["--config=study.yaml", f"--data.root={Path(options.root).resolve()}", f"--workers={workers}"]
+    flags += [f"--storage={options.storage}"] if options.storage and folder.name != "whole" else []
+    command = [sys.executable, "-m", "lit_mnist", "sweep", *flags]
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
@@ -43,13 +42,11 @@ def outcome(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     rows = json.loads((folder / "lightning_logs/sweeps/study/results.json").read_text())["settings_tried"]
     found: dict[str, torch.Tensor] = {}
     for row in rows:
+        del row["seconds"]
         for run in row["trials"]:
             path = next((folder / "lightning_logs" / run["run"] / "checkpoints").glob("last-*"))
-            name = f"lr {row['model.lr']}, seed {run['seed']}"
-            found |= {name + key: tensor for key, tensor in tensors(torch.load(path, weights_only=True)).items()}
-            for key in ("run", "seconds"):
-                del run[key]
-        del row["seconds"]
+            found |= tensors(torch.load(path, weights_only=True), f"lr {row['model.lr']}, seed {run['seed']}")
+            del run["run"], run["seconds"]
     return rows, found
 
 
@@ -59,17 +56,17 @@ def kill(folder: Path, process: subprocess.Popen[bytes], moment: random.Random) 
     while set(folder.glob("lightning_logs/version_*")) == before and process.poll() is None:
         sleep(0.01)
     sleep(moment.uniform(0, 6))
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    workers = [int(pid) for pid in listed.split()]
     if process.poll() is not None:
         return False
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], stdout=subprocess.PIPE).stdout
+    workers = [int(pid) for pid in listed.split()]
     if workers and moment.random() < 0.5:  # the others continue
         os.kill(moment.choice(workers), signal.SIGKILL)
         sleep(moment.uniform(0, 6))
     process.kill()
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        sleep(0.1)  # they stop after their run
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):  # they stop after their run
+        sleep(0.1)
     return True
 
 
@@ -80,24 +77,16 @@ def main() -> int:
     parser.add_argument("--storage", help="a database's URL; it must be empty")
     parser.add_argument("--root", default=str(REPOSITORY / "data"), help="folder of the data")
     add_flag(parser, "kill_sweep")
-    options = parser.parse_args()
-    different = False
+    options, different = parser.parse_args(), False
     with tempfile.TemporaryDirectory() as name:
-        (whole := Path(name, "whole")).mkdir()
-        if start(whole, options, 1, None).wait():
-            return 1
+        start(whole := Path(name, "whole"), options, 1).wait()
         table, expected = outcome(whole)
         for workers in options.workers:
-            (folder := Path(name, str(workers))).mkdir()
-            moment = random.Random(workers)
-            kills = sum(
-                kill(folder, start(folder, options, workers, options.storage), moment) for _ in range(options.kills)
-            )
-            if start(folder, options, workers, options.storage).wait():
-                return 1
+            folder, moment = Path(name, str(workers)), random.Random(workers)
+            kills = sum(kill(folder, start(folder, options, workers), moment) for _ in range(options.kills))
+            start(folder, options, workers).wait()
             ours, found = outcome(folder)
-            same = ours == table and found.keys() == expected.keys()
-            same = same and all(torch.equal(found[key], expected[key]) for key in expected)
+            same = ours == table and all(torch.equal(found[key], expected[key]) for key in expected)
             record = {"workers": workers, "storage": (options.storage or "sqlite").partition(":")[0], "kills": kills}
             record |= {"runs": len(list(folder.glob("lightning_logs/version_*"))), "tensors": len(found), "same": same}
             print(record, flush=True)

@@ -22,10 +22,7 @@ VALUES = ["mean", "std", "best", "worst"]
 
 
 def table(plan: Study, study: optuna.Study) -> pd.DataFrame:
-    """Return a line for each configuration with a run or a reason why it has none; its runs are the column `trials`.
-
-    The best come first, those with fewer seeds follow, and last come pruned and failed ones.
-    """
+    """Return a line for each configuration and its runs (`trials`), the best first, and pruned and failed ones last."""
     lines, least = [], plan.direction == "minimize"
     for sample, trial in sorted(latest_trials(study).items()):
         tests = {seed: study.user_attrs.get(f"test {sample} {seed}", {}) for seed in plan.all_seeds}
@@ -54,9 +51,7 @@ def shown_value(metric: str, value: float, sign: str = "") -> str:
 
 
 def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
-    """Return how far apart two lines of the table are over their common seeds: the mean of the paired differences and
-    its 95 % confidence interval by Student's distribution, None where there is none.
-    """
+    """Return the mean difference of two lines of the table over their common seeds, and its 95 % interval if any."""
     lines = [pd.Series({run["seed"]: run["value"] for run in line["trials"]}) for line in (first, second)]
     pairs = pd.concat(lines, axis=1, join="inner")
     apart = pairs[0] - pairs[1]

@@ -167,8 +167,8 @@ class Study:
 
     def ended_runs(self, trial: FrozenTrial) -> dict[int, dict[str, Any]]:
         """Return what came of a trial's runs, by seed."""
-        runs = ((seed, trial.user_attrs.get(f"seed {seed}", {})) for seed in self.all_seeds)
-        return {seed: run for seed, run in runs if "value" in run}
+        runs = {seed: trial.user_attrs.get(f"seed {seed}", {}) for seed in self.all_seeds}
+        return {seed: run for seed, run in runs.items() if "value" in run}
 
     def is_done(self, trial: FrozenTrial) -> bool:
         """Whether a trial was pruned, has failed, or was trained with all seeds."""

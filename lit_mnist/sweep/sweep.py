@@ -209,15 +209,17 @@ class Worker:
         """Score the best configuration's runs on the test set, and return those that could not be."""
         missing, best = [], table(self.plan, self.study).iloc[0]
         for run in best["trials"]:
-            folder, key = self.runs / run["run"], f"test {best['sample']} {run['seed']}"
+            folder = self.runs / run["run"]
             checkpoint = folder / "checkpoints" / run["checkpoint"]
-            if key not in self.study.user_attrs and not (checkpoint.is_file() and run["host"] == self.host):
-                missing.append(f"{run['run']} (seed {run['seed']}, trained on {run['host']})")
-            elif key not in self.study.user_attrs:
+            if any(name.startswith("test/") for name in run):
+                continue
+            if checkpoint.is_file() and run["host"] == self.host:
                 with redirect_stdout(self.log):
                     MNISTCLI(["test", *self.places, "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"])
-                test = read_results(folder)["test"]
-                self.study.set_user_attr(key, {name: test[name] for name in test if name.startswith("test/")})
+                scores = {name: x for name, x in read_results(folder)["test"].items() if name.startswith("test/")}
+                self.study.set_user_attr(f"test {best['sample']} {run['seed']}", scores)
+            else:
+                missing.append(f"{run['run']} (seed {run['seed']}, trained on {run['host']})")
         return missing
 
 
@@ -266,12 +268,12 @@ def run_workers(workers: int, folder: Path, args: list[str]) -> None:
             process.wait()
 
 
-def stop(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt(signum)
-
-
 def sweep(args: list[str]) -> None:
     """Run the command with the flags that follow its name."""
+
+    def stop(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(signum)
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -298,13 +300,12 @@ def run(plan: Study, options: Any, args: list[str]) -> None:
         run_workers(options.workers, worker.folder, args)
     if options.worker is not None:
         return
-    settled, failure = worker.is_settled(), ""
-    if options.test and settled and (missing := worker.test()):
-        failure = f"--test found no checkpoint here of {', '.join(missing)}"
+    settled = worker.is_settled()
+    missing = worker.test() if options.test and settled else []
     found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
+    if options.workers and not settled:
+        raise TrainingFailed("the sweep is not complete, and no worker is left; run the same command to continue it")
     if settled and found["reason"].notna().all():
-        failure = "all configurations were pruned or failed; --retry tries them again"
-    elif options.workers and not settled:
-        failure = "the sweep is not complete, and no worker is left; run the same command to continue it"
-    if failure:
-        raise TrainingFailed(failure)
+        raise TrainingFailed("all configurations were pruned or failed; --retry tries them again")
+    if missing:
+        raise TrainingFailed(f"--test found no checkpoint here of {', '.join(missing)}")
