@@ -24,7 +24,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain
-from lit_mnist.cli.runs import read_run
+from lit_mnist.cli.runs import read_settings
 from lit_mnist.cli.settings import Parser, configs_of
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.console import shortened
@@ -161,9 +161,9 @@ class Worker:
         while being_trained(run):
             sleep(1)  # by a worker that was considered dead, or by the user
         if last := newest(run):  # whose user may have trained it on with other settings
-            now, meant = read_run(run), check(flags)
+            now, meant = read_settings(read_results(run).get("fit", {})), check(flags)
             places = ("data.root", "data.download", "model.classes")  # the machine's, and the data's
-            if all(now[key] in (None, meant[key]) for key in now.keys() & dict(meant.items()).keys() - {*places}):
+            if all(meant[key] == now[key] for key in now.keys() & dict(meant.items()).keys() - {*places}):
                 flags = [*flags, f"--ckpt_path={last}"]
         try:
             with redirect_stdout(self.log):
