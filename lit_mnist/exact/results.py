@@ -13,7 +13,7 @@ from .checkpoints import CheckpointKeeper, callback_of
 from .conditions import conditions
 from .ddp import lost
 from .errors import Interrupted
-from .progress import EpochLines, Progress, epoch_metrics
+from .progress import Progress, epoch_metrics
 from .run import Run
 from .runs import read_results, replaced
 
@@ -23,26 +23,23 @@ class Results(Callback):
 
     Args:
         run: whose folder it lies in.
-        progress: the timer of a fit; None for other commands.
+        progress: the timer of a fit, and the counter of the samples of a test.
         recipe: a name for the settings of a new run.
         command: the command line.
         settings: plain settings by dotted key, beside those of module and data.
-        lines: which counts the samples of a test.
     """
 
     def __init__(
         self,
         run: Run,
-        progress: Progress | None = None,
+        progress: Progress,
         recipe: str = "",
         command: str = "",
         settings: Mapping[str, Any] | None = None,
-        lines: EpochLines | None = None,
     ) -> None:
         self.run = run
-        self.progress = progress or Progress()
+        self.progress = progress
         self.settings = dict(settings or {})
-        self.lines = lines
         self._kept: dict[str, Any] = {"recipe": recipe, "parent": run.parent, "commands": [command]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,7 +66,7 @@ class Results(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = self.run.checkpoint.name if self.run.checkpoint else None
-        test = {**epoch_metrics(trainer), "samples": self.lines.samples if self.lines else None}
+        test = {**epoch_metrics(trainer), "samples": self.progress.samples}
         self._write(trainer, pl_module, "test", test | {"checkpoint": checkpoint})
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
