@@ -191,6 +191,7 @@ def slurm(**variables: str) -> list[dict[str, str]]:
     return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
 
 
+@pytest.mark.slow
 def test_slurm(run: Run) -> None:
     environment = slurm(SLURM_JOB_ID="1234", SLURM_JOB_NAME="digits")
     first, second = run(2, "fit", *SETTINGS, environment=environment)
