@@ -102,10 +102,6 @@ class LitMNIST(LightningModule):
         images, targets = batch
         self.test_metrics.update(self(images), targets)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the probabilities of the classes, float (B, C)."""
-        return self(batch[0]).softmax(dim=1)
-
     def on_train_epoch_end(self) -> None:
         self._log(self.train_metrics)
 

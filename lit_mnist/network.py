@@ -169,10 +169,8 @@ def load_network(checkpoint: Mapping[str, Any]) -> nn.Module:
         make = NETWORKS[settings["network"]]
         network = make(settings["layers"], settings["dropout"], settings["activation"], settings["classes"])
     except Exception as error:  # a setting of another type fails wherever it is used first
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the checkpoint's settings make no network ({type(error).__name__}: {shortened(reason)})"
-        ) from error
+        reason = shortened(f"{type(error).__name__}: {error}")
+        raise UserError(f"the checkpoint's settings make no network ({reason})") from error
     weights = checkpoint["state_dict"]
     try:
         network.load_state_dict({name[8:]: weights[name] for name in weights if name.startswith("network.")})

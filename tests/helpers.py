@@ -73,14 +73,16 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
 
 
-def in_processes(folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...]) -> list[Outcome]:
+def in_processes(
+    folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...], longest: float = LONGEST
+) -> list[Outcome]:
     """Make several calls at once, each in a forked process with this current folder; a result is an exit status."""
     started = [CONTEXT.Process(target=_enter, args=(folder, rank, target, call)) for rank, call in enumerate(calls)]
     for process in started:
         process.start()
     outcomes = []
     for rank, process in enumerate(started):
-        process.join(LONGEST)
+        process.join(longest)
         process.kill()
         process.join()
         texts = ((folder / f".{name}-{rank}").read_text() for name in ("out", "err"))
@@ -96,13 +98,13 @@ def _enter(folder: Path, rank: int, target: Callable[..., Any], call: tuple[Any,
     raise SystemExit(target(*call))
 
 
-def kill_before(step: int, module: type[LightningModule]) -> None:
-    """End this process by SIGKILL before a training step, counted from 1; 0 for never."""
+def kill_before(step: int, module: type[LightningModule], signum: int = signal.SIGKILL) -> None:
+    """End this process by a signal before a training step, counted from 1; 0 for never."""
     original, steps = module.training_step, count(1)
 
     def training_step(self: LightningModule, *batch: Any) -> Any:
         if next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signum)
         return original(self, *batch)
 
     module.training_step = training_step  # type: ignore[method-assign]

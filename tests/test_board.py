@@ -175,6 +175,7 @@ def address(run: EventAccumulator) -> Iterator[str]:
         server.communicate()
 
 
+@pytest.mark.slow
 def test_in_a_browser(run: EventAccumulator, address: str, browser: Chrome) -> None:
     accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
     pictures = ["answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13"]

@@ -43,6 +43,7 @@ def test_tensors_know_their_device(device: list[str]) -> None:
     assert there.cpu().tolist() == [[7, 7, 7], [3, 4, 5]]
 
 
+@pytest.mark.slow
 def test_a_fit_and_the_scores_are_those_of_the_processor(command: Command, device: list[str]) -> None:
     scores = []
     for version, flags in enumerate(([], device)):
@@ -58,6 +59,7 @@ def test_a_fit_and_the_scores_are_those_of_the_processor(command: Command, devic
     torch.testing.assert_close(weights(1), weights(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 16])  # an epoch has 15
 def test_a_run_that_is_cut_short_is_resumed_on_the_device(
     command: Command, device: list[str], monkeypatch: pytest.MonkeyPatch, step: int

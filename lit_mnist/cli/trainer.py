@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -19,11 +20,10 @@ from lit_mnist.board import HPARAM_METRICS
 from lit_mnist.cli.settings import MACHINE, Settings
 from lit_mnist.exact.assembly import make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.conditions import conditions
-from lit_mnist.exact.console import interactive
 from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
-from lit_mnist.exact.progress import EpochLines
+from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.run import Run
@@ -82,7 +82,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
     StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
     keeps = command == "fit" and not trainer["fast_dev_run"] and trainer["enable_checkpointing"] is not False
-    bar = trainer["enable_progress_bar"] is not False and interactive()
+    bar = trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
     callbacks = [*watch, *as_list(trainer["callbacks"])]
     if command == "fit":
         board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
@@ -102,8 +102,8 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
         )
         callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] is not False else []
     else:
-        callbacks.append(lines := EpochLines())
-        callbacks += [Results(run, lines=lines), *made["board"].callbacks()] if command == "test" else []
+        callbacks.append(progress := Progress())
+        callbacks += [Results(run, progress), *made["board"].callbacks()] if command == "test" else []
     return {
         **trainer,
         "callbacks": [*callbacks, lightning.RichProgressBar(refresh_rate=10)] if bar else callbacks,

@@ -14,7 +14,7 @@ from .checkpoint_io import DurableCheckpointIO, translate_restoring
 from .checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of, stop_on_signals
 from .errors import UserError
 from .loggers import FILE_LOGGERS, RunLogger
-from .progress import EpochLines, Progress
+from .progress import Progress
 from .results import Results
 from .resume import ExactResume
 from .run import Run
@@ -49,7 +49,6 @@ def make_callbacks(
     return [
         ExactResume(run, settings or {}, config),  # first: nothing may touch the run before all of it is restored
         *own,
-        EpochLines(progress, keeper),  # before the timer, which an epoch resets
         progress,
         Results(run, progress, recipe, command, settings),
         *board,  # after the timer, which leaves their time out

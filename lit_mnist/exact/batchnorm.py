@@ -9,8 +9,6 @@ import torch.distributed
 from pytorch_lightning import LightningModule
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .errors import UserError
 
@@ -48,56 +46,35 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """Normalise float (B, C, H, W); a process may have no image at all."""
         if not (self.training and torch.distributed.is_initialized()):
             return super().forward(input)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        normalised: Tensor = _Normalise.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
-        )
-        return normalised
+        images = input.to(self.weight.dtype)
+        count = images.numel() // images.shape[1]
+        # of no values, sums that are 0 and still take part in the backward pass
+        var, mean = torch.var_mean(images, (0, 2, 3), correction=0) if count else [images.sum((0, 2, 3))] * 2
+        mean, var = mean.double(), var.double()
+        sums = SumOverProcesses.apply(torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * count)
+        mean, square, total = sums[0] / sums[2], sums[1] / sums[2], sums[2].detach()
+        var = square - mean.square()
+        with torch.no_grad():
+            self.get_buffer("num_batches_tracked").add_(1)
+            unbiased = var * total / (total - 1).clamp(min=1)
+            for name, statistic in (("running_mean", mean), ("running_var", unbiased)):
+                buffer = self.get_buffer(name)
+                buffer.lerp_(statistic.to(buffer.dtype), self.momentum or 0)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        scale, shift = (part.to(images.dtype).view(1, -1, 1, 1) for part in (scale, shift))
+        return torch.addcmul(shift, images, scale).to(input.dtype)
 
 
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, *running: Any) -> Tensor:
-        running_mean, running_var, momentum, eps = running
-        channels = input.shape[1]
-        values = input.numel() // channels
-        own = torch.zeros(2 * channels + 1, dtype=torch.float64)
-        if values:
-            statistics = torch.batch_norm_update_stats(input.to(weight.dtype), None, None, momentum)
-            own = torch.cat([*statistics, statistics[0].new_tensor([values])]).double()
-        # gathered and not summed: each variance is about its own mean, and all processes add in the same order
-        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, own)
-        means, variances, counts = torch.stack(parts).split([channels, channels, 1], dim=1)
-        total = counts.sum()
-        mean = (counts * means).sum(0) / total
-        var = (counts * (variances + (means - mean).square())).sum(0) / total
-        running_mean.lerp_(mean.to(running_mean), momentum)
-        running_var.lerp_((var * (total / (total - 1).clamp(min=1))).to(running_var), momentum)
-        mean, invstd = mean.to(weight), (var + eps).rsqrt().to(weight)
-        ctx.save_for_backward(input, weight, mean, invstd)
-        ctx.total = float(total)
-        return F.batch_norm(input, mean, var.to(weight), weight, bias, training=False, eps=eps)
+class SumOverProcesses(torch.autograd.Function):
+    """Adds up a tensor of each process; the gradient is the sum of theirs."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd = ctx.saved_tensors
-        weight_gradient = bias_gradient = torch.zeros_like(weight)
-        if input.numel():
-            # of this process alone: DDP averages them as it does all parameters' gradients
-            _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
-                gradient.to(weight.dtype), input.to(weight.dtype), weight, None, None, mean, invstd, True, 0.0,
-                [False, True, True],
-            )  # fmt: skip
-        sums = torch.stack([weight_gradient, bias_gradient]).double()
-        torch.distributed.all_reduce(sums)
-        # d/dx of the normalised value reaches all images through mean and variance
-        scale = weight * invstd
-        along_input, along_one = (sums / ctx.total).to(weight)
-        slope = -scale * invstd * along_input
-        offset = -scale * along_one - slope * mean
-        scale, slope, offset = (part.view(1, -1, 1, 1) for part in (scale, slope, offset))
-        input_gradient = (gradient * scale).addcmul_(input.to(weight.dtype), slope).add_(offset)
-        return input_gradient.to(input.dtype), weight_gradient, bias_gradient, None, None, None, None
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, gradient)

@@ -22,11 +22,6 @@ def shown(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def interactive() -> bool:
-    """Whether somebody watches: a progress bar in a file is noise."""
-    return sys.stdout.isatty()
-
-
 def print_table(table: Any) -> None:
     """Print a table of rich's; in a pipe, which has no width, without cutting its lines."""
     from rich.console import Console

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,10 +20,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
-from .console import PROGRAM, number
+from .console import number
 
 T = TypeVar("T")
-PATIENCE = 5  # seconds between the failure of a process and the end of the others
 
 # public since torch 2.15
 set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
@@ -43,17 +41,7 @@ class ExactDDP(DDPStrategy):
         self.synchronized = synchronized
         self._waiting = timedelta(seconds=waiting)
         self._trainer: Trainer | None = None
-        self._started_outside = "LOCAL_RANK" in os.environ  # before a launch sets it too
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
-
-    def setup_distributed(self) -> None:
-        environment = self.cluster_environment
-        assert environment is not None
-        by_hand = self._started_outside and self.num_processes > 1 and launched() == (1, 1)
-        if (self.num_nodes > 1 or by_hand) and self.global_rank == 0:
-            where = f"{environment.main_address}:{environment.main_port}"
-            print(f"Waiting at {where} for the other processes", file=sys.stderr, flush=True)
-        super().setup_distributed()
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
@@ -122,11 +110,10 @@ def smallest_part(trainer: Trainer) -> int:
 
 
 class Observer(subprocess_script._ChildProcessObserver):
-    """Ends the first process some seconds after another; Lightning 2.6 does so before it can say how to resume."""
+    """Ends the first process 5 seconds after another; Lightning 2.6 does so before it can say how to resume."""
 
     def _terminate_all(self) -> None:
-        sleep(PATIENCE)
-        print(f"{PROGRAM}: error: a process of this run has failed; ending the others", file=sys.stderr)
+        sleep(5)
         super()._terminate_all()
 
 
@@ -135,17 +122,12 @@ def launched() -> tuple[int, int]:
 
     Unless Lightning 2.6 is given these numbers, every process trains alone.
     """
-    environment = os.environ
-    try:
-        if torch.distributed.is_torchelastic_launched():
-            processes = int(environment["LOCAL_WORLD_SIZE"])
-            return processes, int(environment["WORLD_SIZE"]) // processes
-        if "SLURM_STEP_NUM_TASKS" in environment:  # by srun; within an allocation alone nothing is started
-            machines = int(environment["SLURM_STEP_NUM_NODES"])
-            return int(environment["SLURM_STEP_NUM_TASKS"]) // machines, machines
-    except (KeyError, ValueError):
-        pass  # Lightning reports what is missing
-    return 1, 1
+    if torch.distributed.is_torchelastic_launched():
+        processes = number("LOCAL_WORLD_SIZE") or 1
+        return processes, max(1, number("WORLD_SIZE") // processes)
+    # srun sets these; within an allocation alone nothing is started
+    machines = number("SLURM_STEP_NUM_NODES") or 1
+    return max(1, number("SLURM_STEP_NUM_TASKS") // machines), machines
 
 
 @contextmanager
@@ -182,9 +164,6 @@ def gather_in_order(batches: list[T]) -> list[T]:
     return [part for batch in zip_longest(*gathered, fillvalue=nothing) for part in batch if part is not nothing]
 
 
-every, joined = gather_all, gather_in_order  # the names before; gone once all rooms call the new ones
-
-
 def is_first() -> bool:
     """Return whether this is the first process: by its trainer, and before there is one, by the environment."""
     return getattr(rank_zero_only, "rank", 0) == 0 and not (
@@ -194,11 +173,9 @@ def is_first() -> bool:
 
 def lost(error: BaseException) -> str:
     """Return how the connection to another process broke; empty if the error is of another kind."""
-    if isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
-    ):
-        if causes := re.findall(r"Last error:\s*(.+)", str(error)):  # NCCL's
-            return causes[-1].strip()[:150]
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return re.sub(r"^\[\S+\] ", "", line).partition(". ")[0][:150]  # without a place in gloo's source, and advice
-    return ""
+    text = str(error).strip()
+    library = isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    if not (library or isinstance(error, torch.distributed.DistError)):
+        return ""
+    cause = text.rpartition("Last error:")[2].strip() or type(error).__name__  # NCCL's
+    return re.sub(r"^\[\S+\] ", "", cause).splitlines()[0].partition(". ")[0][:150]  # gloo's has a place, and advice

@@ -8,7 +8,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -18,28 +18,22 @@ from torch.utils.tensorboard.summary import hparams
 from .console import shortened
 from .ddp import is_first
 from .errors import UserError
+from .run import Run
 from .runs import replaced
 
 TEST_SUFFIX = ".test"  # of the event files that `test` writes beside those of the training
 
 
-class Origin(NamedTuple):
-    """The checkpoint that a run begins with."""
-
-    run: Path | None  # that it belongs to
-    written: int  # when, in nanoseconds
-    continues: bool  # whether this is that run; else a new one, which begins with a copy of its curve
-
-
 class RewindableLogger(Logger):
     """A logger that writes nothing before `load_state_dict`, which brings its files to where `state_dict` was called.
 
-    The state is None if the checkpoint has none of this logger.
+    A run that does not continue in the folder of its checkpoint begins with a copy. The state is None if the checkpoint
+    has none of this logger.
     """
 
     opened = False
     state_dict: Callable[[], dict[str, int]]
-    load_state_dict: Callable[[Mapping[str, Any] | None, Origin], None]
+    load_state_dict: Callable[[Mapping[str, Any] | None, Run], None]
 
     @property
     def experiment(self) -> Any:
@@ -66,16 +60,15 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
     def state_dict(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in event_files(Path(self.log_dir))}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, origin: Origin) -> None:
-        sizes = state or {}
-        for path in event_files(origin.run) if origin.run and state is not None else []:
-            size, target = sizes.get(path.name), Path(self.log_dir, path.name)
+    def load_state_dict(self, state: Mapping[str, Any] | None, run: Run) -> None:
+        for path in event_files(run.origin) if run.origin and state is not None else []:
+            size, target = (state or {}).get(path.name), Path(self.log_dir, path.name)
             if type(size) is int and size >= 0:
-                if not origin.continues:
+                if not run.continues:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
                 os.truncate(target, min(size, target.stat().st_size))
-            elif origin.continues and path.stat().st_mtime_ns >= origin.written:
+            elif run.continues and run.checkpoint and path.stat().st_mtime_ns >= run.checkpoint.stat().st_mtime_ns:
                 path.unlink()  # of a process that was killed before it could save
         self.opened = True
         if self.shown:
@@ -112,12 +105,12 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
     def state_dict(self) -> dict[str, int]:
         return {"rows": self.rows}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, origin: Origin) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, run: Run) -> None:
         table = Path(self.log_dir, "metrics.csv")
         for path in (table, table.with_name("hparams.yaml")):
-            if path.exists() and not origin.continues:
+            if path.exists() and not run.continues:
                 raise UserError(f"{path}: that file exists; give the logger another place")
-        source = table if origin.continues or not origin.run else origin.run / table.name
+        source = table if run.continues or not run.origin else run.origin / table.name
         try:
             lines = list(csv.reader(source.read_text().splitlines())) if source.exists() else []
         except (OSError, ValueError, csv.Error) as error:
@@ -158,17 +151,15 @@ def curves(loggers: Sequence[Logger]) -> list[dict[str, int]]:
     return [logger.state_dict() if isinstance(logger, RewindableLogger) else {} for logger in loggers]
 
 
-def open_loggers(
-    trainer: Trainer, checkpoint: Mapping[str, Any], written: int, origin: Path | None, continues: bool
-) -> None:
-    """Let each logger begin to write where a checkpoint was saved, as `Origin` describes it.
+def open_loggers(trainer: Trainer, run: Run) -> None:
+    """Let each logger begin to write where the run's checkpoint was saved.
 
     Raises:
         UserError: a file of the user's would be overwritten, or one of the run cannot be read.
     """
-    states = checkpoint.get("curves")
+    states = run.loaded.get("curves")
     loggers = [(n, logger) for n, logger in enumerate(trainer.loggers) if isinstance(logger, RewindableLogger)]
     for number, logger in sorted(loggers, key=lambda pair: isinstance(pair[1], RunLogger)):  # which refuses nothing
         state = states[number] if isinstance(states, list) and number < len(states) else None
         if trainer.is_global_zero:
-            logger.load_state_dict(state if isinstance(state, dict) else None, Origin(origin, written, continues))
+            logger.load_state_dict(state if isinstance(state, dict) else None, run)

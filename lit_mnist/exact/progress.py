@@ -1,9 +1,10 @@
-"""The timer of a fit, the scalars of its steps, its lines on the console, and its stop when it diverges."""
+"""The timer of a run, the scalars of its steps, its lines on the console, and its stop when it diverges."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -12,14 +13,17 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
+from .checkpoints import CheckpointKeeper, callback_of
 from .ddp import gather_all, part_of_batch
 from .errors import TrainingFailed
 
 
 class Progress(Callback):
     """Times the training and validation of a run over all its parts, logs each step's loss, learning rate and
-    throughput, and stops a run that diverged.
+    throughput, prints a line after each epoch and each evaluation, and stops a run that diverged.
     """
+
+    samples = 0  # of an evaluation: of this process, and once it has ended, of all
 
     def __init__(self) -> None:
         self.train_seconds = self.validation_seconds = 0.0
@@ -28,6 +32,8 @@ class Progress(Callback):
         self._started = self._window_started = self._lr = 0.0
         self._window_samples = 0
         self._loss: Tensor | None = None
+        self._best: Path | None = None
+        self._ended = False  # an epoch, whose line is not printed yet
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -41,9 +47,11 @@ class Progress(Callback):
             setattr(self, name, state_dict[name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._best = best_path(trainer)
         self._start_timer()  # a run that is resumed within an epoch starts none
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print_epoch(trainer)
         self.epoch_seconds = 0.0
         self._start_timer()
 
@@ -84,24 +92,53 @@ class Progress(Callback):
                 logger.log_metrics(metrics, step=step - 1)
             self._window_started, self._window_samples = now, 0
 
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.state.fn != "fit":
+            self.samples += extract_batch_size(args[1])  # the batch
+
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._check_finite(trainer)
             self.train_seconds += self._stop_timer(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit":
+            self._print_evaluation(trainer, "Validation set")
+        elif not trainer.sanity_checking:
+            if not trainer.is_last_batch:
+                metrics = epoch_metrics(trainer)
+                values = {name: metrics[name] for name in metrics if not name.startswith("train/")}
+                say(trainer, f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(words(values))}")
             self.validation_seconds += self._stop_timer(pl_module)
             check_losses(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print_evaluation(trainer, "Test set")
+
+    def _print_evaluation(self, trainer: Trainer, title: str) -> None:
+        self.samples = sum(gather_all(self.samples))
+        say(trainer, f"{title}: {', '.join(words(epoch_metrics(trainer), self.samples))}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds += self._stop_timer(pl_module)
         self._check_finite(trainer)
+        self._ended = True  # the module has its turn after the callbacks, and then the metrics are there
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print_epoch(trainer)
         check_losses(trainer)  # Lightning 2.6 logs the metrics of the last epoch just before this hook
         if not all(bool(torch.isfinite(parameter).all()) for parameter in pl_module.parameters()):
             raise diverged(trainer, "a weight", math.nan)
+
+    def _print_epoch(self, trainer: Trainer) -> None:
+        if self._ended:
+            metrics, best = epoch_metrics(trainer), best_path(trainer)
+            values = {name: metrics[name] for name in metrics if not name.startswith("train/") or name == "train/loss"}
+            seconds = f"{self.epoch_seconds:.1f} s{' (best)' if best != self._best else ''}"
+            say(trainer, f"Epoch {trainer.current_epoch - 1}: {', '.join(words(values))}, {seconds}")
+            self._ended, self._best = False, best
 
     def _check_finite(self, trainer: Trainer) -> float:
         """Return the latest step's loss over all processes, which thus find out together that it is not finite."""
@@ -112,6 +149,11 @@ class Progress(Callback):
         if not math.isfinite(loss):
             raise diverged(trainer, "train/loss_step", loss)
         return loss
+
+
+def best_path(trainer: Trainer) -> Path | None:
+    keeper = callback_of(trainer, CheckpointKeeper)
+    return keeper.best_path if keeper else None
 
 
 def check_losses(trainer: Trainer) -> None:
@@ -133,63 +175,6 @@ def epoch_metrics(trainer: Trainer) -> dict[str, float]:
     found = {k: float(f"{value.item():.7g}") for k, value in trainer.callback_metrics.items() if value.numel() == 1}
     twice = {name for name in found if name.endswith("_epoch") and name.removesuffix("_epoch") in found}
     return {name: value for name, value in found.items() if not name.endswith("_step") and name not in twice}
-
-
-class EpochLines(Callback):
-    """Prints a line after each epoch and each evaluation.
-
-    Args:
-        progress: the timer of the fit.
-        keeper: keeps the best checkpoint; an epoch that gave it is marked.
-    """
-
-    def __init__(self, progress: Progress | None = None, keeper: Any = None) -> None:
-        self.progress = progress
-        self.keeper = keeper
-        self._best: Any = None
-        self.samples = self._samples = 0  # of the evaluation: of all processes, once it has ended, and of this one
-        self._ended = False
-
-    @property
-    def best_path(self) -> Any:
-        return getattr(self.keeper, "best_path", None) or getattr(self.keeper, "best_model_path", None)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._best = self.best_path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = True  # the module has its turn after the callbacks, and then the metrics are there
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ended and self.progress:
-            metrics = epoch_metrics(trainer)
-            values = {name: metrics[name] for name in metrics if not name.startswith("train/") or name == "train/loss"}
-            mark = " (best)" if self.best_path != self._best else ""
-            self._ended, self._best = False, self.best_path
-            seconds = f"{self.progress.epoch_seconds:.1f} s{mark}"
-            say(trainer, f"Epoch {trainer.current_epoch - 1}: {', '.join(words(values))}, {seconds}")
-
-    on_train_end = on_train_epoch_start
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._print_evaluation(trainer, "Validation set")
-        elif not (trainer.sanity_checking or trainer.is_last_batch):
-            values = {name: value for name, value in epoch_metrics(trainer).items() if not name.startswith("train/")}
-            say(trainer, f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(words(values))}")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print_evaluation(trainer, "Test set")
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.state.fn != "fit":
-            self._samples += extract_batch_size(args[1])  # the batch
-
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
-
-    def _print_evaluation(self, trainer: Trainer, title: str) -> None:
-        self.samples, self._samples = sum(gather_all(self._samples)), 0
-        say(trainer, f"{title}: {', '.join(words(epoch_metrics(trainer), self.samples))}")
 
 
 def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:

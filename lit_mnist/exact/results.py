@@ -13,15 +13,16 @@ from .checkpoints import CheckpointKeeper, callback_of
 from .conditions import conditions
 from .ddp import lost
 from .errors import Interrupted
-from .progress import EpochLines, Progress, epoch_metrics
+from .progress import Progress, epoch_metrics
 from .run import Run
 from .runs import read_results, replaced
 
 
 class Results(Callback):
-    """Keeps results.json: of a fit from its start, of a test at its end, whose samples `lines` counts.
+    """Keeps results.json: of a fit from its start and of a test at its end.
 
     Args:
+        progress: the timer of a fit, and the counter of the samples of a test.
         recipe: a name for the settings of a new run.
         command: the command line.
         settings: plain settings by dotted key, beside those of module and data.
@@ -30,16 +31,14 @@ class Results(Callback):
     def __init__(
         self,
         run: Run,
-        progress: Progress | None = None,
+        progress: Progress,
         recipe: str = "",
         command: str = "",
         settings: Mapping[str, Any] | None = None,
-        lines: EpochLines | None = None,
     ) -> None:
         self.run = run
-        self.progress = progress or Progress()
+        self.progress = progress
         self.settings = dict(settings or {})
-        self.lines = lines
         self._kept: dict[str, Any] = {"recipe": recipe, "parent": run.parent, "commands": [command]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class Results(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = self.run.checkpoint.name if self.run.checkpoint else None
-        test = {**epoch_metrics(trainer), "samples": self.lines.samples if self.lines else None}
+        test = {**epoch_metrics(trainer), "samples": self.progress.samples}
         self._write(trainer, pl_module, "test", test | {"checkpoint": checkpoint})
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:

@@ -50,7 +50,6 @@ class ExactResume(Callback):
         self.run = run
         self.settings = dict(settings)
         self.config = config
-        self._written = run.checkpoint.stat().st_mtime_ns if run.checkpoint else 0
         self._configured: dict[str, Any] = {}
         # of a resumed run, until its first step
         self._random: dict[str, Any] | None = None
@@ -126,7 +125,7 @@ class ExactResume(Callback):
         """Begin to write to the run's folder and loggers."""
         if trainer.is_global_zero and self.run.folder:
             self.run.folder.mkdir(parents=True, exist_ok=True)
-        open_loggers(trainer, self.run.loaded, self._written, self.run.origin, self.run.continues)
+        open_loggers(trainer, self.run)
         if metrics := dict(self.run.loaded.get("pending", {})):
             step = int(metrics.pop("step"))
             for logger in trainer.loggers:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import several
 import torch
-from helpers import assert_same
-from several import Death, Outcome, free_port
+from helpers import REPOSITORY, Outcome, assert_same
+from several import Death, free_port
 from test_resume import curve, state
 
 from lit_mnist.__main__ import main
@@ -28,7 +28,6 @@ SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_d
 SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
 EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
-REPOSITORY = Path(__file__).parents[2]
 Run = Callable[..., list[Outcome]]
 
 
@@ -64,14 +63,14 @@ def losses(run: Path) -> dict[str, list[float]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], processes: int) -> None:
     assert alone("fit", *EXACT) == 0
     outcomes = run(processes, "fit", *EXACT)
     assert [outcome.status for outcome in outcomes] == [0] * processes
     assert "Epoch 1: train loss" in outcomes[0].out
-    assert [outcome.out + outcome.err for outcome in outcomes[1:]] == [""] * (processes - 1)
-    assert re.fullmatch(r"Waiting at 127\.0\.0\.1:\d+ for the other processes\n", outcomes[0].err)
+    assert outcomes[0].err + "".join(outcome.out + outcome.err for outcome in outcomes[1:]) == ""
     ours, theirs = (Path(f"lightning_logs/version_{version}") for version in (1, 0))
     expected = losses(theirs)
     assert len(expected["train/loss_step"]) == 10
@@ -89,6 +88,7 @@ def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], proce
     assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
 
 
+@pytest.mark.slow
 def test_without_synchronised_batch_norm_it_is_another_training(run: Run, alone: Callable[..., int]) -> None:
     flags = [*EXACT, "--data.batch_size", "50", "--trainer.sync_batchnorm", "false", "--model.activation", "relu"]
     assert alone("fit", *flags) == 0
@@ -98,6 +98,7 @@ def test_without_synchronised_batch_norm_it_is_another_training(run: Run, alone:
     assert ours[0] != pytest.approx(theirs[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_image_is_scored_once(run: Run, alone: Callable[..., int]) -> None:
     assert alone("fit", *SETTINGS) == 0
     scores, losses, validations = set(), [], set()
@@ -116,9 +117,11 @@ def test_every_image_is_scored_once(run: Run, alone: Callable[..., int]) -> None
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
+KILLS = [(2, 0, 1), (2, 1, 4), (2, 0, 5), (3, 2, 5), (3, 1, 8), (4, 1, 4), (4, 3, 6), (4, 0, 9)]
+
+
 @pytest.mark.parametrize(
-    ("processes", "rank", "step"),
-    [(2, 0, 1), (2, 1, 4), (2, 0, 5), (2, 1, 6), (3, 2, 5), (3, 1, 8), (4, 1, 4), (4, 3, 6), (4, 0, 9)],
+    ("processes", "rank", "step"), [(2, 1, 6), *(pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS)]
 )
 def test_resume_is_exact(run: Run, tmp_path: Path, processes: int, rank: int, step: int) -> None:
     assert {outcome.status for outcome in run(processes, "fit", *DROPOUT)} == {0}
@@ -144,6 +147,7 @@ def test_resume_is_exact(run: Run, tmp_path: Path, processes: int, rank: int, st
     assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (4, 2)])
 def test_resume_on_another_number(run: Run, alone: Callable[..., int], before: int, after: int) -> None:
     assert alone("fit", *EXACT) == 0
@@ -169,9 +173,10 @@ def test_a_signal_to_one_stops_all(run: Run, tmp_path: Path) -> None:
     assert_same(state(Path("lightning_logs/version_0")), state(uninterrupted))
 
 
+@pytest.mark.slow
 def test_waiting_for_a_silent_one_ends(run: Run, alone: Callable[..., int]) -> None:
     started = monotonic()
-    first, second = run(2, "fit", *SETTINGS, "--processes.timeout", "4", death=Death(1, 5, signal.SIGSTOP), patience=30)
+    first, second = run(2, "fit", *SETTINGS, "--processes.timeout", "4", death=Death(1, 5, signal.SIGSTOP), longest=30)
     assert monotonic() - started < 60
     assert first.status == 3
     assert "another process of this run was lost" in first.err
@@ -186,6 +191,7 @@ def slurm(**variables: str) -> list[dict[str, str]]:
     return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
 
 
+@pytest.mark.slow
 def test_slurm(run: Run) -> None:
     environment = slurm(SLURM_JOB_ID="1234", SLURM_JOB_NAME="digits")
     first, second = run(2, "fit", *SETTINGS, environment=environment)
@@ -199,20 +205,20 @@ def test_slurm(run: Run) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data.batch_size", "1"], "data.batch_size must be at least the number of processes, 2, got 1"),
-        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy must be auto or ddp"),
-        (["--processes.timeout", "0"], "processes.timeout must be a number of seconds"),
+        (["--data.batch_size", "1"], "data.batch_size .* got 1"),
+        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy .* ddp_spawn"),
+        (["--processes.timeout", "0"], "processes.timeout"),
         (
             ["--data.batch_size", "349", "--trainer.sync_batchnorm", "false"],
-            "trainer.sync_batchnorm must be true and trainer.precision not mixed",
+            "trainer.sync_batchnorm .* trainer.precision",
         ),
     ],
 )
 def test_bad_input(run: Run, flags: list[str], message: str) -> None:
     first, second = run(2, "fit", *SETTINGS, *flags)
     assert (first.status, second.status) == (2, 2)
-    (line,) = (line for line in first.err.splitlines() if not line.startswith("Waiting at"))
-    assert message in line
+    (line,) = first.err.splitlines()
+    assert re.search(message, line)
     assert second.err == ""
 
 
@@ -225,12 +231,12 @@ def test_started_otherwise_than_configured(run: Run) -> None:
 
 def test_a_launch_leaves_nothing_in_the_environment(alone: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
-    before = {name: os.environ.get(name) for name in names}
+    names = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"}
     assert alone("fit", *SETTINGS, "--trainer.strategy", "ddp") == 0
-    assert {name: os.environ.get(name) for name in names} == before
+    assert names & os.environ.keys() == {"MASTER_ADDR"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_real_launchers(real_root: Path, folder: Path, launcher: str) -> None:
     flags = ["-m", "lit_mnist", "fit", "--config", str(REPOSITORY / "configs" / "smoke.yaml")]

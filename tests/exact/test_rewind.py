@@ -1,5 +1,6 @@
 """Loggers continue in the files of their run where a checkpoint was saved."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import RewindableLogger, RunCSVLogger, RunLogger, curves, event_files, open_loggers
+from lit_mnist.exact.run import Run
 
 
 def loggers(run: Path) -> list[RewindableLogger]:
@@ -21,7 +23,9 @@ def loggers(run: Path) -> list[RewindableLogger]:
 def begin(run: Path, loaded: Any = None, origin: Path | None = None, written: int = 0) -> list[RewindableLogger]:
     made = loggers(run)
     trainer: Any = SimpleNamespace(loggers=made, is_global_zero=True)
-    open_loggers(trainer, {"curves": loaded} if loaded else {}, written, origin, continues=origin == run)
+    (checkpoint := run.parent / "last.ckpt").touch()
+    os.utime(checkpoint, ns=(written, written))
+    open_loggers(trainer, Run(run, checkpoint, {"curves": loaded} if loaded else {}, origin))
     return made
 
 
@@ -80,16 +84,18 @@ def test_a_curve_that_the_checkpoint_does_not_know_stays(tmp_path: Path, saved: 
     made = begin(run)
     log(made, 0, 1)
     end(made)
-    end(begin(run, saved, run, written=2**62))
+    end(begin(run, saved, run, written=2**61))
     assert logged(run) == ([0, 1], ["0", "1"])
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "hparams.yaml"])
 def test_a_users_own_file_stays(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("mine")
+    run = tmp_path / "version_0"
+    run.mkdir()
+    (run / name).write_text("mine")
     with pytest.raises(UserError, match=name):
-        begin(tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+        begin(run)
+    assert [(path.name, path.read_text()) for path in run.iterdir()] == [(name, "mine")]
 
 
 def test_nothing_is_written_before_it_is_restored(tmp_path: Path) -> None:
