@@ -272,8 +272,9 @@ def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
             for name, value in state.items():
                 if not isinstance(value, Tensor):
                     continue
-                short = value.shape != parameter.shape or value.untyped_storage().nbytes() < value.nbytes
-                if fused and short and name != "step":  # it would read and write beyond the state
+                # a fused step looks at no form: it would read and write beyond the state
+                whole = not fused or name == "step" or value.shape == parameter.shape
+                if not whole or (fused and value.untyped_storage().nbytes() < value.nbytes):
                     raise ValueError(f"optimizer_states/state/{number}/{name} does not have the form of its parameter")
                 if parameter.ndim and not value.ndim:  # NAdam's mu_product, cast to the type of the parameter
                     own = optimizer.state[parameter]
