@@ -9,12 +9,11 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from .checkpoints import CheckpointKeeper, callback_of
+from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
 from .ddp import lost
 from .errors import Interrupted
 from .progress import EpochLines, Progress, epoch_metrics
-from .run import Run
 from .runs import read_results, replaced
 
 
@@ -70,6 +69,9 @@ class Results(Callback):
         self._write(trainer, pl_module, "test", test | {"checkpoint": checkpoint})
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
+        keeper, best = callback_of(trainer, CheckpointKeeper), None
+        if keeper and keeper.best and keeper.best_path:
+            best = {"checkpoint": keeper.best_path.name, keeper.best.monitor: keeper.best_score}
         timer = self.progress.state_dict()
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
         fit = {
@@ -79,7 +81,7 @@ class Results(Callback):
             "steps": trainer.global_step,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "metrics": epoch_metrics(trainer),
-            "best": best_of(trainer),
+            "best": best,
             "train_seconds": round(seconds, 3),
             "validation_seconds": round(timer["validation_seconds"], 3),
             "samples_per_second": round(timer["samples_seen"] / seconds, 1) if seconds else None,
@@ -97,11 +99,3 @@ class Results(Callback):
             with replaced(self.run.folder / "results.json") as partial:
                 results = {**read_results(self.run.folder), name: section}
                 partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
-
-
-def best_of(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the best checkpoint so far and its score."""
-    keeper = callback_of(trainer, CheckpointKeeper)
-    if keeper and keeper.best and keeper.best_path:
-        return {"checkpoint": keeper.best_path.name, keeper.best.monitor: keeper.best_score}
-    return None
