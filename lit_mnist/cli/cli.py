@@ -23,9 +23,8 @@ from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.exact.assembly import hold
 from lit_mnist.exact.checkpoint_io import translate_restoring
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
-from lit_mnist.exact.console import PROGRAM, shown
+from lit_mnist.exact.console import PROGRAM, Interrupted, ProcessLost, TrainingFailed, UserError, shown
 from lit_mnist.exact.ddp import environment_kept, launched, lost
-from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
 from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, words
 from lit_mnist.module import LitMNIST

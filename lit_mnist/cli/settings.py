@@ -17,8 +17,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from lit_mnist.cli.console import one_line
 from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
-from lit_mnist.exact.console import shortened, shown
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.reader import find_and_read
 
 DEFAULT_SEED = 1

@@ -20,9 +20,8 @@ from lit_mnist.cli.settings import MACHINE, Settings
 from lit_mnist.exact.assembly import make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
-from lit_mnist.exact.console import interactive
+from lit_mnist.exact.console import UserError, interactive
 from lit_mnist.exact.ddp import ExactDDP, launched
-from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
 from lit_mnist.exact.progress import EpochLines
 from lit_mnist.exact.reader import ENTRIES

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, Trainer
 from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
 from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of, stop_on_signals
-from .errors import UserError
+from .console import UserError
 from .loggers import FILE_LOGGERS, RunLogger
 from .progress import EpochLines, Progress
 from .results import Results

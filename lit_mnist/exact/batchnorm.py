@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .errors import UserError
+from .console import UserError
 
 
 class SynchronizedBatchNorm(TorchSyncBatchNorm):

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from .console import shortened
+from .console import TrainingFailed, UserError, shortened
 from .ddp import lost
-from .errors import TrainingFailed, UserError
 from .runs import replaced
 
 # whatever these functions of Lightning 2.6 and of ExactResume raise, they raise about the checkpoint

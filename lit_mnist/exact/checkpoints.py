@@ -17,9 +17,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
+from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
-from .errors import Interrupted, TrainingFailed, UserError
-from .reader import check_resumable
+from .reader import FORMAT, FORMAT_ENTRY
 from .runs import claim_version, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
@@ -58,7 +58,11 @@ class Run:
     @classmethod
     def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
         """Return the run that a checkpoint belongs to, in its own folder."""
-        check_resumable(checkpoint, loaded)
+        if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
+            raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
+        if (version := loaded.get(FORMAT_ENTRY)) != FORMAT:
+            advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
+            raise UserError(f"{checkpoint}: that checkpoint has the format {version}: {advice}")
         folder = run_folder(checkpoint)
         return cls(folder, checkpoint, loaded, folder, unchanged)
 
@@ -66,11 +70,6 @@ class Run:
     def continues(self) -> bool:
         """Whether it continues in the folder of its checkpoint."""
         return self.origin is not None and not self.made and self.folder == self.origin
-
-    @property
-    def parent(self) -> str | None:
-        """The checkpoint of another run that this one begins with."""
-        return f"{self.origin.name}/{self.checkpoint.name}" if self.checkpoint and self.origin and self.made else None
 
     def discard_unused(self) -> None:
         """Remove the folder that was made for a run which never started."""

@@ -182,9 +182,6 @@ def gather_in_order(batches: list[T]) -> list[T]:
     return [part for batch in zip_longest(*gathered, fillvalue=nothing) for part in batch if part is not nothing]
 
 
-every, joined = gather_all, gather_in_order  # the names before; gone once all rooms call the new ones
-
-
 def is_first() -> bool:
     """Return whether this is the first process: by its trainer, and before there is one, by the environment."""
     return getattr(rank_zero_only, "rank", 0) == 0 and not (

@@ -12,8 +12,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
+from .console import TrainingFailed
 from .ddp import gather_all, part_of_batch
-from .errors import TrainingFailed
 
 
 class Progress(Callback):
@@ -152,7 +152,7 @@ class EpochLines(Callback):
 
     @property
     def best_path(self) -> Any:
-        return getattr(self.keeper, "best_path", None) or getattr(self.keeper, "best_model_path", None)
+        return self.keeper.best_path if self.keeper else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._best = self.best_path

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .console import PROGRAM, shortened
-from .errors import UserError
+from .console import PROGRAM, UserError, shortened
 from .runs import newest, versions
 
 FORMAT = 3  # goes up when a resumed run needs other entries
@@ -67,12 +65,3 @@ def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint that a path, `best` or `last` means, and its contents."""
     path = find_checkpoint(wanted, runs)
     return path, read_checkpoint(path)
-
-
-def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to resume a checkpoint that holds weights alone, or is of an older format, with a UserError."""
-    if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= checkpoint.keys():
-        raise UserError(f"{path}: it holds weights alone, no state to resume")
-    if (version := checkpoint.get(FORMAT_ENTRY)) != FORMAT:
-        advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
-        raise UserError(f"{path}: that checkpoint has the format {version}: {advice}")

@@ -11,8 +11,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
+from .console import Interrupted
 from .ddp import lost
-from .errors import Interrupted
 from .progress import EpochLines, Progress, epoch_metrics
 from .runs import read_results, replaced
 
@@ -20,10 +20,7 @@ from .runs import read_results, replaced
 class Results(Callback):
     """Keeps results.json: of a fit from its start, of a test at its end, whose samples `lines` counts.
 
-    Args:
-        recipe: a name for the settings of a new run.
-        command: the command line.
-        settings: plain settings by dotted key, beside those of module and data.
+    The other arguments are those of `make_callbacks`.
     """
 
     def __init__(
@@ -39,7 +36,9 @@ class Results(Callback):
         self.progress = progress or Progress()
         self.settings = dict(settings or {})
         self.lines = lines
-        self._kept: dict[str, Any] = {"recipe": recipe, "parent": run.parent, "commands": [command]}
+        # the checkpoint of another run that this one begins with
+        parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.made else None
+        self._kept: dict[str, Any] = {"recipe": recipe, "parent": parent, "commands": [command]}
 
     def state_dict(self) -> dict[str, Any]:
         return self._kept

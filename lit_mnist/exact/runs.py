@@ -12,8 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .console import shortened
-from .errors import UserError
+from .console import UserError, shortened
 
 VERSION = re.compile(r"version_(\d+)")
 # of the checkpoints that a run keeps; a user's own may lie beside them
@@ -89,11 +88,10 @@ def being_trained(run: Path) -> bool:
 
 def read_results(run: Path) -> dict[str, Any]:
     """Read a run's results.json; empty where it is missing or damaged."""
-    path = run / "results.json"
     try:
-        results = json.loads(path.read_text()) if path.is_file() else None  # a named pipe would be waited for
-    except (OSError, ValueError, RecursionError):
-        results = None
+        results = json.loads((run / "results.json").read_text())
+    except (OSError, ValueError):
+        return {}
     return results if isinstance(results, dict) else {}
 
 
@@ -105,8 +103,7 @@ def section(results: Any, name: str) -> Mapping[str, Any]:
 
 def own_checkpoints(run: Path, kind: str) -> list[Path]:
     """Return the files that a run keeps as its `best` or `last`."""
-    found = (run / "checkpoints").glob(f"{kind}-*.ckpt")
-    return [path for path in found if re.fullmatch(OURS[kind], path.name) and path.is_file()]
+    return [path for path in run.glob("checkpoints/*") if re.fullmatch(OURS[kind], path.name) and path.is_file()]
 
 
 def newest(run: Path, kind: str = "last") -> Path | None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_mnist.exact.checkpoint_io import DurableCheckpointIO
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings
-from lit_mnist.exact.errors import TrainingFailed, UserError
+from lit_mnist.exact.console import TrainingFailed, UserError
 from lit_mnist.exact.reader import find_and_read, find_checkpoint, read_checkpoint
 
 
