@@ -15,8 +15,7 @@ from importlib import import_module
 
 from lit_mnist import __version__
 from lit_mnist.cli.console import BAD_INPUT, complain, resume_command
-from lit_mnist.exact.console import number, shortened
-from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
+from lit_mnist.exact.console import Interrupted, ProcessLost, TrainingFailed, UserError, number, shortened
 
 COMMANDS = ("fit", "validate", "test", "predict", "demo", "export", "sweep", "runs")
 HELP = f"""\

@@ -14,7 +14,6 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.exact.averaging import MovingAverage
-from lit_mnist.exact.schedule import total_steps
 from lit_mnist.network import NETWORKS
 
 Batch = tuple[Tensor, Tensor]
@@ -134,7 +133,10 @@ class LitMNIST(LightningModule):
         hp: Any = self.hparams
         if step == 0 or (hp.schedule == "constant" and hp.warmup == 0):
             return 0.1 if hp.warmup > 0 else 1.0  # at step 0 the trainer does not know yet how many steps there are
-        total = total_steps(self.trainer)
+        # `trainer.estimated_stepping_batches` is computed anew whenever it is asked for
+        steps_an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        limits = (steps_an_epoch * (self.trainer.max_epochs or 0), self.trainer.max_steps)
+        total = min(limit for limit in limits if limit > 0)
         warmup_steps = hp.warmup * total
         if step < warmup_steps:
             return 0.1 + 0.9 * step / warmup_steps

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import shortened
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened
 
 # Mean and standard deviation of the pixels of MNIST's 60,000 training images, on the scale 0..1. Other data sets get
 # the same, and the norm after the first layer corrects for theirs.

@@ -20,7 +20,7 @@ from torch import nn
 from lit_mnist import DigitNet
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from machinery.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
-from machinery.checkpoints import BestSettings, SaveSettings
+from machinery.checkpoints import BestSettings, Run, SaveSettings
 from machinery.ddp import ExactDDP
 from machinery.reader import read_checkpoint
-from machinery.run import Run
 from machinery.runs import newest
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping

@@ -22,14 +22,11 @@ from lit_mnist.cli.trainer import AutoTrainer, check_trainer, make_run, trainer_
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.exact.assembly import hold
 from lit_mnist.exact.checkpoint_io import translate_restoring
-from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of
-from lit_mnist.exact.console import PROGRAM, shown
+from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
+from lit_mnist.exact.console import PROGRAM, Interrupted, ProcessLost, TrainingFailed, UserError, shown
 from lit_mnist.exact.ddp import environment_kept, launched, lost
-from lit_mnist.exact.errors import Interrupted, ProcessLost, TrainingFailed, UserError
 from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, words
-from lit_mnist.exact.results import best_of
-from lit_mnist.exact.run import Run
 from lit_mnist.module import LitMNIST
 
 DEFAULT_EPOCHS = 4
@@ -160,13 +157,13 @@ class MNISTCLI(LightningCLI):
 
 def print_summary(trainer: Trainer, run: Run, folder: Path, root: str) -> None:
     """Print the result of a run with the data in `root`, and the commands for what comes next."""
-    keeper, progress, best = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress), best_of(trainer)
+    keeper, progress = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress)
     assert progress
     times, epochs, steps = progress.state_dict(), trainer.current_epoch, trainer.global_step
     trained = f"{epochs} epoch{'s' * (epochs != 1)}, {steps} steps, "
     trained += f"{times['train_seconds'] + times['validation_seconds']:.1f} s"
-    if best and keeper and keeper.best:
-        trained += f"; best {words({keeper.best.monitor: best[keeper.best.monitor]})[0]}"
+    if keeper and keeper.best and keeper.best_score is not None:
+        trained += f"; best {words({keeper.best.monitor: keeper.best_score})[0]}"
     if steps == run.loaded.get("global_step"):
         print(FINISHED)
     print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")

@@ -16,7 +16,7 @@ from torch import nn
 from lit_mnist.cli.console import complain
 from lit_mnist.cli.export import fill_page
 from lit_mnist.cli.predict import checkpoint_parser, open_network
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.report import Picture, answer, load
 
 UPLOAD_LIMIT = 20 * 2**20  # bytes

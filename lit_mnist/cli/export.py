@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from lit_mnist import __version__
 from lit_mnist.cli.predict import check_output, checkpoint_parser, load_test_set, open_network
 from lit_mnist.exact.conditions import commit
-from lit_mnist.exact.console import shortened, shown
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
 from lit_mnist.pictures.report import classify
 

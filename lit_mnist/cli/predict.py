@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.data import datasets
-from lit_mnist.exact.console import shown
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.reader import find_and_read
 from lit_mnist.exact.runs import run_folder
 from lit_mnist.network import load_network

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_mnist.cli.console import OneLineParser
-from lit_mnist.exact.console import shortened
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened
 from lit_mnist.exact.runs import being_trained, read_results, section, versions
 
 COLUMNS = ("run", "recipe", "parameters", "epochs", "val_accuracy", "test_accuracy", "seconds", "state")

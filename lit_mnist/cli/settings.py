@@ -17,10 +17,8 @@ from pytorch_lightning.cli import LightningArgumentParser
 from lit_mnist.cli.console import one_line
 from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
-from lit_mnist.exact.console import shortened, shown
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.reader import find_and_read
-from lit_mnist.exact.run import is_newest
 
 DEFAULT_SEED = 1
 # What decides where a command runs and what it prints is no part of a run.
@@ -146,7 +144,7 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
-    settings.continues = is_newest(path)
+    settings.continues = runs.is_newest(path)
     settings.lines.append(f"Checkpoint: {path}")
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])

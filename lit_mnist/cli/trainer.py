@@ -19,14 +19,14 @@ from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 from lit_mnist.board import HPARAM_METRICS
 from lit_mnist.cli.settings import MACHINE, Settings
 from lit_mnist.exact.assembly import make_callbacks, make_logger, make_plugins, place_logger
+from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
+from lit_mnist.exact.console import UserError
 from lit_mnist.exact.ddp import ExactDDP, launched
-from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
 from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
-from lit_mnist.exact.run import Run
 from lit_mnist.exact.runs import run_folder
 
 SHOWN = ("model.", "data.", "trainer.")  # sections in TensorBoard's tab HParams

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_mnist.data import datasets
 from lit_mnist.data.augment import affine, affine_matrices
 from lit_mnist.data.batches import TensorBatches, seeded_generator
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it

@@ -26,8 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lit_mnist.data import download as sources
-from lit_mnist.exact.console import shortened
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened
 from lit_mnist.exact.runs import expanded
 
 

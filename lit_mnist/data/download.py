@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pooch
 
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 # A Python 2 pickle of three (images, labels) pairs, 50,000 + 10,000 + 10,000: images float32 (N, 784) = pixel / 256
 # exactly, labels int64 (N,). The first two pairs joined, in order, are the training set.

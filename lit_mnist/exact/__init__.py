@@ -8,6 +8,5 @@ There, this is a fit that can be killed anywhere and resumed:
     with hold(run, trainer):
         trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
 
-with `Run` from `.run`, `SaveSettings` from `.checkpoints`, `read_checkpoint` from `.reader`, and the rest from
-`.assembly`.
+with `Run` and `SaveSettings` from `.checkpoints`, `read_checkpoint` from `.reader`, and the rest from `.assembly`.
 """

@@ -11,13 +11,12 @@ from pytorch_lightning import Callback, Trainer
 
 from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
-from .checkpoints import BestSettings, CheckpointKeeper, SaveSettings, callback_of, stop_on_signals
-from .errors import UserError
+from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of, stop_on_signals
+from .console import UserError
 from .loggers import FILE_LOGGERS, RunLogger
 from .progress import Progress
 from .results import Results
 from .resume import ExactResume
-from .run import Run
 from .runs import only_process, read_results, section
 
 

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 
-from .errors import UserError
+from .console import UserError
 
 
 class SynchronizedBatchNorm(TorchSyncBatchNorm):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from .console import shortened
+from .console import TrainingFailed, UserError, shortened
 from .ddp import lost
-from .errors import TrainingFailed, UserError
+from .runs import replaced
 
 # whatever these functions of Lightning 2.6 and of ExactResume raise, they raise about the checkpoint
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "_load_combined_loader_states", "restore_rest"}
@@ -34,7 +34,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         content = io.BytesIO()  # in memory first: torch's writer aborts the process on a full disk
         torch.save(checkpoint, content)
         if not self._readable:
@@ -42,18 +41,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
             self._readable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replaced(path) as partial, partial.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
             finally:
                 os.close(folder)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             reason = f"{shortened(str(path))}: {error.strerror}"
             raise TrainingFailed(f"training stopped: {reason}; checkpoints written before are as they were") from error
 

@@ -1,12 +1,12 @@
-"""Which checkpoints a run keeps, the best one and the newest, and signals that stop it after it has saved."""
+"""A run: where it writes, what it begins with, which checkpoints it keeps, and signals that stop it after a save."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 from time import monotonic
@@ -17,10 +17,10 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from .ddp import gather_all
-from .errors import Interrupted, TrainingFailed
-from .run import Run
-from .runs import own_checkpoints, replaced
+from .console import PROGRAM, Interrupted, TrainingFailed, UserError
+from .ddp import gather_all, is_first
+from .reader import FORMAT, FORMAT_ENTRY
+from .runs import claim_version, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
 AGREE_STEPS = 8  # so often, in steps, several processes agree on whether to save or to stop
@@ -29,6 +29,55 @@ AGREE_STEPS = 8  # so often, in steps, several processes agree on whether to sav
 def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
     """Return the trainer's first callback of a class."""
     return next((part for part in trainer.callbacks if isinstance(part, kind)), None)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Run:
+    """The folder that a fit writes to, and what it begins with; `new` and `resumed` raise UserError."""
+
+    folder: Path | None = None  # of its files; None on all processes but the first until it starts
+    checkpoint: Path | None = None  # what it begins with
+    loaded: Mapping[str, Any] = field(default_factory=dict)  # the content of that checkpoint
+    origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
+    unchanged: bool = True  # whether it has the settings that it had; then one that a callback had stopped stays so
+    made: bool = False  # whether this process has made the folder
+    started: bool = False
+
+    @classmethod
+    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> Run:
+        """Make a run in a new folder `version_N`, which only the first process does."""
+        run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
+        run.folder = None
+        if is_first():
+            try:
+                run.folder, run.made = claim_version(runs.absolute()), True
+            except OSError as error:
+                raise UserError(f"no run can be written to {runs} ({error.strerror})") from error
+        return run
+
+    @classmethod
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
+        """Return the run that a checkpoint belongs to, in its own folder."""
+        if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
+            raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
+        if (version := loaded.get(FORMAT_ENTRY)) != FORMAT:
+            advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
+            raise UserError(f"{checkpoint}: that checkpoint has the format {version}: {advice}")
+        folder = run_folder(checkpoint)
+        return cls(folder, checkpoint, loaded, folder, unchanged)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it continues in the folder of its checkpoint."""
+        return self.origin is not None and not self.made and self.folder == self.origin
+
+    def discard_unused(self) -> None:
+        """Remove the folder that was made for a run which never started."""
+        if self.folder and self.made and not self.started:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # it has other runs
+                self.folder.parent.rmdir()
+            self.folder = None
 
 
 @dataclass
@@ -195,9 +244,9 @@ class CheckpointKeeper(Checkpoint):
         trainer.save_checkpoint(self._folder / f"{name}.ckpt")
         self.last_path = self._folder / f"{name}.ckpt"
         if trainer.is_global_zero:  # now that the newest state names no other best
-            assert self.run.folder
-            old = [*own_checkpoints(self.run.folder, "last"), *self._folder.glob(".*.ckpt.*.tmp")]
-            old += own_checkpoints(self.run.folder, "best") if self.best_path else []
+            run = self._folder.parent
+            old = [*own_checkpoints(run, "last"), *self._folder.glob(".*.ckpt.*.tmp")]
+            old += own_checkpoints(run, "best") if self.best_path else []
             for path in old:
                 if path not in (self.last_path, self.best_path):
                     path.unlink(missing_ok=True)

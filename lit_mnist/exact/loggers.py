@@ -15,10 +15,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torch.utils.tensorboard.summary import hparams
 
-from .console import shortened
+from .checkpoints import Run
+from .console import UserError, shortened
 from .ddp import is_first
-from .errors import UserError
-from .run import Run
 from .runs import replaced
 
 TEST_SUFFIX = ".test"  # of the event files that `test` writes beside those of the training

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
@@ -53,11 +54,7 @@ def metric_state(metric: Metric) -> dict[str, Any]:
 
 def moved(value: Any, device: torch.device) -> Any:
     """Copy the tensors of a state to a device."""
-    if isinstance(value, dict):
-        return {name: moved(part, device) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [moved(part, device) for part in value]
-    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+    return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().to(device, copy=True))
 
 
 def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> None:

@@ -14,8 +14,8 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
 from .checkpoints import CheckpointKeeper, callback_of
+from .console import TrainingFailed
 from .ddp import gather_all, part_of_batch
-from .errors import TrainingFailed
 
 
 class Progress(Callback):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .console import PROGRAM, shortened
-from .errors import UserError
+from .console import PROGRAM, UserError, shortened
 from .runs import newest, versions
 
 FORMAT = 3  # goes up when a resumed run needs other entries
@@ -33,14 +31,9 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
                 return found
         hint = "" if wanted == "last" else " (a run without validation has only a last one)"
         raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
-    path = Path(wanted)
-    try:
-        if path.is_file():  # a named pipe or a device would be waited for
-            return path
-        what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-    except (OSError, ValueError) as error:
-        what = f"cannot be read ({getattr(error, 'strerror', error)})"
-    raise UserError(f"{shortened(wanted)}: that file {what}; allowed are best, last and the path of a local checkpoint")
+    if not (path := Path(wanted)).is_file():  # a named pipe or a device would be waited for
+        raise UserError(f"{shortened(wanted)}: no such file; allowed are best, last and the path of a checkpoint")
+    return path
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -69,29 +62,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that a path, `best` or `last` means, and its contents.
-
-    Raises:
-        UserError: there is none, or it cannot be read; then the message names the newest intact one.
-    """
+    """Return the checkpoint that a path, `best` or `last` means, and its contents."""
     path = find_checkpoint(wanted, runs)
-    try:
-        return path, read_checkpoint(path)
-    except UserError as error:
-        candidates = [newest(run, kind) for run in versions(runs) for kind in ("last", "best")]
-        for other in filter(None, candidates) if wanted in ("best", "last") else ():
-            try:
-                read_checkpoint(other)
-            except UserError:
-                continue
-            raise UserError(f"{error}; the newest intact one is {other}") from error
-        raise
-
-
-def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to resume a checkpoint that holds weights alone, or is of an older format, with a UserError."""
-    if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= checkpoint.keys():
-        raise UserError(f"{path}: it holds weights alone, no state to resume")
-    if (version := checkpoint.get(FORMAT_ENTRY)) != FORMAT:
-        advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
-        raise UserError(f"{path}: that checkpoint has the format {version}: {advice}")
+    return path, read_checkpoint(path)

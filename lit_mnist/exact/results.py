@@ -9,12 +9,11 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from .checkpoints import CheckpointKeeper, callback_of
+from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
+from .console import Interrupted
 from .ddp import lost
-from .errors import Interrupted
 from .progress import Progress, epoch_metrics
-from .run import Run
 from .runs import read_results, replaced
 
 
@@ -23,9 +22,8 @@ class Results(Callback):
 
     Args:
         progress: the timer of a fit, and the counter of the samples of a test.
-        recipe: a name for the settings of a new run.
-        command: the command line.
-        settings: plain settings by dotted key, beside those of module and data.
+
+    The other arguments are those of `make_callbacks`.
     """
 
     def __init__(
@@ -39,7 +37,9 @@ class Results(Callback):
         self.run = run
         self.progress = progress
         self.settings = dict(settings or {})
-        self._kept: dict[str, Any] = {"recipe": recipe, "parent": run.parent, "commands": [command]}
+        # the checkpoint of another run that this one begins with
+        parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.made else None
+        self._kept: dict[str, Any] = {"recipe": recipe, "parent": parent, "commands": [command]}
 
     def state_dict(self) -> dict[str, Any]:
         return self._kept
@@ -69,6 +69,9 @@ class Results(Callback):
         self._write(trainer, pl_module, "test", test | {"checkpoint": checkpoint})
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
+        keeper, best = callback_of(trainer, CheckpointKeeper), None
+        if keeper and keeper.best and keeper.best_path:
+            best = {"checkpoint": keeper.best_path.name, keeper.best.monitor: keeper.best_score}
         timer = self.progress.state_dict()
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
         fit = {
@@ -78,7 +81,7 @@ class Results(Callback):
             "steps": trainer.global_step,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "metrics": epoch_metrics(trainer),
-            "best": best_of(trainer),
+            "best": best,
             "train_seconds": round(seconds, 3),
             "validation_seconds": round(timer["validation_seconds"], 3),
             "samples_per_second": round(timer["samples_seen"] / seconds, 1) if seconds else None,
@@ -96,11 +99,3 @@ class Results(Callback):
             with replaced(self.run.folder / "results.json") as partial:
                 results = {**read_results(self.run.folder), name: section}
                 partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
-
-
-def best_of(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the best checkpoint so far and its score."""
-    keeper = callback_of(trainer, CheckpointKeeper)
-    if keeper and keeper.best and keeper.best_path:
-        return {"checkpoint": keeper.best_path.name, keeper.best.monitor: keeper.best_score}
-    return None

@@ -18,13 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torchmetrics.wrappers import MetricTracker
 
+from .checkpoints import Run
 from .conditions import conditions
+from .console import UserError
 from .ddp import ExactDDP, gather_all, smallest_part
-from .errors import UserError
 from .loggers import curves, open_loggers
 from .metrics import find_metrics, logged_state, metric_states, pending, restore_logged, restore_metric, unfreeze_reset
 from .reader import FORMAT, FORMAT_ENTRY
-from .run import Run
 from .runs import replaced
 
 # hooks of the module that come after a checkpoint is saved: a resume would leave them out

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .console import shortened
-from .errors import UserError
+from .console import UserError, shortened
 
 VERSION = re.compile(r"version_(\d+)")
 # of the checkpoints that a run keeps; a user's own may lie beside them
@@ -64,14 +62,6 @@ def claim_version(runs: Path) -> Path:
             number += 1  # another program that started at the same time was quicker
 
 
-def discard(run: Path, existed: Path) -> None:
-    """Remove the folder of a run that could not start, and the empty ones above it up to one that existed before."""
-    shutil.rmtree(run, ignore_errors=True)
-    with suppress(OSError):  # another process may have made a run beside it
-        while (run := run.parent) != existed:
-            run.rmdir()
-
-
 @contextmanager
 def only_process(run: Path) -> Iterator[None]:
     """Hold a run's folder for this process, until it ends; where another has it, raise UserError."""
@@ -98,22 +88,11 @@ def being_trained(run: Path) -> bool:
 
 def read_results(run: Path) -> dict[str, Any]:
     """Read a run's results.json; empty where it is missing or damaged."""
-    path = run / "results.json"
     try:
-        results = json.loads(path.read_text()) if path.is_file() else None  # a named pipe would be waited for
-    except (OSError, ValueError, RecursionError):
-        results = None
+        results = json.loads((run / "results.json").read_text())
+    except (OSError, ValueError):
+        return {}
     return results if isinstance(results, dict) else {}
-
-
-def text(results: Mapping[str, Any], name: str) -> str | None:
-    value = results.get(name)
-    return value if isinstance(value, str) and value else None
-
-
-def number(results: Mapping[str, Any], name: str) -> int | float | None:
-    value = results.get(name)
-    return value if isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e18 else None
 
 
 def section(results: Any, name: str) -> Mapping[str, Any]:
@@ -124,8 +103,7 @@ def section(results: Any, name: str) -> Mapping[str, Any]:
 
 def own_checkpoints(run: Path, kind: str) -> list[Path]:
     """Return the files that a run keeps as its `best` or `last`."""
-    found = (run / "checkpoints").glob(f"{kind}-*.ckpt")
-    return [path for path in found if re.fullmatch(OURS[kind], path.name) and path.is_file()]
+    return [path for path in run.glob("checkpoints/*") if re.fullmatch(OURS[kind], path.name) and path.is_file()]
 
 
 def newest(run: Path, kind: str = "last") -> Path | None:
@@ -137,3 +115,10 @@ def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None where it lies somewhere else."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
+
+
+def is_newest(checkpoint: Path) -> bool:
+    """Say whether a checkpoint is the newest state of the run that it belongs to."""
+    folder = run_folder(checkpoint)
+    last = newest(folder) if folder else None
+    return last is not None and last.resolve() == checkpoint.resolve()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
 DEEP = ("I", "F")  # how Pillow's modes of 16 bits or more begin, which its conversions would clip

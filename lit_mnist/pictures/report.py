@@ -16,8 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import print_table, shortened, shown
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, print_table, shortened, shown
 from lit_mnist.exact.runs import replaced
 from lit_mnist.pictures.prepare import DEEP, digit, grey_levels
 from lit_mnist.pictures.segment import Box, split

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 from lit_mnist.pictures import prepare
 from lit_mnist.pictures.prepare import Pixels
 

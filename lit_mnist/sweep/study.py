@@ -18,8 +18,7 @@ import optuna
 from jsonargparse.typing import PositiveInt
 from optuna.trial import FrozenTrial
 
-from lit_mnist.exact.console import shortened
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError, shortened
 from lit_mnist.exact.runs import replaced
 
 # what the sweep sets for each run

@@ -27,8 +27,7 @@ from lit_mnist.cli.console import complain
 from lit_mnist.cli.runs import read_settings
 from lit_mnist.cli.settings import Parser, configs_of
 from lit_mnist.exact.checkpoints import callback_of
-from lit_mnist.exact.console import shortened
-from lit_mnist.exact.errors import Interrupted, TrainingFailed
+from lit_mnist.exact.console import Interrupted, TrainingFailed, shortened
 from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, expanded, newest, read_results

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from lit_mnist.__main__ import main
 from lit_mnist.cli import export
 from lit_mnist.data import datasets
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.report import classify
 
 if TYPE_CHECKING:

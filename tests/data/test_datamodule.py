@@ -5,7 +5,7 @@ import torch
 
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.data.datamodule import MNISTDataModule, stratified_split
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 
 def ready(root: Path, stage: str, **settings: int) -> MNISTDataModule:

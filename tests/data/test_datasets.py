@@ -25,7 +25,7 @@ from mirror import Mirror
 from torchvision import datasets as torchvision_datasets
 
 from lit_mnist.data import datasets, download
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 MIRRORS, PIP_DOWNLOAD = download.mirrors, download._pip_download  # which `no_network` replaces

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torchvision import datasets as torchvision_datasets
 
 from lit_mnist.data import datasets, download
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 
 MIRRORS = download.mirrors  # which `no_network` replaces
 CLASSES = dict.fromkeys(("fashion_mnist", "kmnist", "qmnist", "emnist_digits"), 10)

@@ -12,10 +12,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lit_mnist.exact.checkpoint_io import DurableCheckpointIO
-from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, SaveSettings
-from lit_mnist.exact.errors import TrainingFailed, UserError
+from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings
+from lit_mnist.exact.console import TrainingFailed, UserError
 from lit_mnist.exact.reader import find_and_read, find_checkpoint, read_checkpoint
-from lit_mnist.exact.run import Run
 
 
 class Hostile:
@@ -49,7 +48,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not Path("run by the pickle").exists()
 
 
-def test_finding_the_newest_intact(tmp_path: Path) -> None:
+def test_finding_checkpoints(tmp_path: Path) -> None:
     for name in ("version_2/checkpoints/best-epoch=00-accuracy=0.5000.ckpt", "version_10/checkpoints"):
         (tmp_path / name).parent.mkdir(parents=True)
     old, folder = tmp_path / "version_2/checkpoints/best-epoch=00-accuracy=0.5000.ckpt", tmp_path / "version_10"
@@ -60,7 +59,8 @@ def test_finding_the_newest_intact(tmp_path: Path) -> None:
     (folder / "checkpoints/last-epoch=01-step=000014.ckpt").write_bytes(b"")
     assert find_checkpoint("best", tmp_path) == old
     assert find_checkpoint("last", tmp_path).parent.parent == folder
-    with pytest.raises(UserError, match=str(old)):
+    assert find_and_read("best", tmp_path) == (old, read_checkpoint(old))
+    with pytest.raises(UserError, match="no intact checkpoint"):
         find_and_read("last", tmp_path)
     for wanted in (
         "/dev/zero",

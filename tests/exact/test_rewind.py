@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.checkpoints import Run
+from lit_mnist.exact.console import UserError
 from lit_mnist.exact.loggers import RewindableLogger, RunCSVLogger, RunLogger, curves, event_files, open_loggers
-from lit_mnist.exact.run import Run
 
 
 def loggers(run: Path) -> list[RewindableLogger]:

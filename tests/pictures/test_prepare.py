@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_mnist.data import datasets
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.prepare import Pixels, digit, grey_levels
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.report import CELL, MARGIN, Picture, classify, contact_sheet, find
 
 

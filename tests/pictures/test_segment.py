@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from test_prepare import close, drawn, save, seven
 
-from lit_mnist.exact.errors import UserError
+from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.prepare import Pixels, digit
 from lit_mnist.pictures.report import load
 from lit_mnist.pictures.segment import Box, split

@@ -19,7 +19,7 @@ from helpers import REPOSITORY
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
-from lit_mnist.exact.errors import TrainingFailed
+from lit_mnist.exact.console import TrainingFailed
 from lit_mnist.sweep import comparison, sweep
 from lit_mnist.sweep.study import Study, retry
 
