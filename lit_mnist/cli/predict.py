@@ -56,8 +56,8 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
         raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
     if os.path.lexists(output) and not overwrite:
         raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: no file can be written to {output.absolute().parent}")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
 def predict(args: Sequence[str]) -> None:

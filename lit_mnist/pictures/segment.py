@@ -17,11 +17,10 @@ Box = tuple[int, int, int, int]  # x, y, width, height
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
-def split(levels: Pixels, size: int | None = None) -> list[tuple[Box, Tensor]]:
+def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
     """Find the digits of one picture, line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
 
-    The boxes refer to a picture whose longer side is SIZE, by default that of the levels. Raises UserError if nothing
-    stands out from the background, or too much does.
+    Raises UserError if nothing stands out from the background, or too much does.
     """
     pixels = prepare.shrunk(levels, prepare.FINE_SIZE)
     ink = prepare.unruled(prepare.ink_of(pixels))
@@ -42,7 +41,7 @@ def split(levels: Pixels, size: int | None = None) -> list[tuple[Box, Tensor]]:
     tallest = max(int(stats[part, 3]) for part in digits)
     height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
     found = united([(bounds(stats[[part]]), [part]) for part in digits], 1.6 * height)
-    scale = (size or max(levels.shape)) / max(pixels.shape)
+    scale = max(levels.shape) / max(pixels.shape)
     read: list[tuple[Box, Tensor]] = []
     for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
         rows, columns = slice(y, y + down), slice(x, x + across)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from test_prepare import close, drawn, save, seven
+from test_report import Mean
 
 from lit_mnist.exact.errors import UserError
 from lit_mnist.pictures.prepare import Pixels, digit
-from lit_mnist.pictures.report import load
+from lit_mnist.pictures.report import read
 from lit_mnist.pictures.segment import Box, split
 
 
@@ -76,9 +77,10 @@ def test_boxes_in_the_files_own_pixels(tmp_path: Path) -> None:
     large = sheet(places).repeat(6, 0).repeat(6, 1)
     exif = Image.Exif()
     exif[0x0112] = 6  # a viewer turns it by a quarter
-    found = load(save(tmp_path / "large.jpg", np.rot90(large), exif=exif), several=True)
+    network = Mean()
+    found = read(network, save(tmp_path / "large.jpg", np.rot90(large), exif=exif), several=True)
     assert [picture.number for picture in found] == [1, 2]
     for picture, (x, y) in zip(found, places, strict=True):
         assert picture.box == pytest.approx((6 * x, 6 * y, 240, 360), abs=15)
-    (nothing,) = load(save(tmp_path / "blank.png", np.ones((50, 50))), several=True)
+    (nothing,) = read(network, save(tmp_path / "blank.png", np.ones((50, 50))), several=True)
     assert (nothing.digit, nothing.problem) == (None, "nothing stands out from the background")
