@@ -28,7 +28,7 @@ from lit_mnist.data import datasets
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.reader import read_checkpoint
 from lit_mnist.network import load_network
-from lit_mnist.pictures import prepare, report, segment
+from lit_mnist.pictures import prepare, report
 
 CANVAS = 240
 LETTERS = "AEFHKMNPRTUVWXYadefhkmnrtuvwx"  # those that no digit looks like
@@ -243,7 +243,7 @@ def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> t
         length = 5 if index % 2 else int(painter.uniform(8, 11))
         chosen = torch.randint(len(inks), (length,), generator=painter.generator).tolist()
         picture, columns = painter.number([inks[choice] for choice in chosen])
-        found = segment.split(picture.numpy())
+        found = prepare.split(picture.numpy())
         answers = report.classify(network, torch.stack([seen for _, seen in found])).argmax(1).tolist()
         middles = [x + width / 2 for (x, _, width, _), _ in found]
         for choice, (first, last) in zip(chosen, columns, strict=True):

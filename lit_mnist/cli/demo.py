@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -23,15 +22,9 @@ UPLOAD_LIMIT = 2**26  # bytes
 class Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection; nothing is kept."""
 
-    timeout = 60  # seconds without a byte
-
     def __init__(self, network: nn.Module, page: bytes, *connection: Any) -> None:
         self.network, self.page = network, page
         super().__init__(*connection)  # which answers
-
-    def handle(self) -> None:
-        with suppress(ConnectionError):  # a page that was closed
-            super().handle()
 
     def do_GET(self) -> None:
         self.reply("text/html; charset=utf-8", self.page)

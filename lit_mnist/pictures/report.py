@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from lit_mnist.exact.console import print_table, shortened, shown
 from lit_mnist.exact.errors import UserError
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import Pixels, digit, grey_levels
-from lit_mnist.pictures.segment import Box, split
+from lit_mnist.pictures.prepare import Box, Pixels, digit, grey_levels, split
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
