@@ -90,7 +90,7 @@ def report(names: Sequence[str], several: bool, network: nn.Module, output: Path
     table = Table(*names, box=None, pad_edge=False)
     table.columns[0].overflow = "fold"
     for line in rows:
-        table.add_row(*(str(line.get(name, "-")) for name in names))
+        table.add_row(*(shortened(str(line.get(name, "-"))) for name in names))
     print_table(table)
     if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")

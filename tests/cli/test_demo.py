@@ -46,7 +46,8 @@ def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
 
 def bars(browser: Chrome) -> list[float]:
     """The percentages that a page shows."""
-    return [float(bar.text.removesuffix(" %")) for bar in browser.find_elements("css selector", "#bars b")]
+    script = "return Array.from(document.querySelectorAll('#bars b'), (bar) => parseFloat(bar.textContent))"
+    return [float(percentage) for percentage in browser.execute_script(script)]  # all at one moment
 
 
 def pixels(browser: Chrome) -> Tensor:
