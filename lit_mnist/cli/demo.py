@@ -48,11 +48,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def demo(args: Sequence[str]) -> None:
-    """Run the command with the flags that follow its name, until a signal ends it.
-
-    Raises:
-        UserError: the input cannot be used.
-    """
+    """Run the command with the flags after its name until Ctrl-C; UserError if they cannot be used."""
     parser = checkpoint_parser("demo", "Serve a page to draw digits on.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: for this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (7860), or 0 for any that is free")

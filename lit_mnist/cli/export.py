@@ -63,11 +63,7 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> Exported:
 
 
 def fetch_runtime() -> dict[str, bytes]:
-    """Fetch ONNX Runtime Web's files from the npm registry.
-
-    Raises:
-        UserError: npm is missing, or cannot fetch them.
-    """
+    """Fetch ONNX Runtime Web's files from the npm registry; UserError if npm is missing, or cannot."""
     with TemporaryDirectory(prefix="lit_mnist-") as folder:
         command = ["npm", "pack", RUNTIME, "--loglevel=error", "--pack-destination", folder]
         try:
@@ -89,11 +85,7 @@ def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -
 
 
 def export(args: Sequence[str]) -> None:
-    """Run the command with the flags that follow its name.
-
-    Raises:
-        UserError: the input cannot be used, or the exported network does not answer as the checkpoint's.
-    """
+    """Run the command with the flags after its name; UserError for these, or if the file does not answer as it must."""
     parser = checkpoint_parser("export", "Write a checkpoint's network to a file.")
     parser.add_argument(
         "--output", required=True, type=Path, help="digits.pt2, or with the extra [export] digits.onnx or digits.html"

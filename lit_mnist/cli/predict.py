@@ -61,11 +61,7 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
 
 
 def predict(args: Sequence[str]) -> None:
-    """Run the command with the flags that follow its name.
-
-    Raises:
-        UserError: the input cannot be used, or no picture shows a digit.
-    """
+    """Run the command with the flags after its name; UserError if they cannot be used, or no picture shows a digit."""
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
     parser.add_argument("pictures", nargs="*", help="files and folders, one digit in each; none for the test set")
     parser.add_argument("--split", action="store_true", help="the pictures may show several digits each")

@@ -114,11 +114,7 @@ def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Te
 
 
 def classes(root: str | Path, name: str) -> int:
-    """Count the classes of a data set; of `idx`, one more than the largest label of the training set.
-
-    Raises:
-        UserError: the labels of `idx` cannot be read.
-    """
+    """Count the classes of a data set; of `idx`, one more than the largest training label (UserError if unreadable)."""
     data = SETS[name]
     return data.classes or int(_tensor(_folder(root, name), name, f"{data.train}-{data.labels}").max()) + 1
 
