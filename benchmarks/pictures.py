@@ -3,8 +3,8 @@
     python benchmarks/pictures.py lightning_logs/version_0/checkpoints/best-....ckpt
 
 Of MNIST's test images, and of scikit-learn's `load_digits` (other people's digits of 8x8 pixels), it makes pictures as
-people have them, and numbers, and reads each as `predict` does. In the end, how confident wrong answers are, and the
-answers for what is no digit. With `--record` the tables are appended with their conditions to results/pictures.jsonl.
+people have them, and numbers, and reads each as `predict` does. In the end, how confident right and wrong answers are.
+With `--record` the tables are appended with their conditions to results/pictures.jsonl.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from records import add_flag, append
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -28,10 +28,9 @@ from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
 from lit_mnist.exact.reader import read_checkpoint
 from lit_mnist.network import load_network
-from lit_mnist.pictures import prepare, report, segment
+from lit_mnist.pictures import prepare, report
 
 CANVAS = 240
-LETTERS = "AEFHKMNPRTUVWXYadefhkmnrtuvwx"  # those that no digit looks like
 DIFFICULTIES = ["on paper", "cell lines", "boxed", "desk", "hard shadow", "soft shadow", "strip", "ruled", "squared"]
 DIFFICULTIES += ["cut", "tiny", "low contrast", "colour ink"]
 
@@ -203,26 +202,6 @@ class Painter:
             x += ink.shape[1] + spacing * self.uniform(0.7, 1.3)
         return self.photograph(canvas[:, : int(x) + 40]), columns
 
-    def letters(self, index: int) -> Tensor:
-        picture = Image.new("L", (CANVAS, CANVAS), 230)
-        font = ImageFont.load_default(int(self.uniform(80, 160)))
-        text = LETTERS[index % len(LETTERS)]
-        ImageDraw.Draw(picture).text((CANVAS / 2, CANVAS / 2), text, 40, font, anchor="mm")
-        return torch.from_numpy(np.array(picture)).float() / 255
-
-    def scribbles(self, index: int) -> Tensor:
-        """A smooth line through 6 to 12 places."""
-        places = torch.rand(1, 2, int(self.uniform(6, 13)), generator=self.generator) * 140 + 50
-        curve = F.interpolate(places, 200, mode="linear", align_corners=True)
-        curve = F.avg_pool1d(F.pad(curve, (8, 8), mode="replicate"), 17, stride=1)[0].T
-        picture, points = Image.new("L", (CANVAS, CANVAS), 230), [(x, y) for x, y in curve.tolist()]
-        ImageDraw.Draw(picture).line(points, 40, int(self.uniform(4, 14)), joint="curve")
-        return torch.from_numpy(np.array(picture)).float() / 255
-
-    def blanks(self, index: int) -> Tensor:
-        """Paper in uneven light, with noise."""
-        return self.on_paper(torch.zeros(28, 28))
-
 
 def read(picture: Tensor) -> Tensor:
     """What the network sees of a picture, nothing where it is refused; colours go by way of a file."""
@@ -243,7 +222,7 @@ def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> t
         length = 5 if index % 2 else int(painter.uniform(8, 11))
         chosen = torch.randint(len(inks), (length,), generator=painter.generator).tolist()
         picture, columns = painter.number([inks[choice] for choice in chosen])
-        found = segment.split(picture.numpy())
+        found = prepare.split(picture.numpy())
         answers = report.classify(network, torch.stack([seen for _, seen in found])).argmax(1).tolist()
         middles = [x + width / 2 for (x, _, width, _), _ in found]
         for choice, (first, last) in zip(chosen, columns, strict=True):
@@ -279,10 +258,6 @@ def main() -> None:
             confidences["right answers"] += confidence[right].tolist()
             confidences["wrong answers"] += confidence[~right].tolist()
         correct[f"{name}, numbers"] = read_numbers(network, inks, labels)
-    for name in ("letters", "scribbles", "blanks"):
-        digits = torch.stack([read(getattr(painter, name)(index)) for painter in [Painter()] for index in range(200)])
-        shown = digits[digits.flatten(1).bool().any(1)]  # the others are refused
-        confidences[name] = report.classify(network, shown).amax(1).tolist() if len(shown) else []
 
     for name, (count, total) in correct.items():
         print(f"{name:<28}{f'{count}/{total}':>10}{count / total:>10.2%}")

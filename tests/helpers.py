@@ -41,7 +41,7 @@ def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, 
         for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
             content = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
             (raw / name).write_bytes(content)
-            files[name] = hashlib.sha256(content).hexdigest()
+            files[name] = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return files
 
 

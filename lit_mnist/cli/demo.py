@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
-from lit_mnist.cli.console import complain
 from lit_mnist.cli.export import fill_page
 from lit_mnist.cli.predict import checkpoint_parser, open_network
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.report import Picture, answer, load
+from lit_mnist.pictures.report import read
 
-UPLOAD_LIMIT = 20 * 2**20  # bytes
+UPLOAD_LIMIT = 2**26  # bytes
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection; nothing is kept."""
 
-    server: ThreadingHTTPServer
-    timeout = 60  # seconds without a byte
-
     def __init__(self, network: nn.Module, page: bytes, *connection: Any) -> None:
         self.network, self.page = network, page
         super().__init__(*connection)  # which answers
-
-    def handle(self) -> None:
-        with suppress(ConnectionError, TimeoutError):  # a page that was closed
-            super().handle()
 
     def do_GET(self) -> None:
         self.reply("text/html; charset=utf-8", self.page)
 
     def do_POST(self) -> None:
         """Answer a drawing or a photograph, in any format that `predict` reads, in JSON."""
-        length = self.headers.get("Content-Length", "")
-        size = int(length) if length.isdecimal() else 0
-        (picture,) = load(BytesIO(self.rfile.read(min(size, UPLOAD_LIMIT))))
-        for start in range(UPLOAD_LIMIT, size, 2**20):  # a browser takes no answer before all is read
-            self.rfile.read(min(size - start, 2**20))
-        if size > UPLOAD_LIMIT:
-            picture = Picture(BytesIO(), problem=f"{size:,} bytes, at most {UPLOAD_LIMIT:,} are read")
-        answer(self.network, [picture])
+        size = min(int(self.headers["Content-Length"]), UPLOAD_LIMIT)
+        (picture,) = read(self.network, BytesIO(self.rfile.read(size)))
         pixels = [] if picture.digit is None else picture.digit.flatten().tolist()
         found = {"pixels": pixels, "probabilities": picture.probabilities, "problem": picture.problem}
         self.reply("application/json", json.dumps(found).encode())
 
     def reply(self, kind: str, content: bytes) -> None:
         """Answer, except under another name: a stranger's page could let its own lead here, and read the answers."""
-        own = "localhost", self.server.server_address[0], self.connection.getsockname()[0]
+        own = "localhost", self.connection.getsockname()[0]
         known = str(self.headers["Host"]).partition(":")[0] in own
         self.send_response(200 if known else 403)
         self.send_header("Content-Type", kind)
@@ -66,17 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing: http.server would print each request."""
 
 
-def stop(signum: int, frame: Any) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # `timeout` sends two at once
-    raise SystemExit(complain(f"stopped by {signal.Signals(signum).name}", 128 + signum))
-
-
 def demo(args: Sequence[str]) -> None:
-    """Run the command with the flags that follow its name, until a signal ends it.
-
-    Raises:
-        UserError: the input cannot be used.
-    """
+    """Run the command with the flags after its name until Ctrl-C; UserError if they cannot be used."""
     parser = checkpoint_parser("demo", "Serve a page to draw digits on.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: for this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (7860), or 0 for any that is free")
@@ -86,9 +61,7 @@ def demo(args: Sequence[str]) -> None:
         page = fill_page({"checkpoint": path.name})
         server = ThreadingHTTPServer((options.host, options.port), partial(Handler, network, page))
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({reason})") from error
-    signal.signal(signal.SIGTERM, stop)
+        raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from error
     with server:
         print(f"Draw at http://{options.host}:{server.server_port} (press Ctrl-C to stop)", flush=True)
         server.serve_forever()

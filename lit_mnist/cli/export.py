@@ -62,17 +62,13 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> Exported:
 
 
 def fetch_runtime() -> dict[str, bytes]:
-    """Fetch ONNX Runtime Web's files from the npm registry.
-
-    Raises:
-        UserError: npm is missing, or cannot fetch them.
-    """
+    """Fetch ONNX Runtime Web's files from the npm registry; UserError if npm is missing, or cannot."""
     with TemporaryDirectory(prefix="lit_mnist-") as folder:
         command = ["npm", "pack", RUNTIME, "--loglevel=error", "--pack-destination", folder]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, timeout=300)
         except (subprocess.SubprocessError, OSError) as error:
-            reason = shortened(" ".join(str(getattr(error, "stderr", None) or error).split()), 120)
+            reason = shortened(str(getattr(error, "stderr", None) or error), 120)
             raise UserError(f"npm cannot fetch {RUNTIME}, which a page needs: {reason}") from error
         with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed:
             return {name: packed.extractfile(f"package/dist/{file}").read() for name, file in RUNTIME_FILES.items()}  # type: ignore[union-attr]
@@ -82,22 +78,13 @@ def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -
     """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
     packed = {name: base64.b64encode(gzip.compress(part, mtime=0)).decode() for name, part in (parts or {}).items()}
     licence = files("onnxruntime").joinpath("LICENSE").read_text() if parts else ""  # npm's package has none
-    page = (
-        Path(__file__)
-        .with_name("page.html")
-        .read_text(encoding="utf-8")
-        .replace("{{parts}}", json.dumps(packed or None))
-    )
-    page = page.replace("{{licence}}", html.escape(licence))
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = page.replace("{{parts}}", json.dumps(packed or None)).replace("{{licence}}", html.escape(licence))
     return page.replace("{{metadata}}", html.escape(json.dumps(metadata, indent=2))).encode()
 
 
 def export(args: Sequence[str]) -> None:
-    """Run the command with the flags that follow its name.
-
-    Raises:
-        UserError: the input cannot be used, or the exported network does not answer as the checkpoint's.
-    """
+    """Run the command with the flags after its name; UserError for these, or if the file does not answer as it must."""
     parser = checkpoint_parser("export", "Write a checkpoint's network to a file.")
     parser.add_argument(
         "--output", required=True, type=Path, help="digits.pt2, or with the extra [export] digits.onnx or digits.html"

@@ -55,16 +55,12 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
         raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
     if os.path.lexists(output) and not overwrite:
         raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: no file can be written to {output.absolute().parent}")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
 def predict(args: Sequence[str]) -> None:
-    """Run the command with the flags that follow its name.
-
-    Raises:
-        UserError: the input cannot be used, or no picture shows a digit.
-    """
+    """Run the command with the flags after its name; UserError if they cannot be used, or no picture shows a digit."""
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
     parser.add_argument("pictures", nargs="*", help="files and folders, one digit in each; none for the test set")
     parser.add_argument("--split", action="store_true", help="the pictures may show several digits each")

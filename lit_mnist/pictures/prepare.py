@@ -1,4 +1,4 @@
-"""Brings a user's own pictures into the form that MNIST's makers gave theirs.
+"""Brings a user's own pictures into the form that MNIST's makers gave theirs, and finds several digits in one.
 
 That form (https://doi.org/10.1109/5.726791, section III.A): white ink on black, the digit scaled to fit a box of 20x20
 pixels with its proportions and its grey levels kept, and set into 28x28 pixels with its centre of mass in the middle.
@@ -20,15 +20,16 @@ from torch import Tensor
 from lit_mnist.exact.console import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
-DEEP = ("I", "F")  # how Pillow's modes of 16 bits or more begin, which its conversions would clip
-PIXEL_LIMIT = 50_000_000  # of a picture; decoded they take four bytes each
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
-Image.MAX_IMAGE_PIXELS = None  # instead of Pillow's limit, which is higher
+MAX_PARTS = 400  # of a digit's size, in a picture of several
+Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded they take four bytes each
 
 Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results are arrays
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
+Box = tuple[int, int, int, int]  # x, y, width, height
+Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
@@ -41,17 +42,12 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
     try:
         with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
             warnings.simplefilter("ignore")  # Pillow's of odd files; what it cannot read, it raises
-            width, height = opened.size  # from the header: nothing is decoded yet
-            if width * height > PIXEL_LIMIT:
-                raise UserError(f"{width}x{height} pixels, at most {PIXEL_LIMIT:,} are read")
             opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
             picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith(DEEP):
+            if picture.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow's conversions would clip
                 levels = np.nan_to_num(np.array(picture, dtype=np.float32), posinf=0, neginf=0)
                 return (levels - levels.min()) / max(levels.max() - levels.min(), 1e-6)
             colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
-    except UserError:
-        raise
     except UnidentifiedImageError:
         raise UserError(f"no {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise a dozen types for a broken file
@@ -236,3 +232,69 @@ def without_boxes(stats: Any, parts: list[int]) -> list[int]:
         return bool(within and down > 0.25 * height and area < 0.35 * width * height)
 
     return [part for part in parts if not any(encloses(stats[part], stats[other]) for other in parts)]
+
+
+def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
+    """Find the digits of one picture, line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
+
+    Raises UserError if nothing stands out from the background, or too much does.
+    """
+    pixels = shrunk(levels, FINE_SIZE)
+    ink = unruled(ink_of(pixels))
+    side = 1 + max(ink.shape) // 500
+    joined = cv2.dilate(inked(ink), ones(side, side))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
+    heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
+    large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
+    parts = (1 + np.flatnonzero(large)).tolist()
+    if len(parts) > MAX_PARTS:
+        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
+    if not parts:
+        raise UserError("nothing stands out from the background")
+    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
+    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
+    parts = [part for part in parts if clear[part]] or parts  # of those at the border only if there are no others
+    digits = without_boxes(stats, parts)
+    tallest = max(int(stats[part, 3]) for part in digits)
+    height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
+    found = united([(bounds(stats[[part]]), [part]) for part in digits], 1.6 * height)
+    scale = max(levels.shape) / max(pixels.shape)
+    read: list[tuple[Box, Tensor]] = []
+    for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
+        rows, columns = slice(y, y + down), slice(x, x + across)
+        own = np.isin(labels[rows, columns], group)
+        left, top, width, high = (round(side * scale) for side in (x, y, across, down))
+        read.append(((left, top, width, high), in_form(ink[rows, columns] * own)))
+    return read
+
+
+def united(parts: list[Part], tallest: float) -> list[Part]:
+    """Join the parts that lie one above the other and together are no taller than a digit: the two strokes of a 5."""
+    digits: list[Part] = []
+    for box, own in parts:
+        for other in digits:
+            joined = bounds(np.array([box, other[0]]))
+            if box[2] + other[0][2] - joined[2] >= 0.3 * min(box[2], other[0][2]) and joined[3] <= tallest:
+                digits.remove(other)
+                box, own = joined, own + other[1]
+                break
+        digits.append((box, own))
+    return digits
+
+
+def bounds(boxes: Any) -> Box:
+    """Return the box around several."""
+    x, y = boxes[:, :2].min(0).tolist()
+    right, below = (boxes[:, :2] + boxes[:, 2:4]).max(0).tolist()
+    return x, y, right - x, below - y
+
+
+def in_lines(boxes: list[Part]) -> list[Part]:
+    """Sort into reading order: a line has its middles at the height of its highest box, and runs left to right."""
+    ordered = []
+    while boxes:
+        _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
+        line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
+        ordered += sorted(line)
+        boxes = [item for item in boxes if item not in line]
+    return ordered

@@ -6,10 +6,10 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.progress import track
@@ -18,25 +18,24 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, print_table, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import DEEP, digit, grey_levels
-from lit_mnist.pictures.segment import Box, split
+from lit_mnist.pictures.prepare import Box, Pixels, digit, grey_levels, split
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
-INK, PAPER, FAINT, ALARM, BEHIND = "#202020", "#ffffff", "#767676", "#b3261e", "#b0b0b0"
 
 
 @dataclass
 class Picture:
-    """A file, or one of the digits in it."""
+    """A network's answer for a file, or for one of the digits in it."""
 
     file: Path | BinaryIO
-    digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28); None if it sees nothing
-    problem: str = ""  # why it sees nothing
+    problem: str = ""  # why there is no answer
+    digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28)
+    probabilities: list[float] = field(default_factory=list)  # of the classes
+    thumbnail: Image.Image | None = None  # what it was found in, grey
     number: int = 0  # with several digits in a file, from 1 in reading order
     box: Box = (0, 0, 0, 0)  # then the digit's, in the file's own pixels
-    probabilities: list[float] = field(default_factory=list)  # of the classes, once a network was asked
 
 
 def find(names: Sequence[str]) -> list[Path]:
@@ -53,17 +52,29 @@ def find(names: Sequence[str]) -> list[Path]:
     return found
 
 
-def load(file: Path | BinaryIO, several: bool = False) -> list[Picture]:
-    """Read the digits of one file; if it has none, or cannot be read, the one result says why."""
+def read(network: nn.Module, file: Path | BinaryIO, several: bool = False) -> list[Picture]:
+    """Answer the digits of one file; if it has none, or cannot be read, the one result says why."""
+
+    def picture(seen: Tensor, levels: Pixels, number: int = 0, box: Box = (0, 0, 0, 0)) -> Picture:
+        whole = Image.fromarray((levels.clip(0, 1) * 255).astype(np.uint8))
+        thumbnail = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
+        return Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, number, box)
+
     try:
         levels = grey_levels(file)
         if not several:
-            return [Picture(file, digit(levels))]
+            return [picture(digit(levels), levels)]
         with Image.open(file) as opened:
-            found = split(levels, max(opened.size))
-        return [Picture(file, seen, "", number, box) for number, (box, seen) in enumerate(found, 1)]
+            scale = max(opened.size) / max(levels.shape)
+        pictures = []
+        for number, ((x, y, width, height), seen) in enumerate(split(levels), 1):
+            margin = max(width, height) // 4
+            part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
+            box = round(scale * x), round(scale * y), round(scale * width), round(scale * height)
+            pictures.append(picture(seen, part, number, box))
+        return pictures
     except UserError as error:
-        return [Picture(file, problem=str(error))]
+        return [Picture(file, str(error))]
 
 
 def report(names: Sequence[str], several: bool, network: nn.Module, output: Path) -> None:
@@ -72,14 +83,13 @@ def report(names: Sequence[str], several: bool, network: nn.Module, output: Path
     Raises UserError if there is no such file, or if none shows a digit; then nothing is written.
     """
     paths = track(find(names), "reading pictures", disable=not sys.stdout.isatty())
-    pictures = [picture for path in paths for picture in load(path, several)]
-    answer(network, pictures)
+    pictures = [picture for path in paths for picture in read(network, path, several)]
     rows = [row(picture) for picture in pictures]
     names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
     table = Table(*names, box=None, pad_edge=False)
     table.columns[0].overflow = "fold"
     for line in rows:
-        table.add_row(*(str(line.get(name, "-")) for name in names))
+        table.add_row(*(shortened(str(line.get(name, "-"))) for name in names))
     print_table(table)
     if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")
@@ -95,14 +105,6 @@ def report(names: Sequence[str], several: bool, network: nn.Module, output: Path
 def classify(network: nn.Module, images: Tensor) -> Tensor:
     """Map raw images, uint8 (N, 1, 28, 28), to probabilities, float (N, C)."""
     return torch.cat([network(batch).softmax(dim=1) for batch in images.split(500)])  # larger ones wait for memory
-
-
-def answer(network: nn.Module, pictures: Sequence[Picture]) -> None:
-    """Fill in the probabilities of each picture that shows a digit."""
-    digits = [picture.digit for picture in pictures if picture.digit is not None]
-    probabilities = iter(classify(network, torch.stack(digits)).tolist() if digits else ())
-    for picture in pictures:
-        picture.probabilities = [] if picture.digit is None else next(probabilities)
 
 
 def columns(probabilities: Sequence[float]) -> dict[str, Any]:
@@ -131,40 +133,20 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """Draw each picture, beside it what the network saw, and below them the answer."""
-    font, small = ImageFont.load_default(20), ImageFont.load_default(12)
-    width, height = 2 * CELL + 2 * MARGIN, CELL + 56
+    font, width, height = ImageFont.load_default(13), 2 * CELL + 2 * MARGIN, CELL + 56
     columns_used = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns_used)
-    sheet = Image.new("RGB", (columns_used * width + MARGIN, rows * height + MARGIN), PAPER)
+    sheet = Image.new("RGB", (columns_used * width + MARGIN, rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(pictures):
         left, above = MARGIN + index % columns_used * width, MARGIN + index // columns_used * height
-        below = above + CELL
-        draw.rectangle((left - 1, above - 1, left + 2 * CELL, below), outline="#d0d0d0")
-        place = f"{picture.number}: {picture.box[:2]}, " if picture.number else ""
-        draw.text((left, below + 26), f"{place}{Path(str(picture.file)).name:.34}", FAINT, small)
-        if picture.digit is None:
-            draw.text((left, below + 6), f"{picture.problem:.36}", ALARM, small)
-            continue
-        whole = decode(picture.file)
-        if picture.number:
-            x, y, across, down = picture.box
-            margin = max(across, down) // 4
-            whole = whole.crop((x - margin, y - margin, x + across + margin, y + down + margin))
-        part = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
-        part = Image.alpha_composite(Image.new("RGBA", part.size, BEHIND), part)
-        sheet.paste(part, (left + (CELL - part.width) // 2, above + (CELL - part.height) // 2))
-        seen = Image.fromarray(picture.digit[0].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
-        sheet.paste(seen, (left + CELL, above))
-        draw.text((left, below + 2), str(columns(picture.probabilities)["digit"]), INK, font)
-        draw.text((left + 20, below + 8), f"{max(picture.probabilities):.1%}", FAINT, small)
+        answer, name = picture.problem, Path(str(picture.file)).name
+        if picture.digit is not None and picture.thumbnail:
+            part, seen = picture.thumbnail, Image.fromarray(picture.digit[0].numpy())
+            sheet.paste(part, (left + (CELL - part.width) // 2, above + (CELL - part.height) // 2))
+            sheet.paste(seen.resize((CELL, CELL), Image.Resampling.NEAREST), (left + CELL, above))
+            answer = f"{columns(picture.probabilities)['digit']} ({max(picture.probabilities):.1%})"
+        draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
+        text = f"{answer:.34}\n{f'{picture.number} in ' if picture.number else ''}{name:.28}"
+        draw.text((left, above + CELL + 6), text, "#202020", font)
     return sheet
-
-
-@lru_cache(maxsize=1)  # the digits of a sheet share one file
-def decode(file: Any) -> Image.Image:
-    with Image.open(file) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith(DEEP):
-            picture = Image.fromarray((grey_levels(file) * 255).astype("uint8"))
-        return picture.convert("RGBA")

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw
 from test_predict import fails, picture
 from torch import Tensor, nn
 
-from lit_mnist.cli import demo
 from lit_mnist.pictures.prepare import digit, grey_levels
 from lit_mnist.pictures.report import classify
 
@@ -47,7 +46,8 @@ def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
 
 def bars(browser: Chrome) -> list[float]:
     """The percentages that a page shows."""
-    return [float(bar.text.removesuffix(" %")) for bar in browser.find_elements("css selector", "#bars b")]
+    script = "return Array.from(document.querySelectorAll('#bars b'), (bar) => parseFloat(bar.textContent))"
+    return [float(percentage) for percentage in browser.execute_script(script)]  # all at one moment
 
 
 def pixels(browser: Chrome) -> Tensor:
@@ -76,9 +76,9 @@ def server(network: nn.Module) -> Iterator[Server]:
         process.communicate()
 
 
-def ask(host: str, port: int, body: bytes, **headers: str) -> tuple[int, bytes]:
+def ask(host: str, port: int, body: bytes) -> tuple[int, bytes]:
     connection = HTTPConnection(host, port, timeout=60)
-    connection.request("POST", "/read", body, headers)
+    connection.request("POST", "/read", body)
     response = connection.getresponse()
     return response.status, response.read()
 
@@ -92,17 +92,10 @@ def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     found = json.loads(answer)
     assert (status, found["pixels"], found["problem"]) == (200, expected.flatten().tolist(), "")
     assert sum(found["probabilities"]) == pytest.approx(1)
-    assert ask("localhost", port, path.read_bytes()) == (status, answer)
     path.unlink()
-    limit = demo.UPLOAD_LIMIT
-    for body, problem in (
-        (b"no picture", "no PNG, JPEG, BMP, GIF, TIFF"),
-        (b"", "no PNG, JPEG, BMP, GIF, TIFF"),
-        (bytes(limit + 1), f"{limit + 1:,} bytes, at most 20,971,520 are read"),
-    ):
-        assert json.loads(ask(host, port, body)[1]) == {"pixels": [], "probabilities": [], "problem": problem}
-    for name in ("evil.example", f"evil.example:{port}", ""):  # one that somebody lets lead here
-        assert ask(host, port, b"", Host=name) == (403, b"")
+    nothing = {"pixels": [], "probabilities": [], "problem": "no PNG, JPEG, BMP, GIF, TIFF"}
+    for body in (b"no picture", b""):
+        assert json.loads(ask(host, port, body)[1]) == nothing
     assert sorted(tmp_path.rglob("*")) == before
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGINT\n")
@@ -120,7 +113,7 @@ def drawing(strokes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    process, host, port = server
+    _, host, port = server
     address = f"http://{host}:{port}/"
     browser.get(address)
     sheet, state = browser.find_element("id", "sheet"), browser.find_element("id", "state")
@@ -153,9 +146,6 @@ def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_p
 
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE["width"]
-    process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGTERM\n")
-    assert process.returncode == 143
 
 
 PHONE = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
@@ -171,4 +161,4 @@ def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--host no.such.invalid --port 0: cannot listen there" in fails(capsys, *flags, *unknown)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address" in fails(capsys, *flags, "--port", port)
+        assert f"--host 127.0.0.1 --port {port}: cannot listen there (" in fails(capsys, *flags, "--port", port)

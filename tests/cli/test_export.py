@@ -74,7 +74,7 @@ def test_gives_what_the_checkpoint_gives(
     [
         (["--output", "digits.onnx"], "--ckpt_path best: no run under lightning_logs has a best checkpoint"),
         (["--output", "digits.txt"], "--output digits.txt: the name must end in .pt2, .onnx, .html"),
-        (["--output", "nowhere/digits.pt2"], "--output nowhere/digits.pt2: no file can be written to "),
+        (["--output", "nowhere/digits.pt2"], "--output nowhere/digits.pt2: there is no folder "),
         ([], "the following arguments are required: --output"),
     ],
 )

@@ -126,7 +126,7 @@ def test_several_digits() -> None:
         ([""], "'' is neither a file nor a folder"),
         (["--split"], "--split needs pictures"),
         (["--output", "answers.txt"], "--output answers.txt: the name must end in .csv"),
-        (["--output", "no/answers.csv"], "--output no/answers.csv: no file can be written to "),
+        (["--output", "no/answers.csv"], "--output no/answers.csv: there is no folder "),
         (["one.png", "--output", "mine.csv"], "--output mine.png: that file exists; --overwrite replaces it"),
         (["--data.images", "one.png"], "unrecognized arguments: --data.images"),
     ],

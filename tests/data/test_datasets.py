@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
-import io
 import multiprocessing
 import os
 import pickle
@@ -223,19 +222,6 @@ def test_forbidden_downloads_leave_nothing_behind(empty: Path) -> None:
     assert not root_of(empty).exists()
     assert "data.download is false" in message
     assert all(f"{name} is missing" in message for name in NAMES)
-
-
-def test_progress_is_shown_on_a_terminal(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    datasets.prepare(root_of(empty))
-    assert_complete(empty, contents)
-    assert terminal.getvalue().count("100%") >= len(NAMES)
 
 
 # The package registry

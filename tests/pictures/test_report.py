@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.report import CELL, MARGIN, Picture, classify, contact_sheet, find
+from lit_mnist.pictures.report import CELL, MARGIN, Picture, classify, contact_sheet, find, read
 
 
 def test_find(tmp_path: Path) -> None:
@@ -39,20 +39,16 @@ def test_contact_sheet(tmp_path: Path) -> None:
     levels = np.full((90, 90), 255, np.uint8)
     levels[10:70, 40:48] = 0
     Image.fromarray(levels).save(tmp_path / "one.png")
-    seen = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    seen[0, 4:24, 10:18] = 255
-    answer = torch.eye(10)[1].tolist()
-    pictures = [Picture(tmp_path / "one.png", seen, probabilities=answer) for _ in range(4)]
-    pictures.append(Picture(tmp_path / "one.png", seen, "", 1, (40, 10, 8, 8), answer))
-    pictures.append(Picture(tmp_path / ("long" * 30), problem="broken: " + "x" * 60))
-    sheet = contact_sheet(pictures)
+    pictures = read(Mean(), tmp_path / "one.png") * 4 + read(Mean(), tmp_path / "one.png", several=True)
+    pictures.append(Picture(tmp_path / ("long" * 30), "broken: " + "x" * 60))
+    sheet = np.asarray(contact_sheet(pictures).convert("L"))
     width, height = 2 * (CELL + MARGIN), CELL + 56
-    assert sheet.size == (4 * width + MARGIN, 2 * height + MARGIN)
-    assert sheet.getpixel((MARGIN + 5, MARGIN + 5)) == (255, 255, 255)
-    assert sheet.getpixel((MARGIN + CELL // 2, MARGIN + CELL // 2)) == (0, 0, 0)
-    assert sheet.getpixel((MARGIN + CELL + 5, MARGIN + 5)) == (0, 0, 0)
-    assert sheet.getpixel((MARGIN + CELL + CELL // 2, MARGIN + CELL // 2)) == (255, 255, 255)
-    part = np.asarray(sheet.convert("L"))[MARGIN + height : MARGIN + height + CELL, MARGIN : MARGIN + CELL]
-    assert (part[CELL // 2, CELL // 4 : 3 * CELL // 4] == 0).all()  # the stroke is eight times as wide as on the whole
-    texts = np.asarray(sheet.convert("L"))[MARGIN + CELL + 2 : MARGIN + height - 2]
+    assert sheet.shape == (2 * height + MARGIN, 4 * width + MARGIN)
+    picture, seen = (sheet[MARGIN : MARGIN + CELL, MARGIN + left :][:, :CELL] for left in (0, CELL))
+    corners = [int(part[at, at]) for part in (picture, seen) for at in (5, CELL // 2)]
+    assert corners == pytest.approx([255, 0, 0, 255], abs=1)
+    part = sheet[MARGIN + height : MARGIN + height + CELL, MARGIN : MARGIN + CELL]
+    assert (picture[CELL // 2] < 128).sum() == pytest.approx(CELL * 8 / 90, abs=1)
+    assert (part[CELL // 2] < 128).sum() == pytest.approx(CELL * 8 / 90, abs=1)  # cut to the same height
+    texts = sheet[MARGIN + CELL + 2 : MARGIN + height - 2]
     assert all((texts[:, left : left + CELL] < 128).any() for left in range(MARGIN, 4 * width, width))
