@@ -23,7 +23,7 @@ from time import sleep
 from typing import Any
 
 import torch
-from kill import ENVIRONMENT, REPOSITORY, tensors
+from kill import ENVIRONMENT, REPOSITORY, tensors_of
 from records import add_flag, append
 
 STUDY = "base: [{configs}/smoke.yaml, base.yaml]\nsettings: {{model.lr: [0.2, 0.4]}}\nseeds: 3\nheartbeat: 2\n"
@@ -38,15 +38,15 @@ def start(folder: Path, options: argparse.Namespace, workers: int, storage: str 
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
-def outcome(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return the rows of the table, and all tensors of the last checkpoint of each run."""
+def outcome(folder: Path) -> tuple[Any, dict[str, bytes]]:
+    """Return the rows of the table, and the bytes of all tensors of the last checkpoint of each run."""
     rows = json.loads((folder / "lightning_logs/sweeps/study/results.json").read_text())["settings_tried"]
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, bytes] = {}
     for row in rows:
         for run in row["trials"]:
             path = next((folder / "lightning_logs" / run["run"] / "checkpoints").glob("last-*"))
             name = f"lr {row['model.lr']}, seed {run['seed']}"
-            found |= {name + key: tensor for key, tensor in tensors(torch.load(path, weights_only=True)).items()}
+            found |= tensors_of(torch.load(path, weights_only=True), name)
             for key in ("run", "seconds"):
                 del run[key]
         del row["seconds"]
@@ -96,8 +96,7 @@ def main() -> int:
             if start(folder, options, workers, options.storage).wait():
                 return 1
             ours, found = outcome(folder)
-            same = ours == table and found.keys() == expected.keys()
-            same = same and all(torch.equal(found[key], expected[key]) for key in expected)
+            same = ours == table and found == expected
             record = {"workers": workers, "storage": (options.storage or "sqlite").partition(":")[0], "kills": kills}
             record |= {"runs": len(list(folder.glob("lightning_logs/version_*"))), "tensors": len(found), "same": same}
             print(record, flush=True)
