@@ -98,19 +98,22 @@ def kill_somewhere(folder: Path, flags: list[str], seconds: float, moment: rando
     raise RuntimeError("a process waits for one that was killed")
 
 
+def tensors_of(value: Any, name: str) -> dict[str, bytes]:
+    """Return the bytes of all tensors in a tree of a checkpoint, by their path below the name."""
+    if isinstance(value, torch.Tensor):
+        return {name: value.numpy().tobytes()}
+    found: dict[str, bytes] = {}
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            found |= tensors_of(part, f"{name}/{key}")
+    return found
+
+
 def outcome(folder: Path) -> Outcome:
     """Return the bytes of all tensors of the checkpoints, and the scalars of each tag."""
-    run, found = folder / "lightning_logs" / "version_0", {}
-
-    def collect(value: Any, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value.numpy().tobytes()
-        elif isinstance(value, (dict, list, tuple)):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                collect(part, f"{name}/{key}")
-
+    run, found = folder / "lightning_logs" / "version_0", dict[str, bytes]()
     for path in run.glob("checkpoints/*"):
-        collect(torch.load(path, weights_only=True), path.name)
+        found |= tensors_of(torch.load(path, weights_only=True), path.name)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = set(events.Tags()["scalars"]) - {"train/samples_per_second"}

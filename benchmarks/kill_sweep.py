@@ -20,7 +20,7 @@ from time import sleep
 from typing import Any
 
 import torch
-from kill import ENVIRONMENT, REPOSITORY, tensors
+from kill import ENVIRONMENT, REPOSITORY, tensors_of
 from records import add_flag, append
 
 STUDY = "base: [{configs}/smoke.yaml, base.yaml]\nsettings: {{model.lr: [0.2, 0.4]}}\nseeds: 3\nheartbeat: 2\n"
@@ -37,15 +37,16 @@ def start(folder: Path, options: argparse.Namespace, workers: int) -> subprocess
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
-def outcome(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return the rows of the table, and all tensors of the last checkpoint of each run."""
+def outcome(folder: Path) -> tuple[Any, dict[str, bytes]]:
+    """Return the rows of the table, and the bytes of all tensors of the last checkpoint of each run."""
     rows = json.loads((folder / "lightning_logs/sweeps/study/results.json").read_text())["settings_tried"]
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, bytes] = {}
     for row in rows:
         del row["seconds"]
         for run in row["trials"]:
             path = next((folder / "lightning_logs" / run["run"] / "checkpoints").glob("last-*"))
-            found |= tensors(torch.load(path, weights_only=True), f"lr {row['model.lr']}, seed {run['seed']}")
+            name = f"lr {row['model.lr']}, seed {run['seed']}"
+            found |= tensors_of(torch.load(path, weights_only=True), name)
             del run["run"], run["seconds"]
     return rows, found
 
@@ -86,7 +87,7 @@ def main() -> int:
             kills = sum(kill(folder, start(folder, options, workers), moment) for _ in range(options.kills))
             start(folder, options, workers).wait()
             ours, found = outcome(folder)
-            same = ours == table and all(torch.equal(found[key], expected[key]) for key in expected)
+            same = ours == table and found == expected
             record = {"workers": workers, "storage": (options.storage or "sqlite").partition(":")[0], "kills": kills}
             record |= {"runs": len(list(folder.glob("lightning_logs/version_*"))), "tensors": len(found), "same": same}
             print(record, flush=True)

@@ -64,15 +64,15 @@ class Study:
 
     def __post_init__(self) -> None:
         if refused := OWN & self.settings.keys():
-            raise ValueError(f"settings.{min(refused)} is set by the sweep itself")
+            raise UserError(f"settings.{min(refused)} is set by the sweep itself")
         if not self.all_seeds or len(set(self.all_seeds)) < len(self.all_seeds):
-            raise ValueError(f"seeds must be a number from 1 or a list of different seeds, got {self.seeds}")
+            raise UserError(f"seeds must be a number from 1 or a list of different seeds, got {self.seeds}")
         if self.samples < 0 or (self.sampler == "grid") != (self.samples == 0):
-            raise ValueError(f"samples must be from 1 for random and tpe, and 0 for grid, got {self.samples}")
+            raise UserError(f"samples must be from 1 for random and tpe, and 0 for grid, got {self.samples}")
         if not self.compare.startswith(("val/", "train/")):  # the test set decides nothing
-            raise ValueError(f"compare must be a metric such as val/accuracy or train/loss, got {self.compare}")
+            raise UserError(f"compare must be a metric such as val/accuracy or train/loss, got {self.compare}")
         if not (self.mode or self.compare.endswith(("loss", "accuracy"))):
-            raise ValueError(f"mode must be min or max for {self.compare}")
+            raise UserError(f"mode must be min or max for {self.compare}")
 
     @property
     def all_seeds(self) -> list[int]:

@@ -124,6 +124,7 @@ def test_each_seed_is_a_run_and_the_table_is_of_their_results(
     assert command("test", "--ckpt_path", "best") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_a_killed_study_is_continued_and_ends_as_one_that_was_not(
     sampler: str, study: Callable[..., int], tiny_root: Path, tmp_path: Path
@@ -147,6 +148,7 @@ def test_a_killed_study_is_continued_and_ends_as_one_that_was_not(
         assert all(0.01 <= lr <= 0.5 and size in range(40, 61) for lr, size in drawn)
 
 
+@pytest.mark.slow
 def test_another_worker_resumes_the_trial_of_a_killed_one(
     study: Callable[..., int], tiny_root: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +160,7 @@ def test_another_worker_resumes_the_trial_of_a_killed_one(
     assert len(runs(tmp_path / "two")) == 4
 
 
+@pytest.mark.slow
 def test_commands_share_a_database(study: Callable[..., int], tiny_root: Path, tmp_path: Path) -> None:
     Path("study.yaml").write_text(STUDY.replace("0.2]", "0.1, 0.2]"))
     with postgres.server() as url:
@@ -168,6 +171,7 @@ def test_commands_share_a_database(study: Callable[..., int], tiny_root: Path, t
     assert len(runs(tmp_path / "three")) == 6
 
 
+@pytest.mark.slow
 def test_workers_are_started_and_one_that_fails_is_reported(
     study: Callable[..., int], tiny_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,8 +190,14 @@ def test_workers_are_started_and_one_that_fails_is_reported(
     assert "worker 1 ended with status 7" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", [(sweep.Watch, "on_train_batch_end"), (sweep.Worker, "say")])
+@pytest.mark.parametrize(
+    ("signum", "moment"),
+    [
+        pytest.param(signal.SIGINT, (sweep.Watch, "on_train_batch_end"), marks=pytest.mark.slow),
+        (signal.SIGTERM, (sweep.Watch, "on_train_batch_end")),
+        pytest.param(signal.SIGTERM, (sweep.Worker, "say"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_stops_a_sweep_which_the_same_command_continues(
     moment: tuple[type, str], signum: int, study: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -200,6 +210,7 @@ def test_a_signal_stops_a_sweep_which_the_same_command_continues(
     assert len(runs()) == 4
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_reassigned_is_left_to_the_other_worker(
     study: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +231,7 @@ def test_a_trial_that_was_reassigned_is_left_to_the_other_worker(
     assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_drawn_again_is_not_trained_again(study: Callable[..., int]) -> None:
     text = "base: base.yaml\nsettings: {model.lr: [0.1, 0.2]}\nseeds: 1\nsampler: random\nsamples: 8\n"
     assert study(text) == 0
@@ -227,6 +239,7 @@ def test_a_setting_that_is_drawn_again_is_not_trained_again(study: Callable[...,
     assert sorted(str(row["reason"]) for row in results()["settings_tried"]) == ["None"] * 2 + ["drawn before"] * 6
 
 
+@pytest.mark.slow
 def test_poor_configurations_are_pruned_or_fail(study: Callable[..., int]) -> None:
     lrs = [0.1, 0.12, 0.14, 0.16, 0.18, 1e-6, 1e20]
     text = f"base: base.yaml\nsettings:\n  model.lr: {lrs}\n  model.layers: [8x5/2, 64x5/2]\n"
@@ -242,6 +255,7 @@ def test_poor_configurations_are_pruned_or_fail(study: Callable[..., int]) -> No
     assert kept == {trial["run"] for trial in table[0]["trials"]}
 
 
+@pytest.mark.slow
 def test_a_configuration_that_takes_too_long_fails_until_it_is_tried_again(
     study: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +268,7 @@ def test_a_configuration_that_takes_too_long_fails_until_it_is_tried_again(
     assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_sweep(study: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise TrainingFailed("no space left") from OSError(28, "No space left on device")
@@ -265,6 +280,7 @@ def test_a_full_disk_ends_the_sweep(study: Callable[..., int], monkeypatch: pyte
     assert [(row["n"], row["reason"]) for row in results()["settings_tried"]] == [(2, None)] * 2
 
 
+@pytest.mark.slow
 def test_what_only_the_trainer_refuses_fails(study: Callable[..., int]) -> None:
     text = "base: base.yaml\nsettings: {trainer.val_check_interval: [2, 1000]}\nseeds: 1\n"
     assert study(text) == 0
@@ -275,6 +291,7 @@ def test_what_only_the_trainer_refuses_fails(study: Callable[..., int]) -> None:
     assert results("f1")["settings_tried"][0]["reason"].startswith("val/f1 was not logged, but ")
 
 
+@pytest.mark.slow
 def test_the_test_set_is_scored_for_the_chosen_configuration_alone(
     study: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +336,7 @@ def test_recipes_are_compared_and_the_study_keeps_its_own(
         assert (fit["model"]["lr"], fit["metrics"]["val/loss"]) == (0.1, row["mean"])
 
 
+@pytest.mark.slow
 def test_a_study_may_grow_and_not_change(study: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert study() == 0
     before = rows()
@@ -340,6 +358,7 @@ def test_a_study_may_grow_and_not_change(study: Callable[..., int], capsys: pyte
     assert "recipes changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_its_user_trained_on_is_left_alone(
     study: Callable[..., int], command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,19 +378,20 @@ def test_a_run_that_its_user_trained_on_is_left_alone(
         ("settings: {modle.lr: [1]}", "modle.lr"),
         ("settings: {seed_everything: [1, 2]}", "settings.seed_everything"),
         ("settings: {best.mode: [min, max]}", "settings.best.mode"),
-        ("settings: {model.lr: [0.1, fast]}", "model.lr: expected float, got fast"),
-        ("settings: {model.lr: [0.1, -1.0]}", "model.lr must be in (0, 1e30], got -1.0"),
+        ("settings: {model.lr: [0.1, fast]}", "model.lr"),
+        ("settings: {model.lr: [0.1, -1.0]}", "got -1.0"),
+        ("settings: {model.lr: {low: 0.1}}", "settings.model.lr"),
         ("settings: {model.lr: {low: 0.1, high: 1.0}}", "settings.model.lr"),
         ("settings: {data.batch_size: {low: 8, high: 64, step: 0}}", "settings.data.batch_size"),
-        ("settings: {data.batch_size: {low: 1.5, high: 2, step: 1}}", "data.batch_size: expected int, got 1.5"),
+        ("settings: {data.batch_size: {low: 1.5, high: 2, step: 1}}", "data.batch_size"),
         ("sampler: tpe\nsamples: 2\nsettings: {model.lr: {low: 2.0, high: 1.0}}", "settings.model.lr"),
         ("settings: {config: [nowhere.yaml]}", "nowhere.yaml"),
         ("seeds: 0", "got 0"),
         ("seeds: [1, 1]", "got [1, 1]"),
-        ("samples: 3", "samples must be"),
-        ("sampler: tpe", "samples must be"),
+        ("samples: 3", "samples"),
+        ("sampler: tpe", "samples"),
         ("compare: test/accuracy", "got test/accuracy"),
-        ("compare: val/f1", "mode must be min or max for val/f1"),
+        ("compare: val/f1", "val/f1"),
         ("heartbeat: 0", "heartbeat"),
         ("nonsense: 3", "nonsense"),
     ],
