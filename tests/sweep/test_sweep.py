@@ -21,7 +21,7 @@ from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import TrainingFailed
 from lit_mnist.sweep import comparison, sweep
-from lit_mnist.sweep.study import Study, retry
+from lit_mnist.sweep.study import Study, retry, values_of
 
 BASE = """\
 trainer: {max_epochs: 1, log_every_n_steps: 1}
@@ -420,6 +420,10 @@ def test_bad_flags(flags: list[str], named: str, study: Callable[..., int], caps
     assert named in err
     assert "secret" not in err
     assert not runs()
+
+
+def test_values_of_a_range() -> None:
+    assert values_of({"low": 0.1, "high": 0.3, "step": 0.1}) == [0.1, 0.2, 0.3]
 
 
 def lines(*values: dict[int, float]) -> pd.DataFrame:
