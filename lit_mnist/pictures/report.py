@@ -133,7 +133,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """Draw each picture, beside it what the network saw, and below them the answer."""
-    font, width, height = ImageFont.load_default(13), 2 * CELL + 2 * MARGIN, CELL + 56
+    font, width, height = ImageFont.load_default(12), 2 * CELL + 2 * MARGIN, CELL + 56
     columns_used = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns_used)
     sheet = Image.new("RGB", (columns_used * width + MARGIN, rows * height + MARGIN), "white")
@@ -147,6 +147,6 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
             sheet.paste(seen.resize((CELL, CELL), Image.Resampling.NEAREST), (left + CELL, above))
             answer = f"{columns(picture.probabilities)['digit']} ({max(picture.probabilities):.1%})"
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
-        text = f"{answer:.34}\n{f'{picture.number} in ' if picture.number else ''}{name:.28}"
+        text = f"{answer:.38}\n{f'{picture.number} in ' if picture.number else ''}{name:.32}"
         draw.text((left, above + CELL + 6), text, "#202020", font)
     return sheet
