@@ -59,8 +59,7 @@ def make_callbacks(
 def hold(run: Run, trainer: Trainer) -> Iterator[None]:
     """Hold a run's folder for this process, and let SIGTERM and Ctrl-C stop the training after the current step.
 
-    Raises:
-        UserError: another process has it, or its checkpoint cannot be restored.
+    Where another process has it, or its checkpoint cannot be restored, raise UserError.
     """
     with ExitStack() as held:
         if trainer.is_global_zero and run.folder:

@@ -20,11 +20,7 @@ ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 def find_checkpoint(wanted: str, runs: Path) -> Path:
-    """Return the file that a path means, or `best` or `last`: that of the newest run that has one.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the file that a path, `best` or `last` (of the newest run that has one) means; raise UserError without."""
     if wanted in ("best", "last"):
         for run in versions(runs):
             if found := newest(run, wanted):

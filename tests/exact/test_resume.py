@@ -305,7 +305,7 @@ def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: pytest.Capture
 
 def test_a_copy_of_a_finished_run_makes_none(lab: Lab) -> None:
     shutil.copy(last(lab.finished()), "copy.ckpt")
-    assert lab.fit("--ckpt_path", "copy.ckpt") == 2
+    assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "2") == 2
     assert not list(Path().glob("lightning_logs/*"))
     assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "3") == 0
     assert results()["epochs"] == 3
