@@ -144,6 +144,8 @@ class MNISTDataModule(LightningDataModule):
     def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
         images, targets = self.sets[name]
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+            device = images.device  # too large: Lightning moves it there batch by batch
         self.sets[name] = images.to(device), targets.to(device)
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)

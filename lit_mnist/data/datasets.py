@@ -147,14 +147,17 @@ def _tensor(folder: Path, name: str, file: str) -> Tensor:
     try:
         if known and not _verifies(path, known[path.name]):
             raise ValueError("it is missing or not the known file")
-        content = path.read_bytes() if path.suffix != ".zip" else zipfile.ZipFile(path).read(f"gzip/{file}.gz")
-        content = gzip.decompress(content) if path.suffix else content
-        kind, dimensions = content[2:4]  # the type of the values, as a number
+        if path.suffix:
+            packed = path.read_bytes() if path.suffix == ".gz" else zipfile.ZipFile(path).read(f"gzip/{file}.gz")
+            content = np.frombuffer(bytearray(gzip.decompress(packed)), np.uint8)
+        else:
+            content = np.fromfile(path, np.uint8)  # the tensor's own memory: there is no second copy
+        kind, dimensions = content[2:4].tolist()  # the type of the values, as a number
         shape = struct.unpack_from(f">4x{dimensions}I", content)
-        values = np.frombuffer(content, {8: "u1", 12: ">i4"}[kind], offset=4 + 4 * dimensions).reshape(shape)
+        values = content[4 + 4 * dimensions :].view({8: "u1", 12: ">i4"}[kind]).reshape(shape)
         if not values.size:
             raise ValueError("it is empty")
-        return torch.from_numpy(values.astype(np.uint8 if kind == 8 else np.int64))
+        return torch.from_numpy(values if kind == 8 else values.astype(np.int64))
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError) as error:
         raise UserError(f"data.root: cannot read {path} as an IDX file: {error}") from None
 
