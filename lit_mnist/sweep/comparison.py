@@ -23,10 +23,9 @@ VALUES = ["mean", "std", "best", "worst"]
 
 def table(plan: Study, study: optuna.Study) -> pd.DataFrame:
     """Return a line for each configuration and its runs (`trials`), the best first, and pruned and failed ones last."""
-    lines, least = [], plan.direction == "minimize"
+    lines, least, attrs = [], plan.direction == "minimize", study.user_attrs
     for sample, trial in sorted(latest_trials(study).items()):
-        tests = {seed: study.user_attrs.get(f"test {sample} {seed}", {}) for seed in plan.all_seeds}
-        runs = [{"seed": seed, **run, **tests[seed]} for seed, run in plan.ended_runs(trial).items()]
+        runs = [{"seed": n, **run, **attrs.get(f"test {sample} {n}", {})} for n, run in plan.ended_runs(trial).items()]
         frame = pd.DataFrame(runs).reindex(columns=["value", "seconds", "parameters", "epochs"])
         values, scores = frame["value"], pd.DataFrame(runs).filter(like="test/")
         ends = sorted([values.min(), values.max()], reverse=not least)
@@ -55,10 +54,10 @@ def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
     lines = [pd.Series({run["seed"]: run["value"] for run in line["trials"]}) for line in (first, second)]
     pairs = pd.concat(lines, axis=1, join="inner")
     apart = pairs[0] - pairs[1]
-    mean, low, high = float(apart.mean()) if len(apart) else None, None, None
+    low = high = None
     if apart.std() > 1e-6:  # else there is one seed, or chance or rounding made them equal
         low, high = map(float, ttest_rel(pairs[0], pairs[1]).confidence_interval(0.95))
-    return {"seeds": pairs.index.tolist(), "mean": mean, "low": low, "high": high}
+    return {"seeds": pairs.index.tolist(), "mean": float(apart.mean()), "low": low, "high": high}
 
 
 def in_words(plan: Study, ranked: pd.DataFrame, apart: dict[str, Any] | None) -> list[str]:

@@ -6,10 +6,10 @@ for each seed, as `seed N`, its run and, once that has ended, what came of it. A
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from time import sleep
 from typing import Any, Literal
@@ -86,15 +86,11 @@ class Study:
     def varied(self) -> dict[str, Any]:
         return {name: given for name, given in self.settings.items() if isinstance(given, (list, dict))}
 
-    @property
-    def bases(self) -> list[str]:
-        return [self.base] if isinstance(self.base, str) else self.base
-
     def flags(self, params: Mapping[str, Any], folder: Path | None = None) -> list[str]:
         """Return the flags of `fit` for a configuration, with the folder's copies of the recipes if one is given."""
         given = self.settings | dict(params) | ALIKE
         values = {name: value for name, value in given.items() if not isinstance(value, (list, dict))}
-        recipes = [*self.bases, *([values.pop("config")] if "config" in values else [])]
+        recipes = [*as_list(self.base), *([values.pop("config")] if "config" in values else [])]
         if self.compare.startswith("val/") and self.of == "best":
             values |= {"best.monitor": self.compare, "best.mode": self.direction[:3]}
         configs = [copy_of(recipe, folder) if folder else recipe for recipe in recipes]
@@ -133,12 +129,9 @@ class Study:
                     reason = shortened(" ".join(str(error.__cause__ or error).split()))
                     raise UserError(f"--storage: that database cannot be used ({reason})") from error
                 sleep(patience)
-        pruner = optuna.pruners.MedianPruner()
-        study = optuna.create_study(
-            storage=storage, pruner=pruner, study_name=name, direction=self.direction, load_if_exists=True
-        )
-        chosen = self.settings.get("config", [])
-        recipes = [*self.bases, *(chosen if isinstance(chosen, list) else [chosen])]
+        how: Any = {"pruner": optuna.pruners.MedianPruner(), "direction": self.direction, "load_if_exists": True}
+        study = optuna.create_study(storage=storage, study_name=name, **how)
+        recipes = [*as_list(self.base), *as_list(self.settings.get("config", []))]
         now = asdict(self) | {"seeds": self.all_seeds, "recipes": {name: Path(name).read_text() for name in recipes}}
         before = study.user_attrs.get("study", now)
         grown = now["seeds"][: len(before["seeds"])] == before["seeds"] and now["samples"] >= before["samples"]
@@ -147,20 +140,19 @@ class Study:
             raise UserError(f"{what} changed since this study began: change it back, or give a new study a --name")
         study.set_user_attr("study", now)
         for recipe, text in now["recipes"].items():
-            copy_of(recipe, folder).parent.mkdir(parents=True, exist_ok=True)
-            with replaced(copy_of(recipe, folder)) as partial:
+            (copy := copy_of(recipe, folder)).parent.mkdir(parents=True, exist_ok=True)
+            with replaced(copy) as partial:
                 partial.write_text(text)
         return study
 
     def fill_queue(self, study: optuna.Study, again: bool) -> None:
         """Queue configurations that are new, were interrupted or have new seeds, and `again` those that failed."""
-        combinations = itertools.product(*map(values_of, self.varied.values())) if self.sampler == "grid" else ()
-        grid = [dict(zip(self.varied, values, strict=True)) for values in combinations]
-        trials = latest_trials(study)
-        for sample, params in enumerate(grid or [{}] * self.samples):  # those without parameters are drawn later
-            trial = trials.get(sample)
-            if not trial:
-                study.enqueue_trial(params, {"sample": sample}, skip_if_exists=bool(grid))
+        queue, trials = [{}] * self.samples, latest_trials(study)  # without parameters: drawn later
+        if self.sampler == "grid":
+            queue = [dict(zip(self.varied, one, strict=True)) for one in product(*map(values_of, self.varied.values()))]
+        for sample, params in enumerate(queue):
+            if not (trial := trials.get(sample)):
+                study.enqueue_trial(params, {"sample": sample}, skip_if_exists=self.sampler == "grid")
             elif trial.state.is_finished() and (not self.is_done(trial) or (again and trial.user_attrs["reason"])):
                 retry(study, trial)
 
@@ -196,6 +188,10 @@ def values_of(given: Any) -> list[Any]:
 def copy_of(recipe: str, folder: Path) -> Path:
     """Return the study's own copy of a recipe: somebody may edit theirs while it runs."""
     return Path(folder, "recipes", *Path(recipe).absolute().parts[1:])
+
+
+def as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
 
 
 def plain(value: Any) -> str:

@@ -25,14 +25,14 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain
 from lit_mnist.cli.runs import read_settings
-from lit_mnist.cli.settings import Parser, configs_of
+from lit_mnist.cli.settings import Parser, Settings, configs_of
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.console import Interrupted, TrainingFailed, shortened
 from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
-from lit_mnist.sweep.study import Study, latest_trials
+from lit_mnist.sweep.study import Study, as_list, latest_trials
 
 REFUSED = (TrainingFailed, ValueError, MisconfigurationException, torch.OutOfMemoryError)
 
@@ -44,50 +44,41 @@ class Watch(Callback):
         self.plan, self.trial, self.seed = plan, trial, seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        parameters, most = sum(p.numel() for p in pl_module.parameters()), self.plan.max_parameters
-        if 0 < most < parameters:
-            raise TrainingFailed(f"{parameters:,} parameters are more than {most:,}")
+        parameters = sum(p.numel() for p in pl_module.parameters())
+        if 0 < self.plan.max_parameters < parameters:
+            raise TrainingFailed(f"{parameters:,} parameters are more than {self.plan.max_parameters:,}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results: Any = callback_of(trainer, Results)  # only now the run keeps its folder
         self.trial.set_user_attr(self.seed, {"run": results.run.folder.name, "host": platform.node()})
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        timer = callback_of(trainer, Progress)
-        if timer and timer.state_dict()["train_seconds"] > self.plan.max_seconds > 0:
+        timer: Any = callback_of(trainer, Progress)
+        if timer.state_dict()["train_seconds"] > self.plan.max_seconds > 0:
             raise TrainingFailed(f"took more than {self.plan.max_seconds:g} s")
 
 
-class RunCLI(MNISTCLI):
-    """A `fit` that trains nothing unless it is watched."""
-
-    def __init__(self, flags: list[str], *watch: Watch) -> None:
-        super().__init__(["fit", *flags], watch)
-
+class UntrainedCLI(MNISTCLI):
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        if self.watch:
-            super().fit(*args, **kwargs)
+        """Train nothing."""
 
 
-def check(flags: list[str]) -> Any:
-    """Return the settings of a `fit` with these flags, by dotted key; a UserError says why they cannot be used."""
+def check(flags: list[str]) -> Settings:
+    """Return the settings of a `fit` with these flags; a UserError says why they cannot be used."""
     with redirect_stdout(io.StringIO()):
-        return RunCLI(flags).settings.own
+        return UntrainedCLI(["fit", *flags]).settings
 
 
 class Worker:
     """Opens a study, and trains what is in its queue."""
 
     def __init__(self, plan: Study, options: Any) -> None:
-        given = {"data.root": options["data.root"], "trainer.default_root_dir": options.root_dir}
-        usual = check([*plan.flags({}), *(f"--{name}={value}" for name, value in given.items() if value)])
+        places = {"data.root": options["data.root"], "trainer.default_root_dir": options.root_dir}
+        usual = check([*plan.flags({}), *(f"--{name}={place}" for name, place in places.items() if place)])
         plan.suggest(optuna.create_study().ask())
-        root = expanded(usual["trainer.default_root_dir"] or ".", "--root_dir").absolute()
-        data = expanded(usual["data.root"], "--data.root")
-        self.plan, self.host = plan, platform.node()
+        self.plan, self.runs, self.folder = plan, usual.runs, usual.runs / "sweeps" / options.name
         self.parent = os.getppid() if options.worker is not None else None
-        self.places = [f"--data.root={data}", f"--trainer.default_root_dir={root}"]
-        self.runs, self.folder = root / "lightning_logs", root / "lightning_logs" / "sweeps" / options.name
+        self.places = [f"--data.root={usual.own['data.root']}", f"--trainer.default_root_dir={self.runs.parent}"]
         if options.worker is None:
             for name, given in plan.varied.items():
                 for value in given if isinstance(given, list) else (given["low"], given["high"]):
@@ -152,7 +143,7 @@ class Worker:
 
     def train_run(self, trial: optuna.Trial, seed: str, flags: list[str]) -> None:
         """Train a configuration with one seed, from where an earlier trial of it was interrupted if that is here."""
-        if self.parent and self.parent != os.getppid():  # it was killed
+        if self.parent not in (None, os.getppid()):  # it was killed
             raise KeyboardInterrupt(signal.SIGTERM)
         if latest_trials(self.study)[trial.user_attrs["sample"]].number > trial.number:
             raise optuna.TrialPruned  # another worker has queued this configuration once more, at the same time
@@ -160,13 +151,13 @@ class Worker:
         while being_trained(run):
             sleep(1)  # by a worker that was considered dead, or by the user
         if last := newest(run):  # whose user may have trained it on with other settings
-            now, meant = read_settings(read_results(run).get("fit", {})), check(flags)
+            now, meant = read_settings(read_results(run).get("fit", {})), check(flags).own
             places = ("data.root", "data.download", "model.classes")  # the machine's, and the data's
             if all(meant[key] == now[key] for key in now.keys() & dict(meant.items()).keys() - {*places}):
                 flags = [*flags, f"--ckpt_path={last}"]
         try:
             with redirect_stdout(self.log):
-                RunCLI(flags, Watch(self.plan, trial, seed))
+                MNISTCLI(["fit", *flags], [Watch(self.plan, trial, seed)])
         except REFUSED as error:
             cause = error.__cause__
             if isinstance(cause, OSError) or isinstance(getattr(cause, "__cause__", None), OSError):
@@ -182,10 +173,8 @@ class Worker:
         kept = {key: fit[key] for key in ("parameters", "epochs", "hardware", "versions", "commit")}
         kept |= {"value": ended[self.plan.compare], "seconds": fit["train_seconds"], "checkpoint": ended["checkpoint"]}
         trial.set_user_attr(seed, trial.user_attrs[seed] | kept)
-        self.say(
-            trial,
-            f"{seed}: {self.plan.compare} {shown_value(self.plan.compare, kept['value'])} in {kept['seconds']:.1f} s",
-        )
+        value = shown_value(self.plan.compare, kept["value"])
+        self.say(trial, f"{seed}: {self.plan.compare} {value} in {kept['seconds']:.1f} s")
 
     def say(self, trial: optuna.Trial, text: str) -> None:
         trials = latest_trials(self.study).values()
@@ -200,7 +189,7 @@ class Worker:
         found, trials = table(self.plan, self.study), latest_trials(self.study)
         ended = found[found["reason"].notna() | (found["n"] == len(self.plan.all_seeds))]
         for run in (run for sample in ended["sample"][1:] for run in trials[sample].user_attrs.values()):
-            if isinstance(run, dict) and run["host"] == self.host:
+            if isinstance(run, dict) and run["host"] == platform.node():
                 for path in (self.runs / run["run"] / "checkpoints").glob("*.ckpt"):
                     path.unlink(missing_ok=True)
 
@@ -212,7 +201,7 @@ class Worker:
             checkpoint = folder / "checkpoints" / run["checkpoint"]
             if any(name.startswith("test/") for name in run):
                 continue
-            if checkpoint.is_file() and run["host"] == self.host:
+            if checkpoint.is_file() and run["host"] == platform.node():
                 with redirect_stdout(self.log):
                     MNISTCLI(["test", *self.places, "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"])
                 scores = {name: x for name, x in read_results(folder)["test"].items() if name.startswith("test/")}
@@ -238,9 +227,8 @@ def read(args: list[str]) -> tuple[Study, Any]:
     add("--worker", type=int, help=SUPPRESS)  # the number of a worker that another process has started
     parser.add_class_arguments(Study)
     options = parser.parse_args(args)
-    given = {name: options.pop(name) for name in Study.__dataclass_fields__}
-    plan = Study(**{name: value for name, value in given.items() if value is not None})
-    bases = plan.bases if any(arg.partition("=")[0] == "--base" for arg in args) else []
+    plan = Study(**{name: options.pop(name) for name in Study.__dataclass_fields__})
+    bases = as_list(plan.base) if any(arg.partition("=")[0] == "--base" for arg in args) else []
     options.name = options.name or "-".join(Path(file).stem for file in [*configs_of(args), *bases]) or "study"
     return plan, options
 
@@ -281,7 +269,7 @@ def sweep(args: list[str]) -> None:
             warnings.filterwarnings("ignore", "(?s).*(experimental|deprecated|already reported|identical low)")
             run(*read(args), args)
     except (Interrupted, KeyboardInterrupt) as stopped:
-        signum = stopped.signum if isinstance(stopped, Interrupted) else next(iter(stopped.args), signal.SIGINT)
+        signum = next(iter(stopped.args), signal.SIGINT)  # of both their first argument
         message = f"Stopped by {signal.Signals(signum).name}. Run the same command to continue the sweep."
         raise SystemExit(complain(message, 128 + signum)) from stopped
     except optuna.exceptions.StorageInternalError as error:
@@ -293,12 +281,13 @@ def sweep(args: list[str]) -> None:
 
 def run(plan: Study, options: Any, args: list[str]) -> None:
     worker = Worker(plan, options)
-    if options.worker is not None or options.workers == 1:
+    if options.worker is not None:
+        worker.work()
+        return
+    if options.workers == 1:
         worker.work()
     elif options.workers:
         run_workers(options.workers, worker.folder, args)
-    if options.worker is not None:
-        return
     settled = worker.is_settled()
     missing = worker.test() if options.test and settled else []
     found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
