@@ -174,5 +174,5 @@ def load_network(checkpoint: Mapping[str, Any]) -> nn.Module:
     try:
         network.load_state_dict({name[8:]: weights[name] for name in weights if name.startswith("network.")})
     except Exception as error:  # RuntimeError, and others for entries that are no tensors
-        raise UserError("the checkpoint's weights do not fit the network that it names") from error
+        raise UserError(f"the checkpoint's weights do not fit its network ({shortened(str(error))})") from error
     return network.to(memory_format=torch.channels_last).eval()  # 1.5 times as fast on a CPU

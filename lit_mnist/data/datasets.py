@@ -153,7 +153,7 @@ def _tensor(folder: Path, name: str, file: str) -> Tensor:
         else:
             content = np.fromfile(path, np.uint8)  # the tensor's own memory: there is no second copy
         kind, dimensions = content[2:4].tolist()  # the type of the values, as a number
-        shape = struct.unpack_from(f">4x{dimensions}I", content)
+        shape = struct.unpack_from(f">4x{dimensions}I", content[:64].tobytes())
         values = content[4 + 4 * dimensions :].view({8: "u1", 12: ">i4"}[kind]).reshape(shape)
         if not values.size:
             raise ValueError("it is empty")

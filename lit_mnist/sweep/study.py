@@ -147,7 +147,8 @@ class Study:
 
     def fill_queue(self, study: optuna.Study, again: bool) -> None:
         """Queue configurations that are new, were interrupted or have new seeds, and `again` those that failed."""
-        queue, trials = [{}] * self.samples, latest_trials(study)  # without parameters: drawn later
+        trials = latest_trials(study)
+        queue: list[dict[str, Any]] = [{}] * self.samples  # without parameters: drawn later
         if self.sampler == "grid":
             queue = [dict(zip(self.varied, one, strict=True)) for one in product(*map(values_of, self.varied.values()))]
         for sample, params in enumerate(queue):
