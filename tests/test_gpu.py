@@ -102,7 +102,7 @@ def test_a_fit_sees_the_processors_batches_on_the_device(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
-        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = module.trainer.datamodule
         kept = [state for metric in module.train_metrics.values() for state in metric.metric_state.values()]
         tensors = [*batch, *data.sets["train"], *module.parameters(), *module.buffers(), *kept]
         assert {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)} == {device}

@@ -10,8 +10,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from lit_mnist.data import datasets
-from lit_mnist.data.augment import affine, affine_matrices
-from lit_mnist.data.batches import TensorBatches, seeded_generator
+from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, seeded_generator
 from lit_mnist.exact.console import UserError
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)

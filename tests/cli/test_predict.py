@@ -143,14 +143,14 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], flags: list[str], problem
 @pytest.mark.parametrize(
     ("entry", "values", "problem"),
     [
-        ("hyper_parameters", {"layers": "8/2"}, "weights do not fit the network that it names"),
+        ("hyper_parameters", {"layers": "8/2"}, "weights do not fit its network"),
         ("hyper_parameters", {"layers": "4x4"}, "settings make no network (ValueError: model.layers must be words"),
         (
             "hyper_parameters",
             {"layers": "4x5/2 8/2", "network": ["digitnet"]},
             "settings make no network (TypeError",
         ),
-        ("state_dict", {"network.head.bias": "zero"}, "weights do not fit the network that it names"),
+        ("state_dict", {"network.head.bias": "zero"}, "weights do not fit its network"),
     ],
 )
 @pytest.mark.usefixtures("network")
