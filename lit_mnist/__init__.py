@@ -1,7 +1,5 @@
 """The PyTorch Lightning experiment project for MNIST: exact, fast, honest."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

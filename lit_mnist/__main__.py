@@ -4,8 +4,6 @@ Nothing here imports torch: `--version` and `--help` answer at once. Each comman
 fit, validate and test are methods of LightningCLI.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -3,8 +3,6 @@
 Nothing here changes the training: what it draws from is computed anyway.
 """
 
-from __future__ import annotations
-
 import warnings
 from contextlib import suppress
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """LitMNIST: the loss, the metrics, the optimizer and its schedule around a network."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

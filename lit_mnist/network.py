@@ -3,8 +3,6 @@
 Another one is a class that takes (layers, dropout, activation, classes), and a line in NETWORKS.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal

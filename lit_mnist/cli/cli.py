@@ -1,7 +1,5 @@
 """fit, validate and test on LightningCLI."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """runs: a table of all runs, with the settings in which they differ."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a command runs with: the settings of a checkpoint's run, and over them the user's files and flags."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which run and which parts of a Trainer each command gets."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

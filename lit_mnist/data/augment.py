@@ -1,7 +1,5 @@
 """Random affine transform of a whole batch at once, a function of its generator."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Batches from tensors in memory, in a seeded order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -42,7 +40,7 @@ class TensorBatches:
     batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
 
     @property
-    def sampler(self) -> TensorBatches:
+    def sampler(self) -> "TensorBatches":
         """What Lightning calls `set_epoch` of before each training epoch."""
         return self
 

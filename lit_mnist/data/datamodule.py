@@ -1,7 +1,5 @@
 """MNISTDataModule: the splits, and one loader factory."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 They lie where torchvision keeps them: MNIST's four IDX files, the other sets' archives, unpacked when they are read.
 """
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import os

@@ -1,7 +1,5 @@
 """A run: where it writes, what it begins with, which checkpoints it keeps, and signals that stop it after a save."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +42,7 @@ class Run:
     started: bool = False
 
     @classmethod
-    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> Run:
+    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> "Run":
         """Make a run in a new folder `version_N`, which only the first process does."""
         run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
         run.folder = None
@@ -56,7 +54,7 @@ class Run:
         return run
 
     @classmethod
-    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> "Run":
         """Return the run that a checkpoint belongs to, in its own folder."""
         if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
             raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")

@@ -1,7 +1,5 @@
 """What a user meets: errors (any other is a bug, and shows its traceback), and words. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loggers that write nothing until a run is restored, and then continue in its files where its checkpoint was saved."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

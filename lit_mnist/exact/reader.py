@@ -1,7 +1,5 @@
 """Finding and reading checkpoints; imports torch, never Lightning."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

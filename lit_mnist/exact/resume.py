@@ -1,7 +1,5 @@
 """Exact resume: saves and restores the state that Lightning's checkpoints omit, before any file is modified."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """The folders of runs: claiming one for a new run, finding an old one, its checkpoints and its results."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Reads a user's own pictures, asks a network, and shows its answers: a table, a CSV and a contact sheet."""
 
-from __future__ import annotations
-
 import csv
 import sys
 from collections.abc import Sequence

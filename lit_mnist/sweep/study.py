@@ -4,8 +4,6 @@ A trial has as user attributes the number of its configuration (`sample`), a `re
 for each seed, as `seed N`, its run and, once that has ended, what came of it. A retried trial inherits them.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Mapping
