@@ -45,9 +45,6 @@ class Board(Callback):
     Args:
         every_n_epochs: how often pictures and curves of each class are written; 0 turns all of it off.
         histograms: also of each layer's weights, as often.
-
-    Raises:
-        ValueError: a negative number.
     """
 
     def __init__(self, every_n_epochs: int = 1, histograms: bool = False) -> None:

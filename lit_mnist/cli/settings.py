@@ -81,8 +81,7 @@ class Settings:
 def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: list[str]) -> Settings:
     """Parse a command line; the settings of a checkpoint's run are a configuration file before the user's own.
 
-    Raises:
-        UserError: the command line or the checkpoint cannot be used; `own` is the command's part of the parser.
+    `own` is the command's part of the parser. UserError if the command line or the checkpoint cannot be used.
     """
     configs = configs_of(args)
     before: dict[str, Any] = {}

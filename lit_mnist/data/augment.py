@@ -33,8 +33,7 @@ def affine_matrices(
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
     """Apply maps of `affine_matrices`, on any device, to uint8 or float (B, 1, 28, 28), black beyond the edges.
 
-    Returns:
-        float (B, 1, 28, 28) on the scale of `images`.
+    Returns float (B, 1, 28, 28) on the scale of `images`.
     """
     if not len(images):
         return images.to(matrices.dtype)  # affine_grid refuses it

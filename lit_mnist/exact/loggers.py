@@ -151,8 +151,7 @@ def curves(loggers: Sequence[Logger]) -> list[dict[str, int]]:
 def open_loggers(trainer: Trainer, run: Run) -> None:
     """Let each logger begin to write where the run's checkpoint was saved.
 
-    Raises:
-        UserError: a file of the user's would be overwritten, or one of the run cannot be read.
+    UserError if a file of the user's would be overwritten, or one of the run cannot be read.
     """
     states = run.loaded.get("curves")
     loggers = [(n, logger) for n, logger in enumerate(trainer.loggers) if isinstance(logger, RewindableLogger)]

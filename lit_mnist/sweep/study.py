@@ -116,8 +116,7 @@ class Study:
     def open(self, name: str, url: str | None, folder: Path) -> optuna.Study:
         """Open Optuna's study of this name in a database, or create it; copy the recipes into the study's folder.
 
-        Raises:
-            UserError: the database cannot be used, or its study is another one; seeds and samples may grow.
+        UserError if the database cannot be used, or its study is another one; seeds and samples may grow.
         """
         url = url or f"sqlite:///{folder / 'trials.db'}"
         engine = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {"pool_pre_ping": True}
