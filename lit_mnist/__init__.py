@@ -1,4 +1,4 @@
-"""The PyTorch Lightning experiment project for MNIST: exact, fast, honest."""
+"""A PyTorch Lightning project template, worked out on MNIST: copy it and change it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -65,7 +65,7 @@ class MNISTCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 # it would put `_instantiator`, code to call, into every checkpoint
                 load_from_checkpoint_support=False,
-                save_config_callback=None,  # RunStart does that, later
+                save_config_callback=None,  # ExactResume does that, once everything is restored
                 args=args,
             )
         finally:

@@ -170,7 +170,7 @@ class CheckpointKeeper(Checkpoint):
             # Lightning 2.6 broadcasts SIGTERM to all processes before every step, and waits for the device to do so;
             # the handlers that are now in place do without
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        # a run that begins with an earlier one's curve begins with its best, too
+        # a run that begins with an earlier one's scalars begins with its best, too
         if self.best_path and trainer.is_global_zero and not self.best_path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.best_path) as partial:

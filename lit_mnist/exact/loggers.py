@@ -84,7 +84,7 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Return the files of a run's training curve; those of `test` are left out."""
+    """Return the event files of a run's training; those of `test` are left out."""
     return [path for path in folder.glob("events.out.tfevents.*") if not path.name.endswith(TEST_SUFFIX)]
 
 
@@ -141,7 +141,7 @@ FILE_LOGGERS: dict[str, type[RewindableLogger]] = {
 }
 
 
-def curves(loggers: Sequence[Logger]) -> list[dict[str, int]]:
+def logger_states(loggers: Sequence[Logger]) -> list[dict[str, int]]:
     """Return how much each logger has written; nothing of one that cannot be rewound."""
     for logger in loggers:
         logger.save()  # onto the disk first
