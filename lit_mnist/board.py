@@ -184,11 +184,11 @@ def confusion(counts: Tensor) -> Tensor:
     return pil_to_tensor(picture)
 
 
-def wrong_digits(images: Tensor, probabilities: Tensor, targets: Tensor, limit: int = 24) -> Tensor:
-    """Draw the wrong answers that the network is surest of, with truth, answer and confidence: uint8 (3, H, W)."""
+def wrong_digits(images: Tensor, probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Draw the 24 wrong answers that the network is surest of, with truth, answer and confidence: uint8 (3, H, W)."""
     confidence, answers = probabilities.max(1)
     wrong = (answers != targets).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:24]
     picture = Image.new("RGB", (924, 36), "white")
     if len(wrong):
         picture = to_pil_image(grid(images[wrong], columns=6, zoom=4, padding=36))

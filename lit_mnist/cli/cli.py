@@ -80,7 +80,7 @@ class MNISTCLI(LightningCLI):
         parser.add_argument("--seed_everything", type=Seed, default=DEFAULT_SEED, help="Seed of everything random.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        self.own_parser = parser
+        self.subparser = parser
         parser.usage = f"python -m lit_mnist {self.command} [options]"
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -99,7 +99,7 @@ class MNISTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        self.settings = parse(parser, self.own_parser, args)
+        self.settings = parse(parser, self.subparser, args)
         self.config = self.settings.config
 
     def before_instantiate_classes(self) -> None:

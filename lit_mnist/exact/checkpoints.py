@@ -21,7 +21,7 @@ from .reader import FORMAT, FORMAT_ENTRY
 from .runs import claim_version, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
-AGREE_STEPS = 8  # so often, in steps, several processes agree on whether to save or to stop
+AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop
 
 
 def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
@@ -37,7 +37,7 @@ class Run:
     checkpoint: Path | None = None  # what it begins with
     loaded: Mapping[str, Any] = field(default_factory=dict)  # the content of that checkpoint
     origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
-    unchanged: bool = True  # whether it has the settings that it had; then one that a callback had stopped stays so
+    unchanged: bool = True  # whether with its own settings: then it stays stopped if a callback had stopped it
     made: bool = False  # whether this process has made the folder
     started: bool = False
 
@@ -251,7 +251,7 @@ class CheckpointKeeper(Checkpoint):
         self._saved_at = monotonic()
 
     def _is_best(self, trainer: Trainer, best: BestSettings) -> bool:
-        """Read the scores of a validation, and return whether they are the best; then they are from now on."""
+        """Read the scores of a validation, and return whether they are the best so far; if so, remember them."""
         scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if best.monitor not in scores:
             found = ", ".join(sorted(scores)) or "none"

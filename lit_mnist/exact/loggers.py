@@ -155,7 +155,8 @@ def open_loggers(trainer: Trainer, run: Run) -> None:
     """
     states = run.loaded.get("curves")
     loggers = [(n, logger) for n, logger in enumerate(trainer.loggers) if isinstance(logger, RewindableLogger)]
-    for number, logger in sorted(loggers, key=lambda pair: isinstance(pair[1], RunLogger)):  # which refuses nothing
+    # RunLogger, which refuses nothing, comes last: until then no event file has been cut
+    for number, logger in sorted(loggers, key=lambda pair: isinstance(pair[1], RunLogger)):
         state = states[number] if isinstance(states, list) and number < len(states) else None
         if trainer.is_global_zero:
             logger.load_state_dict(state if isinstance(state, dict) else None, run)
