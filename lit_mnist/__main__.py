@@ -4,8 +4,6 @@ Nothing here imports torch: `--version` and `--help` answer at once. Each comman
 fit, validate and test are methods of LightningCLI.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
@@ -46,14 +44,10 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, given without the program's name or in `sys.argv`.
 
-    Args:
-        args: the command line without the program's name; None takes `sys.argv`.
-
-    Returns:
-        The exit status: 0, 2 for input that cannot be used, 3 for a training that failed, 128 + the signal's number
-        for one that a signal stopped. The reason is one message on stderr.
+    Returns the exit status: 0, 2 for input that cannot be used, 3 for a training that failed, 128 + the signal's
+    number for one that a signal stopped. The reason is one message on stderr.
     """
     args = list(sys.argv[1:] if args is None else args)
     try:

@@ -3,8 +3,6 @@
 Nothing here changes the training: what it draws from is computed anyway.
 """
 
-from __future__ import annotations
-
 import warnings
 from contextlib import suppress
 from copy import deepcopy
@@ -47,9 +45,6 @@ class Board(Callback):
     Args:
         every_n_epochs: how often pictures and curves of each class are written; 0 turns all of it off.
         histograms: also of each layer's weights, as often.
-
-    Raises:
-        ValueError: a negative number.
     """
 
     def __init__(self, every_n_epochs: int = 1, histograms: bool = False) -> None:
@@ -189,11 +184,11 @@ def confusion(counts: Tensor) -> Tensor:
     return pil_to_tensor(picture)
 
 
-def wrong_digits(images: Tensor, probabilities: Tensor, targets: Tensor, limit: int = 24) -> Tensor:
-    """Draw the wrong answers that the network is surest of, with truth, answer and confidence: uint8 (3, H, W)."""
+def wrong_digits(images: Tensor, probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Draw the 24 wrong answers that the network is surest of, with truth, answer and confidence: uint8 (3, H, W)."""
     confidence, answers = probabilities.max(1)
     wrong = (answers != targets).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:24]
     picture = Image.new("RGB", (924, 36), "white")
     if len(wrong):
         picture = to_pil_image(grid(images[wrong], columns=6, zoom=4, padding=36))

@@ -1,7 +1,5 @@
 """LitMNIST: the loss, the metrics, the optimizer and its schedule around a network."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 
@@ -45,9 +43,6 @@ class LitMNIST(LightningModule):
         ema_decay: decay of the weights' exponential moving average, which is validated, tested and kept; 0 for none.
         network: name of the network, from `network.NETWORKS`.
         classes: number of classes. The command line takes it from the data.
-
-    Raises:
-        ValueError: one line for all the arguments that are out of range.
     """
 
     def __init__(
@@ -145,7 +140,7 @@ class LitMNIST(LightningModule):
 
 
 def check_ranges(hp: Any) -> None:
-    """Raise the ValueError for the settings that the network does not check."""
+    """Raise one ValueError for all settings out of range that the network does not check itself."""
     checks = (
         ("optimizer", "sgd or adamw", hp.optimizer in ("sgd", "adamw")),
         ("schedule", "constant, linear or cosine", hp.schedule in ("constant", "linear", "cosine")),

@@ -3,8 +3,6 @@
 Another one is a class that takes (layers, dropout, activation, classes), and a line in NETWORKS.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -156,11 +154,7 @@ NETWORKS: dict[str, Callable[[str, float, Activation, int], nn.Module]] = {"digi
 def load_network(checkpoint: Mapping[str, Any]) -> nn.Module:
     """Build the network that a checkpoint's `hyper_parameters` name, in eval mode, with the weights under `network.`.
 
-    Args:
-        checkpoint: as `read_checkpoint` returns it.
-
-    Raises:
-        UserError: the settings make no network, or the weights do not fit it.
+    UserError if the settings make no network, or the weights do not fit it.
     """
     settings: dict[str, Any] = {"network": "digitnet", "dropout": 0.0, "activation": "relu", "classes": 10}
     settings |= checkpoint["hyper_parameters"]

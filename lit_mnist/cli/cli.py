@@ -1,7 +1,5 @@
 """fit, validate and test on LightningCLI."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +65,7 @@ class MNISTCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 # it would put `_instantiator`, code to call, into every checkpoint
                 load_from_checkpoint_support=False,
-                save_config_callback=None,  # RunStart does that, later
+                save_config_callback=None,  # ExactResume does that, once everything is restored
                 args=args,
             )
         finally:
@@ -82,7 +80,7 @@ class MNISTCLI(LightningCLI):
         parser.add_argument("--seed_everything", type=Seed, default=DEFAULT_SEED, help="Seed of everything random.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        self.own_parser = parser
+        self.subparser = parser
         parser.usage = f"python -m lit_mnist {self.command} [options]"
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -101,7 +99,7 @@ class MNISTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        self.settings = parse(parser, self.own_parser, args)
+        self.settings = parse(parser, self.subparser, args)
         self.config = self.settings.config
 
     def before_instantiate_classes(self) -> None:

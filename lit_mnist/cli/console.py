@@ -3,8 +3,6 @@
 Nothing here imports torch: `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -1,7 +1,5 @@
 """demo: serves a page on which to draw a digit or drop a photograph of one, with a network's answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """export: a checkpoint's network for other runtimes, raw pixels in, probabilities out; or a page to draw on."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import html

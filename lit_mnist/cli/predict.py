@@ -1,7 +1,5 @@
 """predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """runs: a table of all runs, with the settings in which they differ."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,7 @@ FORMS = {"parameters": "{:,}", "seconds": "{:.1f}", "val_accuracy": "{:.2%}", "t
 
 
 def runs(args: Sequence[str]) -> None:
-    """Print the table.
-
-    Raises:
-        UserError: there are no runs, or no such column.
-    """
+    """Run the command with the flags after its name; UserError if there are no runs, or no such column."""
     parser = OneLineParser(prog="python -m lit_mnist runs", description="List runs and the settings they differ in.")
     parser.add_argument("--root_dir", type=Path, default=Path(), help="the folder of lightning_logs (this one)")
     columns_help = f"of {', '.join(COLUMNS)}, any setting such as model.lr, and any metric such as val/loss"

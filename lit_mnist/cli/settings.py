@@ -1,7 +1,5 @@
 """What a command runs with: the settings of a checkpoint's run, and over them the user's files and flags."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,7 +55,7 @@ class Settings:
     checkpoint: Path | None = None
     loaded: dict[str, Any] = field(default_factory=dict)  # its content
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
-    unchanged: bool = True  # whether they do not
+    unchanged: bool = True  # whether they are those of the checkpoint's run
     continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
@@ -80,18 +78,17 @@ class Settings:
         return runs.expanded(root, "trainer.default_root_dir") / "lightning_logs"
 
 
-def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: list[str]) -> Settings:
+def parse(parser: LightningArgumentParser, subparser: LightningArgumentParser, args: list[str]) -> Settings:
     """Parse a command line; the settings of a checkpoint's run are a configuration file before the user's own.
 
-    Raises:
-        UserError: the command line or the checkpoint cannot be used; `own` is the command's part of the parser.
+    `subparser` is the command's part of the parser. UserError if the command line or the checkpoint cannot be used.
     """
     configs = configs_of(args)
     before: dict[str, Any] = {}
-    settings = Settings(args, own, parse_args(parser, args, configs))
+    settings = Settings(args, subparser, parse_args(parser, args, configs))
     if wanted := settings.own["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
-        defaults = own.get_defaults()  # a setting of an older version may be gone
+        defaults = subparser.get_defaults()  # a setting of an older version may be gone
         text = yaml.safe_dump({key: value for key, value in base.items() if key in defaults})
         files = ["the checkpoint's run", *configs]
         settings.config = parse_args(parser, [settings.command, "--config", text, *args[1:]], files)
@@ -105,7 +102,7 @@ def parse(parser: LightningArgumentParser, own: LightningArgumentParser, args: l
         settings.lines.append(f"Precision: {chosen}, as {reason}")
     # The methods that run the trainer pass it on. LightningCLI 2.6 would lay the checkpoint's settings over the flags.
     settings.own["ckpt_path"] = None
-    settings.text = own.dump(settings.own, skip_unset=False)
+    settings.text = subparser.dump(settings.own, skip_unset=False)
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
     if settings.command == "fit":
@@ -144,7 +141,9 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
-    settings.continues = runs.is_newest(path)
+    folder = runs.run_folder(path)
+    last = runs.newest(folder) if folder else None
+    settings.continues = last is not None and last.resolve() == path.resolve()
     settings.lines.append(f"Checkpoint: {path}")
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
@@ -154,7 +153,6 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         return hparams, hparams
     if not settings.continues:
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
-    folder = runs.run_folder(path)
     if not (folder and (file := folder / "config.yaml").is_file()):
         settings.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
         return hparams, hparams

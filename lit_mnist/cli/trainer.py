@@ -1,7 +1,5 @@
 """Which run and which parts of a Trainer each command gets."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -136,8 +134,8 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
 
 
 def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:
-    """Refuse settings that Lightning 2.6 divides by or trains for ever with, other processes than those that were
-    started, and parts that cannot be resumed exactly.
+    """Refuse settings with which Lightning 2.6 would divide by zero or never end, other processes than were started,
+    and parts that cannot be resumed exactly.
     """
     now, wanted, (processes, machines) = settings.plain, trainer.world_size, launched()
     for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):

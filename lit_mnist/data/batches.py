@@ -1,7 +1,5 @@
 """Batches from tensors in memory, in a seeded order, and their random affine transform."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,7 +42,7 @@ class TensorBatches:
     batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
 
     @property
-    def sampler(self) -> TensorBatches:
+    def sampler(self) -> "TensorBatches":
         """What Lightning calls `set_epoch` of before each training epoch."""
         return self
 
@@ -122,8 +120,7 @@ def affine_matrices(
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
     """Apply maps of `affine_matrices`, on any device, to uint8 or float (B, 1, 28, 28), black beyond the edges.
 
-    Returns:
-        float (B, 1, 28, 28) on the scale of `images`.
+    Returns float (B, 1, 28, 28) on the scale of `images`.
     """
     if not len(images):
         return images.to(matrices.dtype)  # affine_grid refuses it

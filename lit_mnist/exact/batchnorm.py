@@ -1,7 +1,5 @@
 """Batch norm over the batch of all processes, on CPUs too."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Durable writing of checkpoints, and one error for those that cannot be restored."""
 
-from __future__ import annotations
-
 import io
 import os
 import traceback

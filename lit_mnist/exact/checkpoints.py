@@ -1,7 +1,5 @@
 """A run: where it writes, what it begins with, which checkpoints it keeps, and signals that stop it after a save."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +21,7 @@ from .reader import FORMAT, FORMAT_ENTRY
 from .runs import claim_version, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
-AGREE_STEPS = 8  # so often, in steps, several processes agree on whether to save or to stop
+AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop
 
 
 def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
@@ -39,12 +37,12 @@ class Run:
     checkpoint: Path | None = None  # what it begins with
     loaded: Mapping[str, Any] = field(default_factory=dict)  # the content of that checkpoint
     origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
-    unchanged: bool = True  # whether it has the settings that it had; then one that a callback had stopped stays so
+    unchanged: bool = True  # whether with its own settings: then it stays stopped if a callback had stopped it
     made: bool = False  # whether this process has made the folder
     started: bool = False
 
     @classmethod
-    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> Run:
+    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> "Run":
         """Make a run in a new folder `version_N`, which only the first process does."""
         run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
         run.folder = None
@@ -56,7 +54,7 @@ class Run:
         return run
 
     @classmethod
-    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> Run:
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> "Run":
         """Return the run that a checkpoint belongs to, in its own folder."""
         if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
             raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
@@ -172,7 +170,7 @@ class CheckpointKeeper(Checkpoint):
             # Lightning 2.6 broadcasts SIGTERM to all processes before every step, and waits for the device to do so;
             # the handlers that are now in place do without
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        # a run that begins with an earlier one's curve begins with its best, too
+        # a run that begins with an earlier one's scalars begins with its best, too
         if self.best_path and trainer.is_global_zero and not self.best_path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.best_path) as partial:
@@ -253,7 +251,7 @@ class CheckpointKeeper(Checkpoint):
         self._saved_at = monotonic()
 
     def _is_best(self, trainer: Trainer, best: BestSettings) -> bool:
-        """Read the scores of a validation, and return whether they are the best; then they are from now on."""
+        """Read the scores of a validation, and return whether they are the best so far; if so, remember them."""
         scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if best.monitor not in scores:
             found = ", ".join(sorted(scores)) or "none"

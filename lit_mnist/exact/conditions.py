@@ -1,7 +1,5 @@
 """What a figure depends on besides the code: versions, hardware, commit."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

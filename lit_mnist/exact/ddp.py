@@ -1,7 +1,5 @@
 """A run on more than one process: how they start and connect, what they exchange, and what happens when one is lost."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Loggers that write nothing until a run is restored, and then continue in its files where its checkpoint was saved."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil
@@ -86,7 +84,7 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Return the files of a run's training curve; those of `test` are left out."""
+    """Return the event files of a run's training; those of `test` are left out."""
     return [path for path in folder.glob("events.out.tfevents.*") if not path.name.endswith(TEST_SUFFIX)]
 
 
@@ -143,7 +141,7 @@ FILE_LOGGERS: dict[str, type[RewindableLogger]] = {
 }
 
 
-def curves(loggers: Sequence[Logger]) -> list[dict[str, int]]:
+def logger_states(loggers: Sequence[Logger]) -> list[dict[str, int]]:
     """Return how much each logger has written; nothing of one that cannot be rewound."""
     for logger in loggers:
         logger.save()  # onto the disk first
@@ -153,12 +151,12 @@ def curves(loggers: Sequence[Logger]) -> list[dict[str, int]]:
 def open_loggers(trainer: Trainer, run: Run) -> None:
     """Let each logger begin to write where the run's checkpoint was saved.
 
-    Raises:
-        UserError: a file of the user's would be overwritten, or one of the run cannot be read.
+    UserError if a file of the user's would be overwritten, or one of the run cannot be read.
     """
     states = run.loaded.get("curves")
     loggers = [(n, logger) for n, logger in enumerate(trainer.loggers) if isinstance(logger, RewindableLogger)]
-    for number, logger in sorted(loggers, key=lambda pair: isinstance(pair[1], RunLogger)):  # which refuses nothing
+    # RunLogger, which refuses nothing, comes last: until then no event file has been cut
+    for number, logger in sorted(loggers, key=lambda pair: isinstance(pair[1], RunLogger)):
         state = states[number] if isinstance(states, list) and number < len(states) else None
         if trainer.is_global_zero:
             logger.load_state_dict(state if isinstance(state, dict) else None, run)

@@ -4,8 +4,6 @@ Both kinds are kept, whatever the module calls them: every `torchmetrics.Metric`
 given to `self.log` for the end of the epoch. Each process has its own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The timer of a run, the scalars of its steps, its lines on the console, and its stop when it diverges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Finding and reading checkpoints; imports torch, never Lightning."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,7 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`: it can make the program neither run code nor import a module.
 
-    Raises:
-        UserError: the file is no intact checkpoint of this project, or of another format.
+    UserError if the file is no intact checkpoint of this project, or of another format.
     """
     try:
         with warnings.catch_warnings():

@@ -1,7 +1,5 @@
 """results.json: what a run came to, and under which conditions."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Exact resume: saves and restores the state that Lightning's checkpoints omit, before any file is modified."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -22,7 +20,7 @@ from .checkpoints import Run
 from .conditions import conditions
 from .console import UserError
 from .ddp import ExactDDP, gather_all, smallest_part
-from .loggers import curves, open_loggers
+from .loggers import logger_states, open_loggers
 from .metrics import find_metrics, logged_state, metric_states, pending, restore_logged, restore_metric, unfreeze_reset
 from .reader import FORMAT, FORMAT_ENTRY
 from .runs import replaced
@@ -34,12 +32,13 @@ PROGRESS = {"last_epoch", "_last_lr", "base_lrs"}  # of a schedule: without them
 
 
 class ExactResume(Callback):
-    """Adds to checkpoints what Lightning 2.6 leaves out, and restores it: random states, partial metric states, logged
-    values, the metrics that callbacks look at, the lengths of the curves, and the settings. The order of the batches is
-    the data's: a function of its seed, or in its loader's state.
+    """Adds to checkpoints what Lightning 2.6 leaves out, and restores it: RNG states, partial metric states, logged
+    values, the metrics that callbacks look at, the loggers' states, and the settings. The order of the batches is the
+    data's: a function of its seed, or in its loader's state.
 
-    It must be the first callback. Only once everything is restored is the run's folder touched: the curve is brought to
-    where the checkpoint was, and config.yaml is written (SaveConfigCallback of Lightning 2.6 does so before).
+    It must be the first callback. Only once everything is restored is the run's folder touched: the loggers' files are
+    cut to where the checkpoint was saved, and config.yaml is written (SaveConfigCallback of Lightning 2.6 does so
+    before).
 
     Args:
         settings: plain settings with dotted keys, for whoever reads the checkpoint.
@@ -52,7 +51,7 @@ class ExactResume(Callback):
         self.config = config
         self._configured: dict[str, Any] = {}
         # of a resumed run, until its first step
-        self._random: dict[str, Any] | None = None
+        self._rng: dict[str, Any] | None = None
         self._logged: list[Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,11 +61,11 @@ class ExactResume(Callback):
         trainer.precision_plugin.convert_module(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._random is not None:  # the last callback saves in on_train_start: what the others drew does not count
-            set_random_state(self._random, pl_module.device)
+        if self._rng is not None:  # the last callback saves in on_train_start: what the others drew does not count
+            set_rng_state(self._rng, pl_module.device)
         latest = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         own = {
-            "random": random_state(pl_module.device),
+            "random": rng_state(pl_module.device),
             "metrics": metric_states(trainer, pl_module),
             "logged": logged_state(trainer) if self._logged is None else self._logged,
         }
@@ -81,7 +80,7 @@ class ExactResume(Callback):
             "pending": pending(trainer),
         }
         if trainer.is_global_zero:
-            checkpoint["curves"] = curves(trainer.loggers)
+            checkpoint["curves"] = logger_states(trainer.loggers)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         def form(loop: dict[str, Any]) -> str:
@@ -155,14 +154,14 @@ class ExactResume(Callback):
         self._logged = logged_state(trainer)
         trainer.fit_loop.epoch_loop._results.clear()  # not to be seen before the next step
         if rank < len(parts):
-            self._random = parts[rank]["random"]
-            set_random_state(parts[rank]["random"], device)
+            self._rng = parts[rank]["random"]
+            set_rng_state(parts[rank]["random"], device)
         return changed
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._random is not None and trainer.global_step:
-            set_random_state(self._random, pl_module.device)  # what on_train_start of the module drew does not count
-        self._random = None
+        if self._rng is not None and trainer.global_step:
+            set_rng_state(self._rng, pl_module.device)  # what on_train_start of the module drew does not count
+        self._rng = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.on_train_epoch_start(trainer, pl_module)  # which Lightning does not call within an epoch
@@ -225,7 +224,7 @@ def continue_epoch(trainer: Trainer, module: LightningModule, states: list[Any])
             loader.load_state_dict(state)
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def rng_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the generators that a module may draw from: torch's, numpy's and Python's."""
     numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
     name, keys, *rest = numpy
@@ -233,7 +232,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
     random.setstate(state["python"])

@@ -1,7 +1,5 @@
 """The folders of runs: claiming one for a new run, finding an old one, its checkpoints and its results."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -115,10 +113,3 @@ def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None where it lies somewhere else."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
-
-
-def is_newest(checkpoint: Path) -> bool:
-    """Say whether a checkpoint is the newest state of the run that it belongs to."""
-    folder = run_folder(checkpoint)
-    last = newest(folder) if folder else None
-    return last is not None and last.resolve() == checkpoint.resolve()

@@ -4,8 +4,6 @@ That form (https://doi.org/10.1109/5.726791, section III.A): white ink on black,
 pixels with its proportions and its grey levels kept, and set into 28x28 pixels with its centre of mass in the middle.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO

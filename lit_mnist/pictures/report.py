@@ -1,7 +1,5 @@
 """Reads a user's own pictures, asks a network, and shows its answers: a table, a CSV and a contact sheet."""
 
-from __future__ import annotations
-
 import csv
 import sys
 from collections.abc import Sequence
@@ -12,11 +10,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import UserError, print_table, shortened, shown
+from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
 from lit_mnist.pictures.prepare import Box, Pixels, digit, grey_levels, split
 
@@ -90,7 +89,8 @@ def report(names: Sequence[str], several: bool, network: nn.Module, output: Path
     table.columns[0].overflow = "fold"
     for line in rows:
         table.add_row(*(shortened(str(line.get(name, "-"))) for name in names))
-    print_table(table)
+    # a pipe has no width, and would cut the lines
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
     if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")
     write_csv(output, rows)

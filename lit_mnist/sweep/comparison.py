@@ -1,7 +1,5 @@
 """What a study came to: a table, the difference of the best two with its confidence interval, and two plots."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

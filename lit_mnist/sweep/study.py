@@ -4,8 +4,6 @@ A trial has as user attributes the number of its configuration (`sample`), a `re
 for each seed, as `seed N`, its run and, once that has ended, what came of it. A retried trial inherits them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -114,8 +112,7 @@ class Study:
     def open(self, name: str, url: str | None, folder: Path) -> optuna.Study:
         """Open Optuna's study of this name in a database, or create it; copy the recipes into the study's folder.
 
-        Raises:
-            UserError: the database cannot be used, or its study is another one; seeds and samples may grow.
+        UserError if the database cannot be used, or its study is another one; seeds and samples may grow.
         """
         url = url or f"sqlite:///{folder / 'trials.db'}"
         engine = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {"pool_pre_ping": True}

@@ -1,7 +1,5 @@
 """sweep: train configurations with several seeds, on one or many workers, and say which is the best."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

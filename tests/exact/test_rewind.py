@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.console import UserError
-from lit_mnist.exact.loggers import RewindableLogger, RunCSVLogger, RunLogger, curves, event_files, open_loggers
+from lit_mnist.exact.loggers import RewindableLogger, RunCSVLogger, RunLogger, event_files, logger_states, open_loggers
 
 
 def loggers(run: Path) -> list[RewindableLogger]:
@@ -52,7 +52,7 @@ def test_a_killed_run_continues_on_its_curve(tmp_path: Path) -> None:
     run = tmp_path / "version_0"
     made = begin(run)
     log(made, 0, 1)
-    saved = curves(made)
+    saved = logger_states(made)
     log(made, 2, 3, other=1.0)  # after the checkpoint: lost
     end(made)
     killed = begin(run, saved, run, written=(run / "metrics.csv").stat().st_mtime_ns)
@@ -68,7 +68,7 @@ def test_a_new_run_begins_with_the_curve_of_its_checkpoint(tmp_path: Path) -> No
     first, second = tmp_path / "version_0", tmp_path / "version_1"
     made = begin(first)
     log(made, 0, 1)
-    saved = curves(made)
+    saved = logger_states(made)
     log(made, 2)
     end(made)
     made = begin(second, saved, first)
