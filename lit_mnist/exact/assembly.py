@@ -36,7 +36,7 @@ def make_callbacks(
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
         own: the user's callbacks.
         board: callbacks that write to the run's loggers.
-        settings: plain settings by dotted key that go into each checkpoint.
+        settings: plain settings by dotted key, for each checkpoint and for results.json.
         config: the text of config.yaml; empty for none.
         recipe: a name for the settings of a new run.
         command: the command line.

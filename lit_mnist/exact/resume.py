@@ -38,11 +38,7 @@ class ExactResume(Callback):
 
     It must be the first callback. Only once everything is restored is the run's folder touched: the loggers' files are
     cut to where the checkpoint was saved, and config.yaml is written (SaveConfigCallback of Lightning 2.6 does so
-    before).
-
-    Args:
-        settings: plain settings with dotted keys, for whoever reads the checkpoint.
-        config: the text of config.yaml; empty for none.
+    before). The arguments are those of `make_callbacks`.
     """
 
     def __init__(self, run: Run, settings: Mapping[str, Any], config: str = "") -> None:

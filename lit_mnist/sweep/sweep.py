@@ -180,10 +180,8 @@ class Worker:
         kept = {key: fit[key] for key in ("parameters", "epochs", "hardware", "versions", "commit")}
         kept |= {"value": ended[self.plan.compare], "seconds": fit["train_seconds"], "checkpoint": ended["checkpoint"]}
         trial.set_user_attr(seed, trial.user_attrs[seed] | kept)
-        self.say(
-            trial,
-            f"{seed}: {self.plan.compare} {shown_value(self.plan.compare, kept['value'])} in {kept['seconds']:.1f} s",
-        )
+        score = shown_value(self.plan.compare, kept["value"])
+        self.say(trial, f"{seed}: {self.plan.compare} {score} in {kept['seconds']:.1f} s")
 
     def say(self, trial: optuna.Trial, text: str) -> None:
         trials = latest_trials(self.study).values()
