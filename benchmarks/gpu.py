@@ -170,7 +170,7 @@ class Loop:
 
 
 def tests(options: Options) -> Iterator[Record]:
-    chosen = ["-k", "batches_weights and cpu"] if options.cpu else ["-m", "gpu"]
+    chosen = ["-k", "batches_on_the_device and cpu"] if options.cpu else ["-m", "gpu"]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-rs", "--tb=short", *chosen, "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
     print(done.stdout[-6000:])

@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingFailed as error:
         return complain(str(error), FAILED_TRAINING, everywhere=isinstance(error, ProcessLost))
-    except UserError as error:  # a machine's first process prints what this machine alone may lack
+    except UserError as error:  # from each machine's first process: one machine alone may lack something
         return complain(str(error), BAD_INPUT, everywhere=number("LOCAL_RANK", "SLURM_LOCALID") == 0)
     except OSError as error:
         return complain(str(error), FAILED_TRAINING if error.errno in FULL else BAD_INPUT)

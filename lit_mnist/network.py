@@ -67,10 +67,7 @@ class DigitNet(nn.Module):
     ========  ==========================================================================================
 
     Then come global average pooling and a linear layer to the logits: the same map as a 1x1 convolution before the
-    pooling, for a 49th of the work.
-
-    Raises:
-        ValueError: an argument is out of its range, or an image of 28x28 is pooled away.
+    pooling, for a 49th of the work. ValueError if an argument is out of its range, or an image of 28x28 is pooled away.
     """
 
     def __init__(self, layers: str, dropout: float = 0.0, activation: Activation = "relu", classes: int = 10) -> None:

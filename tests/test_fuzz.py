@@ -73,7 +73,7 @@ best.monitor        | val/loss val/accuracy   |
 best.mode           | max                     | x '' null
 board.every_n_epochs | 1 2                    | -1 x 1.5
 processes.timeout   | 5 86400                 | 0 -1 nan inf 86401 x
-trainer.max_epochs  | 1 3                     | 0 null -1 -2 x 1.5 nan inf [] ''
+trainer.max_epochs  | 1 3                     | 0 -1 -2 x 1.5 nan inf [] ''
 trainer.max_steps   | 3 1                     | -2 x 1.5 nan
 trainer.strategy    | auto                    | x ddp_notebook
 trainer.accelerator | cpu                     | x tpu

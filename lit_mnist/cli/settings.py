@@ -48,7 +48,7 @@ class Settings:
     """The settings of a command, and the checkpoint it begins with."""
 
     args: list[str]  # as typed, the command first
-    parser: LightningArgumentParser  # the command's part of it
+    parser: LightningArgumentParser  # the part that is the command's
     config: Any  # as parsed, the command's under its name
     text: str = ""  # the command's as YAML, for config.yaml
     plain: dict[str, Any] = field(default_factory=dict)  # these by dotted key
@@ -199,7 +199,7 @@ def quickest_precision(accelerator: Any) -> tuple[str, str]:
 
 
 def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
-    """Refuse settings that would make another run of a checkpoint's."""
+    """Refuse settings that would turn the checkpoint's run into another one."""
     now, command = settings.plain, settings.command
     reasons = {key: reason for keys, (commands, reason) in FIXED.items() if command in commands for key in keys}
     if command == "fit":

@@ -36,7 +36,7 @@ def make_callbacks(
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
         own: the user's callbacks.
         board: callbacks that write to the run's loggers.
-        settings: plain settings by dotted key that go into each checkpoint.
+        settings: plain settings by dotted key, for results.json.
         config: the text of config.yaml; empty for none.
         recipe: a name for the settings of a new run.
         command: the command line.
@@ -44,7 +44,7 @@ def make_callbacks(
     progress = Progress()
     keeper = CheckpointKeeper(run, save, best) if save else None
     return [
-        ExactResume(run, settings or {}, config),  # first: nothing may touch the run before all of it is restored
+        ExactResume(run, config),  # first: nothing may touch the run before all of it is restored
         *own,
         progress,
         Results(run, progress, recipe, command, settings),
@@ -84,12 +84,10 @@ def make_logger(run: Run, **settings: Any) -> RunLogger:
 
 
 def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
-    """Give a configured logger its place, and a class that writes nothing before the training starts.
+    """Change the `class_path` and `init_args` of the run's n-th logger: its place, and a class that writes late.
 
-    In a resumed run it is the place that it had; in a new one, where it writes files among the runs, the run's folder.
-
-    Args:
-        logger: its `class_path` and `init_args`, changed in place; the run's logger of this `number`.
+    In a resumed run the place is the one that it had; in a new one it is the run's folder, if the logger writes files
+    and would write them among the runs.
     """
     if not (run.folder and "class_path" in logger and "version" in logger["init_args"]):
         return

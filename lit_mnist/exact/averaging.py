@@ -13,9 +13,7 @@ class MovingAverage(WeightAveraging):
 
     WeightAveraging 2.6 leaves it on the CPU, so that with an accelerator each step would wait for a copy, and searches
     all modules for their tensors in each step, a twentieth of its time on a CPU.
-
-    Args:
-        decay: the share of the average that stays, 0 < decay < 1.
+    `decay` is the share of the average that stays in a step, 0 < decay < 1.
     """
 
     def __init__(self, decay: float) -> None:

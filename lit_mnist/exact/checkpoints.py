@@ -192,7 +192,7 @@ class CheckpointKeeper(Checkpoint):
         if not stepped or validates or 0 < trainer.max_steps <= trainer.global_step:
             return
         due = bool(self._save.every_n_steps and trainer.global_step % self._save.every_n_steps == 0)
-        # each process has a clock and signals of its own, and asking the others in every step would take time
+        # each process has a timer and signals of its own, and asking the others in every step would take time
         if trainer.world_size == 1 or trainer.global_step - self._agreed_step >= AGREE_STEPS:
             due = self._agree(trainer, due or monotonic() - self._saved_at >= self._save.every_seconds)
         if due or self._agreed_signal:

@@ -18,7 +18,7 @@ ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 def find_checkpoint(wanted: str, runs: Path) -> Path:
-    """Return the file that a path, `best` or `last` (of the newest run that has one) means; raise UserError without."""
+    """Return the file that a path, `best` or `last` (of the newest run that has one) means; UserError if none."""
     if wanted in ("best", "last"):
         for run in versions(runs):
             if found := newest(run, wanted):

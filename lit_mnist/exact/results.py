@@ -18,10 +18,7 @@ from .runs import read_results, replaced
 class Results(Callback):
     """Keeps results.json: of a fit from its start and of a test at its end.
 
-    Args:
-        progress: the timer of a fit, and the counter of the samples of a test.
-
-    The other arguments are those of `make_callbacks`.
+    `progress` times the fit and counts the samples of the test; the other arguments are those of `make_callbacks`.
     """
 
     def __init__(

@@ -33,21 +33,16 @@ PROGRESS = {"last_epoch", "_last_lr", "base_lrs"}  # of a schedule: without them
 
 class ExactResume(Callback):
     """Adds to checkpoints what Lightning 2.6 leaves out, and restores it: RNG states, partial metric states, logged
-    values, the metrics that callbacks look at, the loggers' states, and the settings. The order of the batches is the
+    values, the metrics that callbacks look at, and the loggers' states. The order of the batches is the
     data's: a function of its seed, or in its loader's state.
 
     It must be the first callback. Only once everything is restored is the run's folder touched: the loggers' files are
     cut to where the checkpoint was saved, and config.yaml is written (SaveConfigCallback of Lightning 2.6 does so
-    before).
-
-    Args:
-        settings: plain settings with dotted keys, for whoever reads the checkpoint.
-        config: the text of config.yaml; empty for none.
+    before). The arguments are those of `make_callbacks`.
     """
 
-    def __init__(self, run: Run, settings: Mapping[str, Any], config: str = "") -> None:
+    def __init__(self, run: Run, config: str = "") -> None:
         self.run = run
-        self.settings = dict(settings)
         self.config = config
         self._configured: dict[str, Any] = {}
         # of a resumed run, until its first step
@@ -71,7 +66,6 @@ class ExactResume(Callback):
         }
         checkpoint |= {
             FORMAT_ENTRY: FORMAT,
-            "settings": self.settings,
             "configured": self._configured,
             "conditions": conditions(pl_module.device),
             "stopped": trainer.should_stop,

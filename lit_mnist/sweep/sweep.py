@@ -163,16 +163,15 @@ class Worker:
             self.end(trial, shortened(" ".join(str(error).partition(";")[0].split())))
         run = self.runs / trial.user_attrs[seed]["run"]
         fit, last = read_results(run)["fit"], newest(run)
-        ended = {"checkpoint": last and last.name, **fit["metrics"]}
-        if self.plan.of == "best" and self.plan.compare in (fit["best"] or {}):
-            ended = fit["best"]
+        best = fit["best"] if self.plan.of == "best" else None  # whose checkpoint is tested, whatever is compared
+        ended = {"checkpoint": last and last.name, **fit["metrics"], **(best or {})}
         if not math.isfinite(ended.get(self.plan.compare, math.nan)):
             self.end(trial, f"{self.plan.compare} was not logged, but {', '.join(fit['metrics'])}")
         kept = {key: fit[key] for key in ("parameters", "epochs", "hardware", "versions", "commit")}
         kept |= {"value": ended[self.plan.compare], "seconds": fit["train_seconds"], "checkpoint": ended["checkpoint"]}
         trial.set_user_attr(seed, trial.user_attrs[seed] | kept)
-        value = shown_value(self.plan.compare, kept["value"])
-        self.say(trial, f"{seed}: {self.plan.compare} {value} in {kept['seconds']:.1f} s")
+        score = shown_value(self.plan.compare, kept["value"])
+        self.say(trial, f"{seed}: {self.plan.compare} {score} in {kept['seconds']:.1f} s")
 
     def say(self, trial: optuna.Trial, text: str) -> None:
         trials = latest_trials(self.study).values()

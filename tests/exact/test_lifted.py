@@ -46,7 +46,7 @@ def run(home: Path, folder: str, devices: int = 1, kill_at: int = 0) -> list[int
 def outcome(run: Path) -> dict[str, Any]:
     """Return every tensor of the last checkpoint, every logged value, and the names of the files."""
     loaded = last_checkpoint(run)
-    for name in ("conditions", "curves", "settings"):
+    for name in ("conditions", "curves"):
         del loaded[name]
     for name in ("Results", "Progress"):  # commands and timings
         del loaded["callbacks"][name]

@@ -585,8 +585,8 @@ def test_hostile_files_of_a_run_are_not_run(lab: Lab, tmp_path: Path, monkeypatc
     assert not {"root", "download"} & load()["datamodule_hyper_parameters"].keys()  # where data lies is the machine's
     lab.change(lambda c: c["datamodule_hyper_parameters"].update(named, download=False))
     lab.change(lambda c: c["hyper_parameters"].update(named, lr={"class_path": "evil.L"}))
-    lab.change(lambda c: c["settings"].update({"trainer.logger": "evil.Logger", "trainer.strategy": "evil.Logger"}))
-    lab.change(lambda c: c["settings"].update({"trainer.default_root_dir": str(tmp_path / "theirs")}))
+    evil = {"trainer.logger": "evil.Logger", "trainer.default_root_dir": str(tmp_path / "theirs")}
+    lab.change(lambda c: c.update({"trainer": evil, "settings": evil}))
     assert lab.fit(*LONGER) == lab.run("test", *RESUME) == lab.run("validate", *RESUME) == 0
     # a run's own config.yaml may name classes, as any that is given with --config, and nothing beyond that
     (RUN / "config.yaml").write_text("trainer:\n  callbacks: !!python/object/apply:evil.f []\n")
