@@ -31,12 +31,6 @@ commands:
   sweep     compare settings over several seeds, by a study file
   runs      list the runs under lightning_logs/
 
-examples:
-  python -m lit_mnist fit
-  python -m lit_mnist fit --config configs/seed.yaml --trainer.max_epochs 5
-  python -m lit_mnist test --ckpt_path best
-  python -m lit_mnist fit --ckpt_path last --trainer.max_epochs 20
-
 `python -m lit_mnist COMMAND --help` lists all settings of a command; `--print_config` prints them as YAML.
 """
 FAILED_TRAINING = 3

@@ -25,16 +25,15 @@ from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.module import Batch
 
 # The tab "custom scalars": what belongs together on one chart.
-LAYOUT = {
+CHARTS = {
     "by step": {
-        "loss": ["Multiline", ["^(train|val)/loss$"]],
-        "accuracy": ["Multiline", ["^(train|val)/accuracy$"]],
-        "learning rate": ["Multiline", ["^train/learning_rate$"]],
-        "samples per second": ["Multiline", ["^train/samples_per_second$"]],
+        **{"loss": "^(train|val)/loss$", "accuracy": "^(train|val)/accuracy$"},
+        **{"learning rate": "^train/learning_rate$", "samples per second": "^train/samples_per_second$"},
     },
-    "by epoch": {"loss": ["Multiline", ["^by_epoch/.*/loss$"]], "accuracy": ["Multiline", ["^by_epoch/.*/accuracy$"]]},
-    "each digit": {"validation accuracy": ["Multiline", ["val_class_accuracy/.*"]]},
+    "by epoch": {"loss": "^by_epoch/.*/loss$", "accuracy": "^by_epoch/.*/accuracy$"},
+    "each digit": {"validation accuracy": "val_class_accuracy/.*"},
 }
+LAYOUT = {group: {name: ["Multiline", [tags]] for name, tags in charts.items()} for group, charts in CHARTS.items()}
 # The columns of the tab "hparams": each run's latest values of these scalars.
 HPARAM_METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/loss")
 

@@ -33,13 +33,10 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 class MNISTCLI(LightningCLI):
-    """LightningCLI for this project's module and data module.
+    """LightningCLI for this project's module and data module; `args` begin with the command.
 
-    Each command takes `--ckpt_path`, and the user's files and flags override the settings of the checkpoint's run.
-
-    Args:
-        args: the command line, the command first.
-        watch: callbacks that are called before the user's own.
+    Each command takes `--ckpt_path`, and the user's files and flags override the settings of the checkpoint's run. The
+    callbacks of `watch` are called before the user's own.
     """
 
     settings: Settings

@@ -1,7 +1,4 @@
-"""What a command prints: one line for an error, and no advertisements.
-
-Nothing here imports torch: `--help` answers at once.
-"""
+"""What a command prints: one line for an error, and no advertisements. Nothing here imports torch."""
 
 import argparse
 import logging
@@ -16,12 +13,6 @@ from typing import NoReturn
 from lit_mnist.exact.console import PROGRAM, number, shortened, shown
 
 BAD_INPUT = 2  # exit status
-# Lightning's callbacks print what a user asked for; Lightning itself advertises
-LEVELS = {
-    "pytorch_lightning": logging.WARNING,
-    "lightning_fabric": logging.WARNING,
-    "pytorch_lightning.callbacks": logging.INFO,
-}
 MEANT = (  # warnings about what is meant here, or that a user can do nothing about
     "does not have many workers",  # batches come from memory
     "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
@@ -51,9 +42,8 @@ def one_line(error: object) -> str:
 
 def resume_command(checkpoint: Path | None) -> str:
     """Return what to do after a training that was stopped; config.yaml has all the settings."""
-    if not checkpoint:
-        return "there is no checkpoint yet, start again"
-    return f"to resume: python -m {PROGRAM} fit --ckpt_path {shown(checkpoint)}"
+    command = f"to resume: python -m {PROGRAM} fit --ckpt_path {shown(checkpoint)}" if checkpoint else ""
+    return command or "there is no checkpoint yet, start again"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -64,8 +54,9 @@ class OneLineParser(argparse.ArgumentParser):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep advertisements, and warnings about what is meant, off the console."""
-    for name, level in LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.callbacks").setLevel(logging.INFO)  # which print what a user asked for
     threading.excepthook = writer_failed
     with warnings.catch_warnings():
         for message in MEANT:

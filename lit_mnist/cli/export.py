@@ -119,16 +119,12 @@ def export(args: Sequence[str]) -> None:
     expected = torch.cat([expected, expected[:10]])
     difference = float((answers - expected).abs().max())
     if not difference <= TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):  # NaN is refused, too
-        raise UserError(
-            f"--output {output}: the exported network differs from the checkpoint's by {difference:.1e} in a"
-            f" probability, and {TOLERANCE:.0e} is allowed; nothing was written"
-        )
+        reason = f"the exported network's probabilities differ by {difference:.1e}, allowed is {TOLERANCE:.0e}"
+        raise UserError(f"--output {output}: {reason}; nothing was written")
     if output.suffix == ".html":
         content = fill_page(metadata, fetch_runtime() | {"network": content})
     with replaced(output) as partial:
         partial.write_bytes(content)
-    print(
-        f"Exported: {shown(output)}, {len(content):,} bytes, {metadata['parameters']} parameters; checked on the test"
-        f" set: accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), every digit as the checkpoint's,"
-        f" probabilities within {difference:.0e}"
-    )
+    size = f"{len(content):,} bytes, {metadata['parameters']} parameters"
+    score = f"accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), every digit as the checkpoint's"
+    print(f"Exported: {shown(output)}, {size}; checked on the test set: {score}, probabilities within {difference:.0e}")

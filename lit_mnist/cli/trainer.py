@@ -149,10 +149,8 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
     if before != wanted:
         settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
     if processes * machines not in (1, wanted):
-        raise UserError(
-            f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {processes} on each of"
-            f" {machines} machines were started; leave both out, and the number is taken over"
-        )
+        started = f"{processes} on each of {machines} machines were started; leave both out"
+        raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
     if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
         raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
     for kind, instead in REFUSED.items():

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 def seeded_generator(*key: int) -> torch.Generator:
     """Make a generator that depends on all the numbers of `key` (each >= 0) and on nothing else.
 
-    numpy's SeedSequence mixes them, so that (1, 2) and (2, 1), or neighbouring seeds and epochs, share nothing. Their
-    count goes in as well, because for SeedSequence (1, 2) and (1, 2, 0) are the same.
+    numpy's SeedSequence mixes them: neighbouring seeds and epochs share nothing. For it (1, 2) and (1, 2, 0) are the
+    same, so their count goes in as well.
     """
     (seed,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))

@@ -13,16 +13,9 @@ from lit_mnist.exact.console import UserError
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
-RANGES: dict[str, tuple[float, float]] = {
-    "batch_size": (1, 60_000),
-    "val_size": (0, 59_999),
-    "split_seed": (0, math.inf),
-    "seed": (0, math.inf),
-    "rotation": (0, 180),
-    "shift": (0, 28),
-    "scale": (0, 0.999),
-    "augmented": (0, 1),
-}
+RANGES: dict[str, tuple[float, float]] = {"batch_size": (1, 60_000), "val_size": (0, 59_999)}
+RANGES |= {"split_seed": (0, math.inf), "seed": (0, math.inf)}
+RANGES |= {"rotation": (0, 180), "shift": (0, 28), "scale": (0, 0.999), "augmented": (0, 1)}
 
 
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +40,8 @@ def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[T
 class MNISTDataModule(LightningDataModule):
     """MNIST or a set of its form, downloaded once, verified, split, and kept in memory as uint8 tensors.
 
+    An argument out of range, or data that cannot be had, is a UserError.
+
     Args:
         root: folder of the data; MNIST's files lie in `root/MNIST/raw`, as torchvision has them.
         name: data set: `mnist`, `fashion_mnist`, `kmnist`, `qmnist` (tested on all its 60,000 test images),
@@ -64,9 +59,6 @@ class MNISTDataModule(LightningDataModule):
         scale: share by which training images are scaled up or down at most, drawn uniformly.
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled. The
             others stay as sharp as those that are scored: interpolation blurs.
-
-    Raises:
-        UserError: an argument is out of range; from `prepare_data` and `setup`, that the data cannot be had.
     """
 
     def __init__(

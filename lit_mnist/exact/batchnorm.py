@@ -24,10 +24,8 @@ class SynchronizedBatchNorm(TorchSyncBatchNorm):
             if type(module) is nn.BatchNorm2d and module.affine and module.momentum:
                 module.__class__ = SyncBatchNorm2d  # the same parameters, hooks and names
             elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                raise UserError(
-                    f"on CPUs only BatchNorm2d with its defaults can be synchronized, got {module}; without"
-                    " trainer.sync_batchnorm each process normalises its own samples, which is another training"
-                )
+                what = f"on CPUs trainer.sync_batchnorm is for BatchNorm2d with its defaults, got {module}"
+                raise UserError(f"{what}; without it each process normalises its own samples, another training")
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:

@@ -53,9 +53,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             raise TrainingFailed(f"training stopped: {reason}; checkpoints written before are as they were") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        if str(path) in self.loaded:
-            return dict(self.loaded[str(path)])
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        known = self.loaded.get(str(path))
+        return dict(known) if known else torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
 
 def check_readable(checkpoint: dict[str, Any]) -> None:

@@ -80,9 +80,7 @@ class Run:
 
 @dataclass
 class SaveSettings:
-    """How often the newest state of a run is saved, and so how much a kill can cost.
-
-    It is also saved at the start, after each validation, and at the end.
+    """How often the newest state is saved, besides the start, each validation and the end: what a kill can cost.
 
     Args:
         every_seconds: how often, in seconds of training.

@@ -30,6 +30,7 @@ class Progress(Callback):
         self._started = self._window_started = self._lr = 0.0
         self._window_samples = 0
         self._loss: Tensor | None = None
+        self._keeper: CheckpointKeeper | None = None
         self._best: Path | None = None
         self._ended = False  # an epoch, whose line is not printed yet
 
@@ -45,7 +46,8 @@ class Progress(Callback):
             setattr(self, name, state_dict[name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._best = best_path(trainer)
+        self._keeper = callback_of(trainer, CheckpointKeeper)
+        self._best = self._keeper.best_path if self._keeper else None
         self._start_timer()  # a run that is resumed within an epoch starts none
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,7 +134,7 @@ class Progress(Callback):
 
     def _print_epoch(self, trainer: Trainer) -> None:
         if self._ended:
-            metrics, best = epoch_metrics(trainer), best_path(trainer)
+            metrics, best = epoch_metrics(trainer), self._keeper.best_path if self._keeper else None
             values = {name: metrics[name] for name in metrics if not name.startswith("train/") or name == "train/loss"}
             seconds = f"{self.epoch_seconds:.1f} s{' (best)' if best != self._best else ''}"
             say(trainer, f"Epoch {trainer.current_epoch - 1}: {', '.join(words(values))}, {seconds}")
@@ -149,11 +151,6 @@ class Progress(Callback):
         return loss
 
 
-def best_path(trainer: Trainer) -> Path | None:
-    keeper = callback_of(trainer, CheckpointKeeper)
-    return keeper.best_path if keeper else None
-
-
 def check_losses(trainer: Trainer) -> None:
     for name, value in epoch_metrics(trainer).items():
         if name.endswith("loss") and not math.isfinite(value):
@@ -161,10 +158,8 @@ def check_losses(trainer: Trainer) -> None:
 
 
 def diverged(trainer: Trainer, name: str, value: float) -> TrainingFailed:
-    return TrainingFailed(
-        f"training failed at step {trainer.global_step} of epoch {trainer.current_epoch}: {name} is {value};"
-        " try a smaller learning rate (checkpoints written before are kept)"
-    )
+    where = f"training failed at step {trainer.global_step} of epoch {trainer.current_epoch}: {name} is {value}"
+    return TrainingFailed(f"{where}; try a smaller learning rate (checkpoints written before are kept)")
 
 
 def epoch_metrics(trainer: Trainer) -> dict[str, float]:
