@@ -20,8 +20,7 @@ PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics"
 def commit() -> str | None:
     """Return the git commit of this code, with `-dirty` where it was changed since; None outside a checkout."""
     git = partial(subprocess.check_output, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
-    with suppress(OSError, subprocess.SubprocessError):
-        # fails where the checkout around it is another project's
+    with suppress(OSError, subprocess.SubprocessError):  # as where the checkout around it is another project's
         git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
         return str(git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])).strip()
     return None
