@@ -558,7 +558,7 @@ def test_weights_of_another_network(lab: Lab, capsys: pytest.CaptureFixture[str]
     for name in ("fit", "test", "predict", "validate"):
         capsys.readouterr()
         assert lab.run(name, *(LONGER if name == "fit" else RESUME)) == 2
-        assert "network.head.weight" in capsys.readouterr().err
+        assert "head.weight" in capsys.readouterr().err
     assert contents(RUN) == before
 
 
