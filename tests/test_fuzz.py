@@ -137,7 +137,7 @@ def draw(rng: Random) -> Case:
             rng, "--ckpt_path", ["best", "last", "lightning_logs/version_0/checkpoints/best.ckpt"], CHECKPOINTS, 0.2
         )
         if command == "resume":
-            case.add(rng, "--trainer.max_epochs", ["3"], ["x", "0", "null"])
+            case.add(rng, "--trainer.max_epochs", ["3"], ["x", "0"])
         if command == "export":
             case.add(rng, "--output", ["out.pt2", "out.onnx"], OUTPUTS, 0.4)
         if command == "predict" and rng.random() < 0.4:
