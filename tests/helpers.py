@@ -1,7 +1,5 @@
 """What the tests share: a tiny MNIST, the comparison of checkpoints, and commands in processes of their own."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os

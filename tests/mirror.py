@@ -1,7 +1,5 @@
 """A source of data for the tests."""
 
-from __future__ import annotations
-
 import gzip
 import socket
 import struct

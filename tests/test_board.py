@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -176,7 +174,7 @@ def address(run: EventAccumulator) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_in_a_browser(run: EventAccumulator, address: str, browser: Chrome) -> None:
+def test_in_a_browser(run: EventAccumulator, address: str, browser: "Chrome") -> None:
     accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
     pictures = ["answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13"]
     tabs: dict[str, tuple[list[str], int, int]] = {  # the words, pictures and cards of each

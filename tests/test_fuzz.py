@@ -6,8 +6,6 @@
 A case is a function of seed and index alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 Server = tuple[subprocess.Popen[str], str, int]  # its process, and where it listens
 
 
-def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
+def draw(browser: "Chrome", corners: list[tuple[float, float]]) -> None:
     """Draw a line through corners given in shares of the sheet's side, and wait for the answer to it."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.support.ui import WebDriverWait
@@ -44,20 +42,20 @@ def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
     WebDriverWait(browser, 60).until(lambda _: bars(browser) and browser.execute_script("return !busy"))
 
 
-def bars(browser: Chrome) -> list[float]:
+def bars(browser: "Chrome") -> list[float]:
     """The percentages that a page shows."""
     script = "return Array.from(document.querySelectorAll('#bars b'), (bar) => parseFloat(bar.textContent))"
     return [float(percentage) for percentage in browser.execute_script(script)]  # all at one moment
 
 
-def pixels(browser: Chrome) -> Tensor:
+def pixels(browser: "Chrome") -> Tensor:
     """What a page's network sees, uint8 (1, 1, 28, 28)."""
     script = "return Array.from(byId('seen').getContext('2d').getImageData(0, 0, 28, 28).data)"
     levels: list[int] = browser.execute_script(script)
     return torch.tensor(levels[::4], dtype=torch.uint8).view(1, 1, 28, 28)
 
 
-def requests(browser: Chrome) -> set[str]:
+def requests(browser: "Chrome") -> set[str]:
     entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return {each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"}
 
@@ -110,7 +108,7 @@ def drawing(strokes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.array(sheet.resize((256, 256), Image.Resampling.BOX))
 
 
-def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_path: Path) -> None:
+def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     _, host, port = server

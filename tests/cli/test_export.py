@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path
@@ -104,7 +102,7 @@ def test_a_page_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm
         export.fetch_runtime()
 
 
-def test_a_page(tiny_root: Path, network: nn.Module, browser: Chrome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page(tiny_root: Path, network: nn.Module, browser: "Chrome", monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers as the network does, and asks for nothing."""
     try:
         runtime = export.fetch_runtime()

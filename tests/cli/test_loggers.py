@@ -1,7 +1,5 @@
 """Loggers of the user's: a run's folder stays its own, and a resumed run logs where it did."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Other data by `data.name`, and other networks by `model.network`, on the command line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

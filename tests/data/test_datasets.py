@@ -1,7 +1,5 @@
 """MNIST: its files are verified, repaired from a server on this machine or a wheel, and never lost."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """The data sets beside MNIST: torchvision's tables replaced by those of small files, on a server of this machine."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io
