@@ -2,13 +2,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import RUN, TINY, Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torchvision.io import decode_image
@@ -18,12 +19,6 @@ from lit_mnist.__main__ import main
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
-
-RUN = Path("lightning_logs/version_0")
-Command = Callable[..., int]
-
-TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
-TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
 
 
 def events(run: Path) -> EventAccumulator:

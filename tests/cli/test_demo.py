@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from helpers import Capsys, fails
 from PIL import Image, ImageDraw
-from test_predict import fails, picture
+from test_predict import picture
 from torch import Tensor, nn
 
 from lit_mnist.pictures.prepare import digit, grey_levels
@@ -74,9 +75,9 @@ def server(network: nn.Module) -> Iterator[Server]:
         process.communicate()
 
 
-def ask(host: str, port: int, body: bytes) -> tuple[int, bytes]:
+def ask(host: str, port: int, body: bytes, name: str = "localhost") -> tuple[int, bytes]:
     connection = HTTPConnection(host, port, timeout=60)
-    connection.request("POST", "/read", body)
+    connection.request("POST", "/read", body, {"Host": name})
     response = connection.getresponse()
     return response.status, response.read()
 
@@ -88,6 +89,10 @@ def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     expected = digit(grey_levels(path))
     status, answer = ask(host, port, path.read_bytes())
     found = json.loads(answer)
+    for known in (f"localhost:{port}", f"{host}:{port}"):
+        assert ask(host, port, path.read_bytes(), known) == (200, answer)
+    for stranger in ("example.org", f"{host}.example.org:{port}"):
+        assert ask(host, port, path.read_bytes(), stranger) == (403, b"")
     assert (status, found["pixels"], found["problem"]) == (200, expected.flatten().tolist(), "")
     assert sum(found["probabilities"]) == pytest.approx(1)
     path.unlink()
@@ -142,21 +147,17 @@ def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp
     allowed = (address, f"blob:{address}", "data:", "chrome:")
     assert not [url for url in requests(browser) if not url.startswith(allowed)]
 
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE["width"]
-
-
-PHONE = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    phone = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= phone["width"]
 
 
 @pytest.mark.usefixtures("network")
-def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(capsys: Capsys) -> None:
     assert "no run under lightning_logs has a last checkpoint" in fails(capsys, "demo", "--ckpt_path", "last")
     flags = ["demo", "--ckpt_path", "best"]
     assert "argument --port: invalid int value: 'http'" in fails(capsys, *flags, "--port", "http")
     assert "--host 127.0.0.1 --port 70000: cannot listen there" in fails(capsys, *flags, "--port", "70000")
-    unknown = ["--host", "no.such.invalid", "--port", "0"]
-    assert "--host no.such.invalid --port 0: cannot listen there" in fails(capsys, *flags, *unknown)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         assert f"--host 127.0.0.1 --port {port}: cannot listen there (" in fails(capsys, *flags, "--port", port)
