@@ -34,10 +34,6 @@ def test_untrained_loss_is_that_of_guessing() -> None:
     assert_close(F.cross_entropy(logits, torch.arange(16) % 10), torch.tensor(math.log(10)), atol=0.3, rtol=0)
 
 
-def test_hyperparameters_are_plain() -> None:
-    assert all(type(value) in (int, float, str, bool) for value in LitMNIST().hparams.values())
-
-
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [

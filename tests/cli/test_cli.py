@@ -99,9 +99,7 @@ def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trai
     assert config()["trainer"]["callbacks"] is None
 
 
-def test_without_its_config_a_checkpoint_gives_its_hyperparameters(
-    command: Command, trained: Path, capsys: Capsys
-) -> None:
+def test_without_its_config_a_checkpoint_gives_its_settings(command: Command, trained: Path, capsys: Capsys) -> None:
     (RUN / "config.yaml").unlink()
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu") == 0
     assert "no config.yaml" in capsys.readouterr().out
@@ -143,9 +141,7 @@ def test_weights_alone_are_not_resumed(command: Command, trained: Path, capsys: 
     assert "weights alone" in fails(capsys, "fit", "--ckpt_path", "last", run=command)
 
 
-def test_precision_auto_is_what_the_processor_has_and_stays_the_runs(
-    command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     auto, longer = ("--trainer.precision", "auto"), ("--ckpt_path", "last", "--trainer.max_epochs", "3")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert command("fit", *TINY, *auto) == 0
@@ -189,9 +185,7 @@ def test_precision_auto_is_what_the_processor_has_and_stays_the_runs(
         (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
     ],
 )
-def test_bad_input_is_one_line_and_costs_nothing(
-    command: Command, capsys: Capsys, flags: list[str], said: list[str]
-) -> None:
+def test_bad_input_costs_nothing(command: Command, capsys: Capsys, flags: list[str], said: list[str]) -> None:
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
     Path("broken.yaml").write_text("model: [1, 2\n")
     error = fails(capsys, "fit", "--trainer.enable_model_summary", "false", *flags, run=command)

@@ -86,15 +86,14 @@ def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     process, host, port = server
     before = sorted(tmp_path.rglob("*"))
     path = picture(tmp_path / "one.png")
-    expected = digit(grey_levels(path))
-    status, answer = ask(host, port, path.read_bytes())
-    found = json.loads(answer)
-    for known in (f"localhost:{port}", f"{host}:{port}"):
-        assert ask(host, port, path.read_bytes(), known) == (200, answer)
+    for known in ("localhost", f"{host}:{port}"):
+        status, answer = ask(host, port, path.read_bytes(), known)
+        found = json.loads(answer)
+        pixels = digit(grey_levels(path)).flatten().tolist()
+        assert (status, found["pixels"], found["problem"]) == (200, pixels, "")
+        assert sum(found["probabilities"]) == pytest.approx(1)
     for stranger in ("example.org", f"{host}.example.org:{port}"):
         assert ask(host, port, path.read_bytes(), stranger) == (403, b"")
-    assert (status, found["pixels"], found["problem"]) == (200, expected.flatten().tolist(), "")
-    assert sum(found["probabilities"]) == pytest.approx(1)
     path.unlink()
     nothing = {"pixels": [], "probabilities": [], "problem": "no PNG, JPEG, BMP, GIF, TIFF"}
     for body in (b"no picture", b""):
@@ -154,7 +153,6 @@ def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp
 
 @pytest.mark.usefixtures("network")
 def test_bad_input(capsys: Capsys) -> None:
-    assert "no run under lightning_logs has a last checkpoint" in fails(capsys, "demo", "--ckpt_path", "last")
     flags = ["demo", "--ckpt_path", "best"]
     assert "argument --port: invalid int value: 'http'" in fails(capsys, *flags, "--port", "http")
     assert "--host 127.0.0.1 --port 70000: cannot listen there" in fails(capsys, *flags, "--port", "70000")

@@ -25,9 +25,7 @@ def test_a_pipe_that_is_closed_early() -> None:
     assert process.returncode == 0
 
 
-def test_a_disk_that_fills_up_with_events(
-    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
-) -> None:
+def test_a_full_disk(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     original, left = RecordWriter.write, [12]
 
     def write(self: RecordWriter, data: bytes) -> None:
@@ -44,9 +42,7 @@ def test_a_disk_that_fills_up_with_events(
     assert command("fit", *LONGER) == 0
 
 
-def test_results_that_cannot_be_written(
-    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
-) -> None:
+def test_unwritable_results(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     original, before = Path.write_text, (RUN / "results.json").read_bytes()
 
     def write_text(self: Path, *arguments: Any, **keywords: Any) -> int:

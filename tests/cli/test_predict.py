@@ -107,7 +107,6 @@ def test_several_digits() -> None:
     ("flags", "problem"),
     [
         (["no/where.png"], "'no/where.png' is neither a file nor a folder with .bmp"),
-        ([""], "'' is neither a file nor a folder"),
         (["--split"], "--split needs pictures"),
         (["--output", "answers.txt"], "--output answers.txt: the name must end in .csv"),
         (["--output", "no/answers.csv"], "--output no/answers.csv: there is no folder "),

@@ -142,9 +142,7 @@ def test_archives_beside_are_unpacked(allowed: bool, tiny_root: Path, raw: Path,
     assert held(raw) == contents | archives | {f"{name}.bad-1": b"mine" for name in NAMES[1:]}
 
 
-def test_an_empty_root_is_filled_from_the_first_mirror(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys
-) -> None:
+def test_an_empty_root_is_filled(empty: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys) -> None:
     mirror.fault = "marked"  # as some servers do to a .gz, which must arrive as it is
     datasets.prepare(root_of(empty))
     assert held(empty) == contents
@@ -307,9 +305,7 @@ def test_a_kill_leaves_whole_files_or_none(
     assert held(empty) == contents | {"mine.tmp": b"mine", f"{NAMES[0]}.bad-1": b"mine"}
 
 
-def test_a_full_disk_is_named_and_the_good_files_stay(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk(empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
 
     def full(descriptor: int) -> None:

@@ -81,9 +81,7 @@ def mirror() -> Iterator[Mirror]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_each_is_fetched_once_read_and_taken_by_torchvision(
-    name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_is_fetched_once(name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = Published(name, mirror, monkeypatch)
     for allowed in (True, True, False):
         datasets.prepare(tmp_path, allowed, name)
@@ -117,9 +115,7 @@ def test_the_tables_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("name", ["kmnist", "emnist_digits"])
-def test_a_wrong_archive_makes_way_only_for_the_right_one(
-    name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_archive(name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = Published(name, mirror, monkeypatch)
     kept, raw = next(iter(published.archives)), published.raw(tmp_path)
     datasets.prepare(tmp_path, name=name)
