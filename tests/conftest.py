@@ -1,7 +1,5 @@
 """The fixtures: a tiny MNIST that a network learns in seconds, the real one, a finished run, a browser, no network."""
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each of the test processes has one core
@@ -90,7 +88,7 @@ def real_root() -> Path:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Chrome]:
+def browser(tmp_path: Path) -> Iterator["Chrome"]:
     """Chromium without a window, which keeps a log of its requests."""
     programs = shutil.which("chromium"), shutil.which("chromedriver")
     if not all(programs):

@@ -1,11 +1,9 @@
 """What the tests share: a tiny MNIST, the comparison of checkpoints, and commands in processes of their own."""
 
-from __future__ import annotations
-
 import hashlib
+import json
 import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Callable
 from itertools import count
@@ -13,11 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from pytorch_lightning import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_mnist.__main__ import main
+
 REPOSITORY = Path(__file__).parent.parent
+RUN = Path("lightning_logs/version_0")
+TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
+TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
+Command = Callable[..., int]
+Capsys = pytest.CaptureFixture[str]
 LONGEST = 120  # seconds: a test must fail, not hang
 CONTEXT = multiprocessing.get_context("forkserver")  # one process imports everything once, the others are its forks
 CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
@@ -29,20 +35,29 @@ class Outcome(NamedTuple):
     err: str
 
 
-def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100) -> dict[str, str]:
+def write_tiny_mnist(raw: Path, train: int = 400, test: int = 100, classes: int = 10) -> dict[str, str]:
     """Write four IDX files, each class a pattern plus noise, and give what `datasets.FILES` must be for them."""
     generator = np.random.Generator(np.random.PCG64(0))
-    patterns = np.kron(generator.integers(0, 2, (10, 7, 7)), np.ones((4, 4), np.int64)) * 180
+    patterns = np.kron(generator.integers(0, 2, (classes, 7, 7)), np.ones((4, 4), np.int64)) * 180
     raw.mkdir(parents=True, exist_ok=True)
     files = {}
     for part, size in (("train", train), ("t10k", test)):
-        labels = generator.permutation(np.arange(size) % 10).astype(np.uint8)
+        labels = generator.permutation(np.arange(size) % classes).astype(np.uint8)
         images = (patterns[labels] + generator.integers(0, 75, (size, 28, 28))).astype(np.uint8)
         for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
             content = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
             (raw / name).write_bytes(content)
             files[name] = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return files
+
+
+def fails(capsys: Capsys, *args: str, run: Command | None = None, status: int = 2) -> str:
+    """Run a command that must end with this status and one line on stderr, and return that line."""
+    capsys.readouterr()
+    assert (run(*args) if run else main(args)) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
 
 
 def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
@@ -65,11 +80,15 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
     return dict(torch.load(last, weights_only=True))
 
 
+def results(run: Path = RUN) -> dict[str, dict[str, Any]]:
+    return dict(json.loads((run / "results.json").read_text()))
+
+
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Read what `fit` logged for TensorBoard, but for timings: a step and a value each, by tag."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and not re.search("^test/|per_second", tag)]
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
     return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
 
 

@@ -1,14 +1,21 @@
 """A source of data for the tests."""
 
-from __future__ import annotations
-
 import gzip
 import socket
 import struct
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+
+from lit_mnist.data.datasets import LOCK
+
+
+def held(folder: Path) -> dict[str, object]:
+    """What a folder holds, the lock aside."""
+    paths = [path for path in folder.iterdir() if path.name != LOCK]
+    return {p.name: p.readlink() if p.is_symlink() else p.is_dir() or p.read_bytes() for p in paths}
 
 
 class Mirror:

@@ -1,16 +1,15 @@
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import RUN, TINY, Command, assert_same, last_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torchvision.io import decode_image
@@ -20,12 +19,6 @@ from lit_mnist.__main__ import main
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
-
-RUN = Path("lightning_logs/version_0")
-Command = Callable[..., int]
-
-TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
-TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
 
 
 def events(run: Path) -> EventAccumulator:
@@ -71,15 +64,13 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     assert np.mean(accuracy) == pytest.approx(scalars["val/accuracy"][-1].value, abs=1e-6)  # 5 images of each
     assert {f"val_class/{digit}" for digit in range(10)} <= set(run.Tags()["tensors"])
     assert run.Tags()["graph"]
-    texts = {
-        title: run.Tensors(f"{title}/text_summary")[0].tensor_proto.string_val[0].decode()
-        for title in ("command", "conditions", "model")
-    }
-    assert "python -m lit_mnist fit" in texts["command"]
-    assert torch.__version__.partition("+")[0] in texts["conditions"]
-    assert "DigitNet" in texts["model"]
-    layout = run.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"^(train|val)/loss$" in layout
+    for tag, part in {
+        "command/text_summary": "python -m lit_mnist fit",
+        "conditions/text_summary": torch.__version__.partition("+")[0],
+        "model/text_summary": "DigitNet",
+        "custom_scalars__config__": "^(train|val)/loss$",
+    }.items():
+        assert part.encode() in run.Tensors(tag)[0].tensor_proto.string_val[0]
 
     # the tab of the hyperparameters: the run's settings, and its metrics under the names of its scalars
     settings = hparams(run, "session_start_info").session_start_info.hparams
@@ -107,13 +98,12 @@ def test_switches_do_not_change_the_training(command: Command) -> None:
     assert not [tag for tag in tags["scalars"] if tag.startswith(("norm", "val_class"))]
     assert not (RUN / "00028").exists()
     assert command("fit", *more, "--board.every_n_epochs", "2", "--board.histograms", "true") == 0
-    accumulator = events(Path("lightning_logs/version_1"))
+    accumulator = events(RUN.with_name("version_1"))
     # every second epoch, and the last
     assert [event.step for event in accumulator.Images("answers/confusion matrix")] == [6, 20, 27]
     assert "weights/head.weight" in accumulator.Tags()["histograms"]
-    paths = Path("lightning_logs").glob("version_*/checkpoints/last-*.ckpt")
-    ours, theirs = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    ours, theirs = (last_checkpoint(run)["state_dict"] for run in (RUN, RUN.with_name("version_1")))
+    assert_same(ours, theirs)
     assert main(["fit", "--board.every_n_epochs", "-1"]) == 2
 
 
@@ -176,7 +166,7 @@ def address(run: EventAccumulator) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_in_a_browser(run: EventAccumulator, address: str, browser: Chrome) -> None:
+def test_in_a_browser(run: EventAccumulator, address: str, browser: "Chrome") -> None:
     accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
     pictures = ["answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13"]
     tabs: dict[str, tuple[list[str], int, int]] = {  # the words, pictures and cards of each

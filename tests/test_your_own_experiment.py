@@ -1,7 +1,5 @@
 """docs/your-own-experiment.md: each diff is applied to a copy of the package, and the commands under it are run."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,28 +1,22 @@
 """fit, validate and test from the command line: what they write, which settings they run with, and what they refuse."""
 
-import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import REPOSITORY, RUN, TINY, Capsys, Command, assert_same, fails, last_checkpoint, results, scalars
 
 from lit_mnist import __version__
 from lit_mnist.__main__ import main
 from lit_mnist.cli.settings import plain_settings
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "2"]
-TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
-RUN = Path("lightning_logs/version_0")
-Command = Callable[..., int]
+CONFIGS, RUNS = REPOSITORY / "configs", RUN.parent
 
 
 def only(pattern: str) -> Path:
@@ -30,29 +24,11 @@ def only(pattern: str) -> Path:
     return path
 
 
-def load(run: int) -> dict[str, Any]:
-    """The last checkpoint of a run."""
-    loaded: dict[str, Any] = torch.load(only(f"lightning_logs/version_{run}/checkpoints/last-*"), weights_only=True)
-    return loaded
-
-
 def config(run: Path = RUN) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
-    return loaded
+    return dict(yaml.safe_load((run / "config.yaml").read_text()))
 
 
-def results() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((RUN / "results.json").read_text())
-    return loaded
-
-
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_fit_then_validate_and_test(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     assert command("fit", *TINY) == 0
     out = capsys.readouterr().out
     lines = re.findall(r"^Epoch (\d): .*val accuracy (\d+\.\d\d) %", out, re.M)
@@ -82,29 +58,27 @@ def test_fit_then_validate_and_test(command: Command, capsys: pytest.CaptureFixt
     ((step, value),) = scalars(RUN)["test/accuracy"]
     assert step == 14
     assert value == pytest.approx(int(tested[1]) / 100)
-    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
 
 
-def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: Capsys) -> None:
     assert command("fit", *TINY, "--data.val_size", "0") == 0
     assert [path.name for path in (RUN / "checkpoints").iterdir()] == ["last-epoch=01-step=000016.ckpt"]
-    assert command("test", "--ckpt_path", "best") == 2
-    assert "--ckpt_path best: " in capsys.readouterr().err
-    assert command("validate", "--ckpt_path", "last") == 2
-    assert "data.val_size" in capsys.readouterr().err
+    assert "--ckpt_path best: " in fails(capsys, "test", "--ckpt_path", "best", run=command)
+    assert "data.val_size" in fails(capsys, "validate", "--ckpt_path", "last", run=command)
+    assert "test needs --ckpt_path" in fails(capsys, "test", run=command)
 
 
 def test_equal_settings_give_equal_weights_and_seeds_matter(tiny_root: Path, trained: Path) -> None:
-    first, again = load(0)["state_dict"], ["--config", str(RUN / "config.yaml"), "--data.root", str(tiny_root)]
+    again = ["--config", str(RUN / "config.yaml"), "--data.root", str(tiny_root)]
     assert main(["fit", *again]) == main(["fit", *again, "--seed_everything", "2"]) == 0
-    assert all(torch.equal(first[name], weights) for name, weights in load(1)["state_dict"].items())
-    assert not torch.equal(first["network.head.weight"], load(2)["state_dict"]["network.head.weight"])
-    assert config(Path("lightning_logs/version_2"))["seed_everything"] == 2
+    first, same, other = (last_checkpoint(RUNS / f"version_{number}")["state_dict"] for number in range(3))
+    assert_same(same, first)
+    assert not torch.equal(first["network.head.weight"], other["network.head.weight"])
+    assert config(RUNS / "version_2")["seed_everything"] == 2
 
 
-def test_a_run_is_resumed_with_its_config_under_the_flags(
-    command: Command, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trained: Path, capsys: Capsys) -> None:
     assert command("fit", "--ckpt_path", "last") == 0
     assert "Nothing to train: " in capsys.readouterr().out
     edited = config() | {"trainer": config()["trainer"] | {"max_epochs": 4, "callbacks": [{"class_path": "Timer"}]}}
@@ -115,9 +89,9 @@ def test_a_run_is_resumed_with_its_config_under_the_flags(
     for line in ("model.momentum: 0.9 -> 0.8", "model.lr: 0.4 -> 0.1", "trainer.max_epochs: 4 -> 3"):
         assert line in lines
     assert "model.mixup: 0.2 -> no longer a setting" in lines
-    assert load(0)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.8
+    assert last_checkpoint(RUN)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.8
     assert config()["trainer"]["callbacks"][0]["class_path"] == "pytorch_lightning.callbacks.Timer"
-    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
     assert only(f"{RUN}/checkpoints/last-*").name.startswith("last-epoch=02")
     assert [step for step, _ in scalars(RUN)["val/loss"]] == [17, 35, 53]
     assert results()["fit"]["epochs"] == 3
@@ -125,48 +99,34 @@ def test_a_run_is_resumed_with_its_config_under_the_flags(
     assert config()["trainer"]["callbacks"] is None
 
 
-def test_without_its_config_a_checkpoint_gives_its_hyperparameters(
-    command: Command, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_its_config_a_checkpoint_gives_its_settings(command: Command, trained: Path, capsys: Capsys) -> None:
     (RUN / "config.yaml").unlink()
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu") == 0
     assert "no config.yaml" in capsys.readouterr().out
-    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
-    assert (config()["data"]["batch_size"], load(0)["global_step"]) == (20, 54)
+    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
+    assert (config()["data"]["batch_size"], last_checkpoint(RUN)["global_step"]) == (20, 54)
     shutil.copy(only(f"{RUN}/checkpoints/last-*"), "copy.ckpt")
     assert command("fit", "--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "4", "--trainer.accelerator", "cpu") == 0
-    assert (load(0)["global_step"], load(1)["global_step"]) == (54, 72)
+    assert (last_checkpoint(RUN)["global_step"], last_checkpoint(RUNS / "version_1")["global_step"]) == (54, 72)
 
 
 def test_an_earlier_checkpoint_begins_a_new_run(command: Command, trained: Path) -> None:
-    first = RUN / "checkpoints/first.ckpt"
-    shutil.copy(only(f"{RUN}/checkpoints/last-*"), first)
+    first = shutil.copy(only(f"{RUN}/checkpoints/last-*"), RUN / "checkpoints/first.ckpt")
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
     assert command("fit", "--ckpt_path", str(first), "--trainer.max_epochs", "4") == 0
-    assert (load(0)["global_step"], load(1)["global_step"]) == (54, 72)
-    assert config(Path("lightning_logs/version_1"))["data"]["batch_size"] == 20
+    assert (last_checkpoint(RUN)["global_step"], last_checkpoint(RUNS / "version_1")["global_step"]) == (54, 72)
+    assert config(RUNS / "version_1")["data"]["batch_size"] == 20
 
 
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("fit", ["--model.network", "mlp"]),
-        ("fit", ["--model.optimizer", "adamw"]),
-        ("fit", ["--model.dropout", "0.1"]),
-        ("fit", ["--model.ema_decay", "0"]),
-        ("fit", ["--data.name", "kmnist"]),
-        ("fit", ["--data.val_size", "50"]),
-        ("fit", ["--seed_everything", "2"]),
-        ("validate", ["--data.split_seed", "7"]),
-        ("test", ["--model.layers", "8/2"]),
-    ],
-)
-def test_what_would_be_another_run_is_refused(
-    command: Command, trained: Path, capsys: pytest.CaptureFixture[str], name: str, flags: list[str]
-) -> None:
+OTHER = ["fit --model.network mlp", "fit --model.optimizer adamw", "fit --model.dropout 0.1", "fit --model.ema_decay 0"]
+OTHER += ["fit --data.name kmnist", "fit --data.val_size 50", "fit --seed_everything 2", "validate --data.split_seed 7"]
+
+
+@pytest.mark.parametrize("line", [*OTHER, "test --model.layers 8/2"])
+def test_what_would_be_another_run_is_refused(command: Command, trained: Path, capsys: Capsys, line: str) -> None:
     before = {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()}
-    assert command(name, "--ckpt_path", "last", *flags) == 2
-    assert f"{flags[0][2:]} was " in capsys.readouterr().err
+    args = line.split()
+    assert f"{args[1][2:]} was " in fails(capsys, *args, "--ckpt_path", "last", run=command)
     assert {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()} == before
 
 
@@ -175,16 +135,13 @@ def test_only_plain_settings_come_from_a_checkpoint() -> None:
     assert plain_settings("model", hostile) == {"model.lr": 0.1, "model.name": "x", "model.flag": True}
 
 
-def test_weights_alone_are_not_resumed(command: Command, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = {key: value for key, value in load(0).items() if key not in ("loops", "optimizer_states")}
+def test_weights_alone_are_not_resumed(command: Command, trained: Path, capsys: Capsys) -> None:
+    weights = {key: value for key, value in last_checkpoint(RUN).items() if key not in ("loops", "optimizer_states")}
     torch.save(weights, only(f"{RUN}/checkpoints/last-*"))
-    assert command("fit", "--ckpt_path", "last") == 2
-    assert "weights alone" in capsys.readouterr().err
+    assert "weights alone" in fails(capsys, "fit", "--ckpt_path", "last", run=command)
 
 
-def test_precision_auto_is_what_the_processor_has_and_stays_the_runs(
-    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     auto, longer = ("--trainer.precision", "auto"), ("--ckpt_path", "last", "--trainer.max_epochs", "3")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert command("fit", *TINY, *auto) == 0
@@ -208,6 +165,10 @@ def test_precision_auto_is_what_the_processor_has_and_stays_the_runs(
         (["--model.lr", "-1", "--model.warmup", "3"], ["model.lr", "-1.0", "model.warmup", "3.0"]),
         (["--model.optimizer", "adam"], ["model.optimizer", "'sgd', 'adamw'", "adam"]),
         (["--model.layers", "16 x"], ["model.layers", "'x' in '16 x'"]),
+        (["--model.network", "x"], ["model.network must be ", "x"]),
+        (["--model.network", "mlp"], ["model.layers", "widths"]),
+        (["--data.name", "x"], ["data.name", "mnist, ", "x"]),
+        (["--data.name", "idx"], ["data.root"]),
         (["--trainer.max_epochs", "-1"], ["trainer.max_epochs", "model.schedule", "-1"]),
         (["--trainer.check_val_every_n_epoch", "0"], ["trainer.check_val_every_n_epoch", "positive", "0"]),
         (["--trainer.val_check_interval", "00:00:01:00"], ["trainer.val_check_interval", "00:00:01:00"]),
@@ -224,21 +185,13 @@ def test_precision_auto_is_what_the_processor_has_and_stays_the_runs(
         (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
     ],
 )
-def test_bad_input_is_one_line_and_costs_nothing(
-    command: Command, capsys: pytest.CaptureFixture[str], flags: Sequence[str], said: list[str]
-) -> None:
+def test_bad_input_costs_nothing(command: Command, capsys: Capsys, flags: list[str], said: list[str]) -> None:
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
     Path("broken.yaml").write_text("model: [1, 2\n")
-    assert command("fit", "--trainer.enable_model_summary", "false", *flags) == 2
-    error = capsys.readouterr().err
+    error = fails(capsys, "fit", "--trainer.enable_model_summary", "false", *flags, run=command)
+    assert error.startswith("lit_mnist: error: ")
     assert [part for part in said if part not in error] == []
-    assert (error.count("\n"), error.startswith("lit_mnist: error: ")) == (1, True)
-    assert not Path("lightning_logs").exists()
-
-
-def test_scoring_needs_a_checkpoint(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("test") == 2
-    assert "test needs --ckpt_path" in capsys.readouterr().err
+    assert not RUNS.exists()
 
 
 @pytest.mark.parametrize(
@@ -248,14 +201,10 @@ def test_scoring_needs_a_checkpoint(command: Command, capsys: pytest.CaptureFixt
         (["--model.lr", "1e30"], "train/loss_step is nan"),
     ],
 )
-def test_a_training_that_fails(
-    command: Command, trained: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
-) -> None:
-    kept = {path: path.read_bytes() for path in Path("lightning_logs").rglob("*.ckpt")}
-    assert command("fit", *TINY, "--trainer.enable_model_summary", "false", *flags) == 3
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+def test_a_training_that_fails(command: Command, trained: Path, capsys: Capsys, flags: list[str], said: str) -> None:
+    kept = {path: path.read_bytes() for path in RUNS.rglob("*.ckpt")}
+    args = ["fit", *TINY, "--trainer.enable_model_summary", "false", *flags]
+    assert said in fails(capsys, *args, run=command, status=3)
     assert {path: path.read_bytes() for path in kept} == kept
 
 

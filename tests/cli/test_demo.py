@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -14,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from helpers import Capsys, fails
 from PIL import Image, ImageDraw
-from test_predict import fails, picture
+from test_predict import picture
 from torch import Tensor, nn
 
 from lit_mnist.pictures.prepare import digit, grey_levels
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 Server = tuple[subprocess.Popen[str], str, int]  # its process, and where it listens
 
 
-def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
+def draw(browser: "Chrome", corners: list[tuple[float, float]]) -> None:
     """Draw a line through corners given in shares of the sheet's side, and wait for the answer to it."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.support.ui import WebDriverWait
@@ -44,20 +43,20 @@ def draw(browser: Chrome, corners: list[tuple[float, float]]) -> None:
     WebDriverWait(browser, 60).until(lambda _: bars(browser) and browser.execute_script("return !busy"))
 
 
-def bars(browser: Chrome) -> list[float]:
+def bars(browser: "Chrome") -> list[float]:
     """The percentages that a page shows."""
     script = "return Array.from(document.querySelectorAll('#bars b'), (bar) => parseFloat(bar.textContent))"
     return [float(percentage) for percentage in browser.execute_script(script)]  # all at one moment
 
 
-def pixels(browser: Chrome) -> Tensor:
+def pixels(browser: "Chrome") -> Tensor:
     """What a page's network sees, uint8 (1, 1, 28, 28)."""
     script = "return Array.from(byId('seen').getContext('2d').getImageData(0, 0, 28, 28).data)"
     levels: list[int] = browser.execute_script(script)
     return torch.tensor(levels[::4], dtype=torch.uint8).view(1, 1, 28, 28)
 
 
-def requests(browser: Chrome) -> set[str]:
+def requests(browser: "Chrome") -> set[str]:
     entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return {each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"}
 
@@ -76,9 +75,9 @@ def server(network: nn.Module) -> Iterator[Server]:
         process.communicate()
 
 
-def ask(host: str, port: int, body: bytes) -> tuple[int, bytes]:
+def ask(host: str, port: int, body: bytes, name: str = "localhost") -> tuple[int, bytes]:
     connection = HTTPConnection(host, port, timeout=60)
-    connection.request("POST", "/read", body)
+    connection.request("POST", "/read", body, {"Host": name})
     response = connection.getresponse()
     return response.status, response.read()
 
@@ -87,11 +86,14 @@ def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     process, host, port = server
     before = sorted(tmp_path.rglob("*"))
     path = picture(tmp_path / "one.png")
-    expected = digit(grey_levels(path))
-    status, answer = ask(host, port, path.read_bytes())
-    found = json.loads(answer)
-    assert (status, found["pixels"], found["problem"]) == (200, expected.flatten().tolist(), "")
-    assert sum(found["probabilities"]) == pytest.approx(1)
+    for known in ("localhost", f"{host}:{port}"):
+        status, answer = ask(host, port, path.read_bytes(), known)
+        found = json.loads(answer)
+        pixels = digit(grey_levels(path)).flatten().tolist()
+        assert (status, found["pixels"], found["problem"]) == (200, pixels, "")
+        assert sum(found["probabilities"]) == pytest.approx(1)
+    for stranger in ("example.org", f"{host}.example.org:{port}"):
+        assert ask(host, port, path.read_bytes(), stranger) == (403, b"")
     path.unlink()
     nothing = {"pixels": [], "probabilities": [], "problem": "no PNG, JPEG, BMP, GIF, TIFF"}
     for body in (b"no picture", b""):
@@ -110,7 +112,7 @@ def drawing(strokes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.array(sheet.resize((256, 256), Image.Resampling.BOX))
 
 
-def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_path: Path) -> None:
+def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     _, host, port = server
@@ -144,21 +146,16 @@ def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_p
     allowed = (address, f"blob:{address}", "data:", "chrome:")
     assert not [url for url in requests(browser) if not url.startswith(allowed)]
 
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE["width"]
-
-
-PHONE = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    phone = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= phone["width"]
 
 
 @pytest.mark.usefixtures("network")
-def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no run under lightning_logs has a last checkpoint" in fails(capsys, "demo", "--ckpt_path", "last")
+def test_bad_input(capsys: Capsys) -> None:
     flags = ["demo", "--ckpt_path", "best"]
     assert "argument --port: invalid int value: 'http'" in fails(capsys, *flags, "--port", "http")
     assert "--host 127.0.0.1 --port 70000: cannot listen there" in fails(capsys, *flags, "--port", "70000")
-    unknown = ["--host", "no.such.invalid", "--port", "0"]
-    assert "--host no.such.invalid --port 0: cannot listen there" in fails(capsys, *flags, *unknown)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         assert f"--host 127.0.0.1 --port {port}: cannot listen there (" in fails(capsys, *flags, "--port", port)

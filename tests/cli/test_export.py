@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path
@@ -7,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers import Capsys, fails
 from test_demo import bars, draw, pixels, requests
-from test_predict import BEST, fails
+from test_predict import BEST
 from torch import nn
 from torch.testing import assert_close
 
@@ -24,11 +23,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_gives_what_the_checkpoint_gives(
-    tiny_root: Path,
-    network: nn.Module,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    suffix: str,
+    tiny_root: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: Capsys, suffix: str
 ) -> None:
     path = Path(f"digits{suffix}")
     flags = ["--ckpt_path", "best", "--output", str(path), "--data.root", str(tiny_root)]
@@ -45,16 +40,16 @@ def test_gives_what_the_checkpoint_gives(
 
         metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
         session = InferenceSession(path)
-        for batch in (images, images[:1], images[:7]):
-            answers = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
-            assert_close(answers, expected[: len(batch)], atol=1e-5, rtol=0)
+        answers = [session.run(None, {"images": images[:size].numpy()})[0] for size in (100, 1, 7)]
     else:
         with zipfile.ZipFile(path) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("metadata.json")]
             metadata = json.loads(archive.read(name))
         module = torch.export.load(path).module()
-        for batch in (images, images[:1], images[:7]):
-            assert_close(module(batch).detach(), expected[: len(batch)], atol=1e-5, rtol=0)
+        answers = [module(images[:size]).detach().numpy() for size in (100, 1, 7)]
+    for answer in answers:
+        assert_close(torch.from_numpy(answer), expected[: len(answer)], atol=1e-5, rtol=0)
+    assert [len(answer) for answer in answers] == [100, 1, 7]
     assert metadata["parameters"] == "502"
     assert metadata["test_accuracy"] == str(correct / 100)
     assert metadata["checkpoint"] == Path(BEST).name
@@ -79,7 +74,7 @@ def test_gives_what_the_checkpoint_gives(
     ],
 )
 def test_bad_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], problem: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys, flags: list[str], problem: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert problem in fails(capsys, "export", "--ckpt_path", "best", *flags)
@@ -87,7 +82,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".html"])
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Capsys, suffix: str) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     problem = fails(capsys, "export", "--ckpt_path", "best", "--output", f"digits{suffix}")
     assert "needs onnx and onnxscript and onnxruntime: pip install 'lit_mnist[export]'" in problem
@@ -104,7 +99,7 @@ def test_a_page_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm
         export.fetch_runtime()
 
 
-def test_a_page(tiny_root: Path, network: nn.Module, browser: Chrome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page(tiny_root: Path, network: nn.Module, browser: "Chrome", monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers as the network does, and asks for nothing."""
     try:
         runtime = export.fetch_runtime()

@@ -2,17 +2,15 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import RUN, Capsys, Command, fails
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-RUN = Path("lightning_logs/version_0")
 LONGER = ["--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
 LONGER += ["--trainer.enable_model_summary", "false"]
-Command = Callable[..., int]
 
 
 def test_a_pipe_that_is_closed_early() -> None:
@@ -27,9 +25,7 @@ def test_a_pipe_that_is_closed_early() -> None:
     assert process.returncode == 0
 
 
-def test_a_disk_that_fills_up_with_events(
-    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     original, left = RecordWriter.write, [12]
 
     def write(self: RecordWriter, data: bytes) -> None:
@@ -40,17 +36,13 @@ def test_a_disk_that_fills_up_with_events(
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", write)
-        assert command("fit", *LONGER) == 3
-    error = capsys.readouterr().err
+        error = fails(capsys, "fit", *LONGER, run=command, status=3)
     assert "training stopped: [Errno 28] No space left on device" in error
-    assert error.count("\n") == 1
     assert not list(RUN.rglob("*.tmp"))
     assert command("fit", *LONGER) == 0
 
 
-def test_results_that_cannot_be_written(
-    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_results(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     original, before = Path.write_text, (RUN / "results.json").read_bytes()
 
     def write_text(self: Path, *arguments: Any, **keywords: Any) -> int:
@@ -59,9 +51,6 @@ def test_results_that_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)
-        assert command("test", "--ckpt_path", "last") == 3
-    error = capsys.readouterr().err
-    assert "results.json" in error
-    assert error.count("\n") == 1
+        assert "results.json" in fails(capsys, "test", "--ckpt_path", "last", run=command, status=3)
     assert (RUN / "results.json").read_bytes() == before
     assert not list(RUN.rglob("*.tmp"))

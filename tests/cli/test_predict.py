@@ -1,17 +1,15 @@
-from __future__ import annotations
-
 import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, Capsys, Command, fails
 from PIL import Image
-from test_cli import TINY, only
+from test_cli import only
 from torch import nn
 
 from lit_mnist import LitMNIST
@@ -36,16 +34,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Run a command that must end with status 2 and one line on stderr, and return that line."""
-    capsys.readouterr()
-    assert main(list(args)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    return err
-
-
-def test_the_test_set(command: Callable[..., int], tiny_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_set(command: Command, tiny_root: Path, capsys: Capsys) -> None:
     """The probabilities are those of the LightningModule that was trained."""
     assert command("fit", *TINY) == 0
     assert command("predict", "--ckpt_path", "best") == 0
@@ -59,8 +48,6 @@ def test_the_test_set(command: Callable[..., int], tiny_root: Path, capsys: pyte
     found = torch.tensor([[float(row[f"p{label}"]) for label in range(10)] for row in rows])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
-    assert command("predict", "--ckpt_path", "best", "--output", "answers.csv") == 0
-    assert read(Path("answers.csv")) == rows
     Path("answers.csv").write_text("mine")
     flags = ["predict", "--data.root", str(tiny_root), "--ckpt_path", "best", "--output", "answers.csv"]
     assert "--output answers.csv: that file exists; --overwrite replaces it" in fails(capsys, *flags)
@@ -69,7 +56,7 @@ def test_the_test_set(command: Callable[..., int], tiny_root: Path, capsys: pyte
     assert read(Path("answers.csv")) == rows
 
 
-def test_pictures(network: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures(network: nn.Module, capsys: Capsys) -> None:
     """Files and folders, flags before, between and after them; names of any bytes, pictures of 16 bits."""
     odd = picture(Path(os.fsdecode(b"odd\xff[bold],\n.png")))
     inside = picture(Path("folder/white.gif"), 255)
@@ -94,10 +81,7 @@ def test_pictures(network: nn.Module, capsys: pytest.CaptureFixture[str]) -> Non
     with torch.inference_mode():
         expected = network(torch.from_numpy(seen.copy())[None, None]).softmax(1)[0]
     assert [float(rows[0][f"p{label}"]) for label in range(10)] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints",
-        *sorted(p.name for p in run.glob("pictures-*")),
-    ]
+    assert {path.name for path in run.iterdir() if not path.name.startswith("pictures-")} == {"checkpoints"}
 
     before = {path: path.read_bytes() for path in run.glob("pictures-*")}
     assert "none of the files shows a digit" in fails(capsys, "predict", "--ckpt_path", "best", str(broken))
@@ -123,7 +107,6 @@ def test_several_digits() -> None:
     ("flags", "problem"),
     [
         (["no/where.png"], "'no/where.png' is neither a file nor a folder with .bmp"),
-        ([""], "'' is neither a file nor a folder"),
         (["--split"], "--split needs pictures"),
         (["--output", "answers.txt"], "--output answers.txt: the name must end in .csv"),
         (["--output", "no/answers.csv"], "--output no/answers.csv: there is no folder "),
@@ -132,7 +115,7 @@ def test_several_digits() -> None:
     ],
 )
 @pytest.mark.usefixtures("network")
-def test_bad_input(capsys: pytest.CaptureFixture[str], flags: list[str], problem: str) -> None:
+def test_bad_input(capsys: Capsys, flags: list[str], problem: str) -> None:
     picture(Path("one.png"))
     picture(Path("mine.png"))
     before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
@@ -145,18 +128,12 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], flags: list[str], problem
     [
         ("hyper_parameters", {"layers": "8/2"}, "weights do not fit its network"),
         ("hyper_parameters", {"layers": "4x4"}, "settings make no network (ValueError: model.layers must be words"),
-        (
-            "hyper_parameters",
-            {"layers": "4x5/2 8/2", "network": ["digitnet"]},
-            "settings make no network (TypeError",
-        ),
+        ("hyper_parameters", {"layers": "4", "network": ["digitnet"]}, "settings make no network (TypeError"),
         ("state_dict", {"network.head.bias": "zero"}, "weights do not fit its network"),
     ],
 )
 @pytest.mark.usefixtures("network")
-def test_a_checkpoint_without_a_network(
-    capsys: pytest.CaptureFixture[str], entry: str, values: object, problem: str
-) -> None:
+def test_a_checkpoint_without_a_network(capsys: Capsys, entry: str, values: object, problem: str) -> None:
     torch.save(torch.load(BEST) | {entry: values}, BEST)
     for name in ("predict", "demo"):
         assert f"--ckpt_path {BEST}: the checkpoint's {problem}" in fails(capsys, name, "--ckpt_path", "best")

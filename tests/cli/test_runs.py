@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import Capsys, fails
 
 from lit_mnist.__main__ import main
 from lit_mnist.exact import runs
@@ -35,11 +36,9 @@ def test_best_and_last_are_of_the_newest_run_that_has_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("wanted", ["best", "last", "nowhere.ckpt", ".", "https://example.org/digits.ckpt"])
-def test_a_missing_checkpoint(tmp_path: Path, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["test", "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", wanted]) == 2
-    error = capsys.readouterr().err
-    assert f"--ckpt_path {wanted}" in error
-    assert error.count("\n") == 1
+def test_a_missing_checkpoint(tmp_path: Path, wanted: str, capsys: Capsys) -> None:
+    args = ["test", "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", wanted]
+    assert f"--ckpt_path {wanted}" in fails(capsys, *args)
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_table(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table(root: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     assert main(["runs"]) == 0
     header, first, *_, last = (line.split() for line in capsys.readouterr().out.splitlines())
@@ -70,7 +69,7 @@ def test_table(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert last == ["version_12", *"------", "unknown", "-"]
 
 
-def test_states_and_values(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_states_and_values(root: Path, capsys: Capsys) -> None:
     def table() -> list[dict[str, object]]:
         assert main(["runs", "--root_dir", str(root), "--format", "json"]) == 0
         rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
@@ -84,7 +83,7 @@ def test_states_and_values(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert rows[0] == rows[0] | {"parameters": 7976, "epochs": 3, "seconds": 12.34, "test_accuracy": 0.625}
 
 
-def test_columns_and_order(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_and_order(root: Path, capsys: Capsys) -> None:
     where = ["--root_dir", str(root), "--format", "csv"]
     assert main(["runs", *where, "--sort", "parameters"]) == 0
     rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
@@ -98,8 +97,6 @@ def test_columns_and_order(root: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     "flags", [("--root_dir", "nowhere"), ("--sort", "colour"), ("--columns", "model.colour"), ("--best",)]
 )
-def test_bad_flags(root: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["runs", "--root_dir", str(root), *flags]) == 2
-    error = capsys.readouterr().err
+def test_bad_flags(root: Path, flags: tuple[str, ...], capsys: Capsys) -> None:
+    error = fails(capsys, "runs", "--root_dir", str(root), *flags)
     assert [part for part in flags if part not in error] == []
-    assert error.count("\n") == 1

@@ -1,3 +1,4 @@
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_step(tiny_root: Path) -> N
         batches = data.train_dataloader()
         batches.rank, batches.processes = rank, processes
         batches.sampler.set_epoch(epoch)
-        iterator = iter(batches)
-        for _ in range(step):
-            next(iterator)
+        images, _ = next(islice(batches, step, None))
         torch.rand(3)
-        images, _ = next(iterator)
         return data.augment(images, torch.zeros(len(images)))[0] - images
 
     first = augmented(5, 3, 7)

