@@ -5,27 +5,24 @@ results/speed.jsonl, where nothing else ran on the machine; the baseline's are i
 at its author's accuracy, 99.44 % (0.56 % error).
 """
 
-from __future__ import annotations
-
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from records import REPOSITORY, RESULTS
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parent.parent / "docs"
 BASELINE = 99.44
 
 
 def newest(name: str, measure: str) -> dict[str, Any]:
     """Read the newest record of a measure in a file of results/."""
-    records = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return dict(next(record for record in reversed(records) if record["measure"] == measure))
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    return {record["measure"]: record for record in map(json.loads, lines)}[measure]
 
 
 def plot_recipes() -> None:
@@ -33,19 +30,15 @@ def plot_recipes() -> None:
     epoch_seconds, target = newest("speed", "epochs")["seconds"], newest("speed", "target")
     seed = json.loads((RESULTS / "seed.json").read_text())["fit"]
     seconds = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
-    first, by_parameters = plt.subplots(figsize=(7, 4.5))
-    second, by_seconds = plt.subplots(figsize=(7, 4.5))
+    (first, by_parameters), (second, by_seconds) = (plt.subplots(figsize=(7, 4.5)) for _ in range(2))
     for number, path in enumerate(sorted(RESULTS.glob("seeds-*/results.json"))):
         name, (row,) = path.parent.name.removeprefix("seeds-"), json.loads(path.read_text())["settings_tried"]
-        accuracy = [100 * trial["test/accuracy"] for trial in row["trials"]]
-        values = row["parameters"], statistics.median(epoch_seconds[name]) * row["epochs"]
-        errors = [100 - value for value in accuracy]
-        for axes, x, y in ((by_parameters, values[0], errors), (by_seconds, values[1], accuracy)):
+        accuracy = np.array([100 * trial["test/accuracy"] for trial in row["trials"]])
+        whole = statistics.median(epoch_seconds[name]) * row["epochs"]
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
+        for axes, x, y in ((by_parameters, row["parameters"], 100 - accuracy), (by_seconds, whole, accuracy)):
             axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")
-            label = f"{name}: {statistics.mean(y):.2f}, n = {len(y)}"
-            axes.scatter(
-                x, statistics.mean(y), 120, label=label, facecolors="none", edgecolors=f"C{number}", linewidths=2
-            )
+            axes.scatter(x, y.mean(), 120, label=f"{name}: {y.mean():.2f}, n = {len(y)}", **ring)
     for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, seconds, BASELINE)):
         axes.scatter(place, level, marker="x", s=80, color="black", label=f"the baseline: {level:.2f}, n = 1")
         axes.axhline(level, color="black", linewidth=0.5, linestyle=":")
@@ -82,8 +75,7 @@ def plot_processes() -> None:
 
 def save(figure: Any, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(DOCS / f"{name}.png", dpi=130, metadata={"Software": None})
-    print(DOCS / f"{name}.png")
+    figure.savefig(REPOSITORY / "docs" / f"{name}.png", dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":
