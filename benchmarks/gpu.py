@@ -7,11 +7,10 @@ runs    configs/gpu.yaml over the seeds, and each other recipe once, the quickes
 steps   what each means brings to bare steps of fast.yaml, in turns: bfloat16, a fused optimizer,
         torch.compile, a CUDA graph of the whole step, batches of up to 4096.
 busy    of bare steps, by torch's profiler: the time that the GPU is at work, kernels, launches, waits of the host.
-
-Each result is appended at once to gpu.jsonl, in the folder $OUT or else in results/.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, cast
 
+import pandas
 import torch
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -113,11 +113,10 @@ class Loop:
 
     def endless(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented batches of one size, as a graph needs them, over one epoch after the other."""
-        batches, epoch = self.data.train_batches, 0
-        while True:
+        batches = self.data.train_batches
+        for epoch in itertools.count():
             batches.sampler.set_epoch(epoch)
             yield from (self.data.augment(*batch) for batch in batches if len(batch[0]) == batches.part(0)[2])
-            epoch += 1
 
     def captured(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
@@ -177,7 +176,7 @@ def tests(options: Options) -> Iterator[Record]:
 def runs(options: Options) -> Iterator[Record]:
     """The first run of a process, which waits for libraries to be loaded, is not counted."""
     others = "fast", "default", "tiny", "record", "nano", "best", "seed"
-    seeds = [("gpu", 0), *(("gpu", 1 + number) for number in range(options.seeds)), *((name, 1) for name in others)]
+    seeds = [*(("gpu", number) for number in range(options.seeds + 1)), *((name, 1) for name in others)]
     for recipe, seed in seeds:
         flags = ["--seed_everything", str(seed), "--trainer.callbacks", f"{__name__}.Watch"]
         if options.cpu:
@@ -215,12 +214,10 @@ def steps(options: Options) -> Iterator[Record]:
             loops[name] = loop
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
-    taken: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            taken[name].append(loop.milliseconds(count))
+    taken = pandas.DataFrame({name: loop.milliseconds(count) for name, loop in loops.items()} for _ in range(rounds))
     print_rows("a bare step of fast.yaml, ms", taken, ".3f")
-    yield {"recipe": "fast", "milliseconds": taken, "failed": [name for name in VARIANTS if name not in loops]}
+    failed = [name for name in VARIANTS if name not in loops]
+    yield {"recipe": "fast", "milliseconds": taken.to_dict("list"), "failed": failed}
 
 
 def counts(profiler: profile, steps: int) -> Record:
@@ -255,7 +252,7 @@ def busy(options: Options) -> Iterator[Record]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "gpu")
-    parser.add_argument("--cpu", action="store_true", help="the same code in small on the processor, without records")
+    parser.add_argument("--cpu", action="store_true", help="the same code in small on the processor")
     parser.add_argument("--seeds", type=int, default=10, help="runs of gpu.yaml (10)")
     cpu = "--cpu" in (sys.argv if arguments is None else arguments)
     if not (cpu or torch.cuda.is_available()):

@@ -30,8 +30,7 @@ SHORT += ["--trainer.enable_model_summary", "false", "--data.val_size", "1000", 
 SHORT += ["--trainer.accelerator", "cpu", "--trainer.devices"]
 RECIPES: dict[str, list[str]] = {
     "default": [*SHORT, "1"],
-    "seed": ["--config", str(REPOSITORY / "configs" / "seed.yaml"), *SHORT, "1"],
-    "smoke": ["--config", str(REPOSITORY / "configs" / "smoke.yaml"), *SHORT, "1"],
+    **{name: ["--config", str(REPOSITORY / "configs" / f"{name}.yaml"), *SHORT, "1"] for name in ("seed", "smoke")},
     "processes": [*SHORT, "2"],
     "foreign": [],  # lit_mnist/exact in another project, under another name
 }
@@ -115,8 +114,7 @@ def trial(recipe: str, flags: list[str], expected: Outcome, seconds: float, numb
         ours = outcome(folder)
     different = sorted(key for key in expected.keys() | ours.keys() if expected.get(key) != ours.get(key))
     lengths = [len(value) for value in ours.values() if isinstance(value, list)]
-    counts = {"tensors": len(ours) - len(lengths), "scalars": sum(lengths)}
-    return {"kills": kills, **counts, "different": different}
+    return {"kills": kills, "tensors": len(ours) - len(lengths), "scalars": sum(lengths), "different": different}
 
 
 def main() -> int:

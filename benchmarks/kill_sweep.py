@@ -2,7 +2,7 @@
 
 Two learning rates with three seeds each on real MNIST, shortened, with one worker and with two, of which one is killed
 or the process that started them: minutes. Compared are all rows of the table but times and places, and every tensor of
-each run's last checkpoint. Ends with status 1 if anything differs; `--record` appends to results/kill_sweep.jsonl.
+each run's last checkpoint. Ends with status 1 if anything differs.
 """
 
 import json
@@ -27,8 +27,8 @@ def start(folder: Path, root: Path, workers: int) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     (folder / "study.yaml").write_text(STUDY.format(configs=REPOSITORY / "configs"))
     (folder / "base.yaml").write_text(BASE)
-    flags = ["--config=study.yaml", f"--data.root={root}", f"--workers={workers}"]
-    command = [sys.executable, "-m", "lit_mnist", "sweep", *flags]
+    flags = ["sweep", "--config=study.yaml", f"--data.root={root}", f"--workers={workers}"]
+    command = [sys.executable, "-m", "lit_mnist", *flags]
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 

@@ -2,7 +2,6 @@
 
 Of MNIST's test images, and of scikit-learn's `load_digits` (other people's digits of 8x8 pixels), it makes pictures as
 people have them, and numbers, and reads each as `predict` does. In the end, how confident right and wrong answers are.
-With `--record` the tables are appended with their conditions to results/pictures.jsonl.
 """
 
 import colorsys

@@ -9,10 +9,7 @@ import json
 import statistics
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
 from matplotlib import pyplot as plt
 from records import REPOSITORY, RESULTS
 
@@ -29,26 +26,24 @@ def plot_recipes() -> None:
     """Plot every test accuracy in the studies results/seeds-NAME against parameters, and against seconds."""
     epoch_seconds, target = newest("speed", "epochs")["seconds"], newest("speed", "target")
     seed = json.loads((RESULTS / "seed.json").read_text())["fit"]
-    seconds = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
+    baseline = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
     (first, by_parameters), (second, by_seconds) = (plt.subplots(figsize=(7, 4.5)) for _ in range(2))
     for number, path in enumerate(sorted(RESULTS.glob("seeds-*/results.json"))):
         name, (row,) = path.parent.name.removeprefix("seeds-"), json.loads(path.read_text())["settings_tried"]
         accuracy = np.array([100 * trial["test/accuracy"] for trial in row["trials"]])
-        whole = statistics.median(epoch_seconds[name]) * row["epochs"]
+        seconds = statistics.median(epoch_seconds[name]) * row["epochs"]
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
-        for axes, x, y in ((by_parameters, row["parameters"], 100 - accuracy), (by_seconds, whole, accuracy)):
+        for axes, x, y in ((by_parameters, row["parameters"], 100 - accuracy), (by_seconds, seconds, accuracy)):
             axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")
             axes.scatter(x, y.mean(), 120, label=f"{name}: {y.mean():.2f}, n = {len(y)}", **ring)
-    for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, seconds, BASELINE)):
+    for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, baseline, BASELINE)):
         axes.scatter(place, level, marker="x", s=80, color="black", label=f"the baseline: {level:.2f}, n = 1")
         axes.axhline(level, color="black", linewidth=0.5, linestyle=":")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
     by_parameters.set(xlabel="parameters", ylabel="test error, %", xscale="log", ylim=(0, None))
     by_parameters.set_xticks(ticks := [3_000, 6_000, 15_000, 30_000, 60_000], [f"{tick:,}" for tick in ticks])
     by_parameters.minorticks_off()
     by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
-    save(first, "error-parameters")
+    save(first, "error-parameters", "lower left")
     save(second, "accuracy-seconds")
 
 
@@ -67,13 +62,13 @@ def plot_processes() -> None:
             right.plot(steps, apart, linewidth=1, label=f"{way}, 32 bits")
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="relative difference from one process", xscale="log", yscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     save(figure, "processes-loss")
 
 
-def save(figure: Any, name: str) -> None:
+def save(figure: Any, name: str, place: str = "best") -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend(loc=place, fontsize=9)
     figure.tight_layout()
     figure.savefig(REPOSITORY / "docs" / f"{name}.png", dpi=130, metadata={"Software": None})
 

@@ -4,8 +4,6 @@ agreement   the losses of each step of an epoch of the default recipe on 1, 2 an
             one process with another number of threads, and batch norm that is not synchronised.
 machines    two machines: network namespaces joined by a veth pair, torchrun on each. The link is cut in the middle of a
             run, the run resumed, and its weights compared with those of an uninterrupted run. Needs root and `ip`.
-
-With `--record` every value is appended with its conditions to results/processes.jsonl.
 """
 
 import json
@@ -24,8 +22,7 @@ import pandas
 import torch
 from records import children, make_parser, measure, scalars
 
-FIT = ["-m", "lit_mnist", "fit", "--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0"]
-FIT += ["--trainer.accelerator", "cpu"]
+FIT = ["-m", "lit_mnist", "fit", "--board.every_n_epochs", "0", "--trainer.accelerator", "cpu"]
 VERSION = "lightning_logs/version_0"
 HOSTS = {"lit-mnist-a": "10.77.31.1", "lit-mnist-b": "10.77.31.2"}
 NETWORK = """
@@ -38,7 +35,6 @@ for name in a b; do ip -n lit-mnist-$name link set lo up; ip -n lit-mnist-$name 
 
 def start(folder: Path, flags: list[str], threads: int | None, program: tuple[str, ...] = (sys.executable,)) -> Any:
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
-    variables |= {"GLOO_SOCKET_IFNAME": "wire"} if program[0] == "ip" else {}
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*program, *FIT, *flags], cwd=folder, env=variables, **options)
 
@@ -78,12 +74,12 @@ def agreement(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def start_both(folder: Path, flags: list[str]) -> list[Any]:
-    address, pair = HOSTS["lit-mnist-a"], []
+    first, pair = HOSTS["lit-mnist-a"], []
     for name, own in HOSTS.items():
-        torchrun = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        torchrun += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:29500"]
+        torchrun = ["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=wire", sys.executable, "-m"]
+        torchrun += ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
         # torchrun recognises the host by its name, which both have in common
-        torchrun += ["--rdzv-conf", f"is_host={int(own == address)}", "--local-addr", own]
+        torchrun += [f"--rdzv-endpoint={first}:29500", f"--rdzv-conf=is_host={int(own == first)}", "--local-addr", own]
         pair.append(start(folder, flags, 1, tuple(torchrun)))
     return pair
 
@@ -143,4 +139,4 @@ def machines(options: Namespace) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     parser = make_parser(__doc__, "processes")
     parser.add_argument("--steps", type=int, help="an epoch: all of agreement, 150 of machines")
-    sys.exit(measure(parser, {"agreement": agreement, "machines": machines}, None))
+    sys.exit(measure(parser, {"agreement": agreement, "machines": machines}))

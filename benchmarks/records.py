@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -54,13 +54,10 @@ def children(process: subprocess.Popen[Any]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def measure(parser: argparse.ArgumentParser, measures: Mapping[str, Measure], arguments: list[str] | None) -> int:
-    """Take the measures that the command line names, all by default; `options.flags` are those left over.
+def measure(parser: argparse.ArgumentParser, measures: dict[str, Measure], arguments: list[str] | None = None) -> int:
+    """Take the measures that the command line names, or all; the exit status is 1 where one failed.
 
-    A record is appended as soon as it is there. A measure that fails is reported in a line, and the others continue.
-
-    Returns:
-        The exit status: 1 where one failed.
+    Each record is appended at once; after a failure the others continue. `options.flags` are the arguments left over.
     """
     parser.add_argument("measures", nargs="*", help=f"of {', '.join(measures)} (all)")
     options, options.flags = parser.parse_known_args(arguments)

@@ -9,8 +9,7 @@ overhead  training by `fit`, with its metrics, scalars and checkpoints, over the
 peak      where the time of a bare step goes, by torch's profiler, and what its convolutions reach of the processor's
           peak: of a large matrix product in its fastest number format.
 
-What is compared takes turns, because timings on shared machines drift. Prints tables; `--record` appends every value
-with its conditions to results/speed.jsonl. Other flags, as --NAME=VALUE, are given to `fit`.
+What is compared takes turns, because timings on shared machines drift. Other flags, as --NAME=VALUE, go to `fit`.
 """
 
 import sys
@@ -42,9 +41,8 @@ TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEA
 def baseline() -> nn.Module:
     """Make the course solution's network in plain PyTorch: 15,610 parameters, as configs/seed.yaml."""
 
-    def block(channels: int, width: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        return [convolution, nn.ReLU(), nn.BatchNorm2d(width), nn.Dropout(0.05)]
+    def block(inputs: int, width: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(width), nn.Dropout(0.05)]
 
     return nn.Sequential(
         *(*block(1, 16), *block(16, 16), *block(16, 16), nn.MaxPool2d(2)),
@@ -91,11 +89,11 @@ def target(options: Options) -> Iterator[Record]:
 
 
 def epochs(options: Options) -> Iterator[Record]:
-    seconds: dict[str, list[float]] = {name: [] for name in ("default", "fast", "tiny", "record", "nano", "best")}
+    seconds = {name: list[float]() for name in ("default", "fast", "tiny", "record", "nano", "best")}
     for _ in range(options.rounds):
         for name, values in seconds.items():
-            results = results_of(name, options.root, "cpu", "--trainer.max_epochs", "1", *options.flags)
-            values.append(results["fit"]["train_seconds"])
+            fit = results_of(name, options.root, "cpu", "--trainer.max_epochs", "1", *options.flags)["fit"]
+            values.append(fit["train_seconds"])
     print_rows("seconds of training an epoch", seconds)
     yield {"seconds": seconds}
 
@@ -150,11 +148,7 @@ def peak(options: Options) -> Iterator[Record]:
         yield {"recipe": name, "product_gflops": product, "gflop": gflop, "milliseconds": spent}
 
 
-def main(arguments: list[str] | None = None) -> int:
+if __name__ == "__main__":
     parser = make_parser(__doc__, "speed")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, in turns (5)")
-    return measure(parser, {part.__name__: part for part in (target, epochs, input_path, overhead, peak)}, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(parser, {part.__name__: part for part in (target, epochs, input_path, overhead, peak)}))
