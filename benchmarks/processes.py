@@ -47,7 +47,6 @@ def finish(*processes: Any) -> None:
 
 
 def agreement(options: Namespace) -> Iterator[dict[str, Any]]:
-    """Losses of each step against those of one process with a thread for each core."""
     flags = ["--data.root", str(options.root), "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"]
     flags += ["--trainer.limit_train_batches", str(options.steps)] if options.steps else []
     ways = {"1 process": (1, os.cpu_count()), "2 processes": (2, 1), "4 processes": (4, 1)}

@@ -1,13 +1,13 @@
 """Times as fast as the baseline's own loop, seconds an epoch, what the Trainer costs, and where a step's time goes.
 
-target    training with configs/fast.yaml, against the baseline's 20 epochs by a loop as its author would have written
-          it. Each round is one epoch of the baseline, with its scoring of the test set, and one whole run of ours.
-epochs    seconds of an epoch of each recipe.
-input_path  normalised images a second in shuffled batches of 128, in one process without workers: ours, and by
-          `DataLoader` over torchvision's `MNIST` with `ToTensor` and `Normalize`.
-overhead  training by `fit`, with its metrics, scalars and checkpoints, over the bare loop of gpu.py.
-peak      where the time of a bare step goes, by torch's profiler, and what its convolutions reach of the processor's
-          peak: of a large matrix product in its fastest number format.
+target      training with configs/fast.yaml, against the baseline's 20 epochs by a loop as its author would have written
+            it: in each round an epoch of the baseline, with its scoring of the test set, and a whole run of ours.
+epochs      seconds of an epoch of each recipe.
+input_path  normalised images a second in shuffled batches of 128, in one process without workers: by `TensorBatches`,
+            and by `DataLoader` over torchvision's `MNIST` with `ToTensor` and `Normalize`.
+overhead    training by `fit`, with its metrics, scalars and checkpoints, over the bare loop of gpu.py.
+peak        where the time of a bare step goes, by torch's profiler, and what its convolutions reach of the processor's
+            peak: of a large matrix product in its fastest number format.
 
 What is compared takes turns, because timings on shared machines drift. Other flags, as --NAME=VALUE, go to `fit`.
 """

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py and speed.py in small on the processor, so that they work when they are needed."""
+"""benchmarks/gpu.py in small on the processor, so that it works when it is needed."""
 
 import json
 from pathlib import Path
