@@ -1,7 +1,7 @@
 """Draw docs/error-parameters.png, accuracy-seconds.png and processes-loss.png from what results/ holds.
 
-A dot is a run, a ring the mean of a recipe's. Seconds are a run's epochs times those of an epoch in results/speed.jsonl,
-where nothing else ran on the machine. The baseline, of 20 epochs, stands at its author's accuracy, 99.44 %.
+A dot is a run, a ring a recipe's mean. Seconds are a run's epochs times those of an epoch in results/speed.jsonl, where
+nothing else ran on the machine. The baseline, of 20 epochs, stands at its author's accuracy, 99.44 %.
 """
 
 import json
