@@ -60,7 +60,8 @@ def measure(parser: argparse.ArgumentParser, measures: dict[str, Measure], argum
     Each record is appended at once; after a failure the others continue. `options.flags` are the arguments left over.
     """
     parser.add_argument("measures", nargs="*", help=f"of {', '.join(measures)} (all)")
-    options, options.flags = parser.parse_known_args(arguments)
+    options, flags = parser.parse_known_args(arguments)
+    options.flags = flags
     datasets.prepare(options.root)
     failed = 0
     for name in options.measures or measures:
