@@ -34,7 +34,7 @@ def plot_recipes() -> None:
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
         for axes, x, y in ((by_parameters, row["parameters"], 100 - accuracy), (by_seconds, seconds, accuracy)):
             axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")
-            axes.scatter(x, y.mean(), 120, label=f"{name}: {y.mean():.2f}, n = {len(y)}", **ring)
+            axes.scatter(x, statistics.mean(y), 120, label=f"{name}: {statistics.mean(y):.2f}, n = {len(y)}", **ring)
     for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, baseline, BASELINE)):
         axes.scatter(place, level, marker="x", s=80, color="black", label=f"the baseline: {level:.2f}, n = 1")
         axes.axhline(level, color="black", linewidth=0.5, linestyle=":")
@@ -42,7 +42,7 @@ def plot_recipes() -> None:
     by_parameters.set_xticks(ticks := [3_000, 6_000, 15_000, 30_000, 60_000], [f"{tick:,}" for tick in ticks])
     by_parameters.minorticks_off()
     by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
-    save(first, "error-parameters", "lower left")
+    save(first, "error-parameters", loc="lower left")
     save(second, "accuracy-seconds")
 
 
@@ -61,13 +61,13 @@ def plot_processes() -> None:
             right.plot(steps, apart, linewidth=1, label=f"{way}, 32 bits")
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="relative difference from one process", xscale="log", yscale="log")
-    save(figure, "processes-loss")
+    save(figure, "processes-loss", fontsize=8)
 
 
-def save(figure: Any, name: str, place: str = "best") -> None:
+def save(figure: Any, name: str, **legend: Any) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-        axes.legend(loc=place, fontsize=9)
+        axes.legend(**{"fontsize": 9} | legend)
     figure.tight_layout()
     figure.savefig(REPOSITORY / "docs" / f"{name}.png", dpi=130, metadata={"Software": None})
 
