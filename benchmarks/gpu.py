@@ -7,13 +7,10 @@ runs    configs/gpu.yaml over the seeds, and each other recipe once, the quickes
 steps   what each means brings to bare steps of fast.yaml, in turns: bfloat16, a fused optimizer,
         torch.compile, a CUDA graph of the whole step, batches of up to 4096.
 busy    of bare steps, by torch's profiler: the time that the GPU is at work, kernels, launches, waits of the host.
-
-Each result is appended at once to gpu.jsonl, in the folder $OUT or else in results/.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -26,10 +23,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, cast
 
+import pandas
 import torch
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
-from records import measure, print_rows
+from records import REPOSITORY, make_parser, measure, print_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -41,7 +39,7 @@ from lit_mnist.__main__ import main as lit_mnist
 from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = REPOSITORY / "configs"
 Options = argparse.Namespace
 Record = dict[str, Any]
 
@@ -98,16 +96,14 @@ class Loop:
         network: nn.Module = model.network.to(self.device).train()
         self.forward: Callable[[Tensor], Tensor] = torch.compile(network) if means.compiled else network
         self.rate = torch.tensor(hp.lr, device=self.device)
-        weights = [p for p in network.parameters() if p.ndim > 1]
-        others = [p for p in network.parameters() if p.ndim <= 1]
+        weights, others = ([p for p in network.parameters() if (p.ndim > 1) is many] for many in (True, False))
         groups = [{"params": weights, "weight_decay": hp.weight_decay}, {"params": others, "weight_decay": 0.0}]
         chosen = {"nesterov": hp.nesterov, "fused": means.fused or means.graph or None}
         self.optimizer = torch.optim.SGD(groups, self.rate if means.graph else hp.lr, hp.momentum, **chosen)
         self.current = [t.detach() for t in network.state_dict().values() if t.is_floating_point()]
         self.average = [tensor.clone() for tensor in self.current]
         self.update_average = get_ema_multi_avg_fn(hp.ema_decay)
-        own = {key: value for key, value in settings.get("data", {}).items() if key not in ("batch_size", "val_size")}
-        self.data = MNISTDataModule(batch_size=means.batch_size, val_size=0, **own)
+        self.data = MNISTDataModule(**settings.get("data", {}) | {"batch_size": means.batch_size, "val_size": 0})
         images, targets = (tensor.to(device) for tensor in datasets.load(root, train=True))
         self.data.train_batches = TensorBatches(images, targets, min(means.batch_size, len(images)), seed=1)
         self.batches = self.endless()
@@ -117,11 +113,10 @@ class Loop:
 
     def endless(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented batches of one size, as a graph needs them, over one epoch after the other."""
-        batches, epoch = self.data.train_batches, 0
-        while True:
+        batches = self.data.train_batches
+        for epoch in itertools.count():
             batches.sampler.set_epoch(epoch)
             yield from (self.data.augment(*batch) for batch in batches if len(batch[0]) == batches.part(0)[2])
-            epoch += 1
 
     def captured(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
@@ -172,7 +167,7 @@ class Loop:
 def tests(options: Options) -> Iterator[Record]:
     chosen = ["-k", "batches_on_the_device and cpu"] if options.cpu else ["-m", "gpu"]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-rs", "--tb=short", *chosen, "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     print(done.stdout[-6000:])
     yield {"status": done.returncode, "summary": (done.stdout.strip().splitlines() or [""])[-1]}
     done.check_returncode()
@@ -181,7 +176,7 @@ def tests(options: Options) -> Iterator[Record]:
 def runs(options: Options) -> Iterator[Record]:
     """The first run of a process, which waits for libraries to be loaded, is not counted."""
     others = "fast", "default", "tiny", "record", "nano", "best", "seed"
-    seeds = [("gpu", 0), *(("gpu", 1 + number) for number in range(options.seeds)), *((name, 1) for name in others)]
+    seeds = [*(("gpu", number) for number in range(options.seeds + 1)), *((name, 1) for name in others)]
     for recipe, seed in seeds:
         flags = ["--seed_everything", str(seed), "--trainer.callbacks", f"{__name__}.Watch"]
         if options.cpu:
@@ -219,12 +214,10 @@ def steps(options: Options) -> Iterator[Record]:
             loops[name] = loop
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
-    taken: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            taken[name].append(loop.milliseconds(count))
+    taken = pandas.DataFrame({name: loop.milliseconds(count) for name, loop in loops.items()} for _ in range(rounds))
     print_rows("a bare step of fast.yaml, ms", taken, ".3f")
-    yield {"recipe": "fast", "milliseconds": taken, "failed": [name for name in VARIANTS if name not in loops]}
+    failed = [name for name in VARIANTS if name not in loops]
+    yield {"recipe": "fast", "milliseconds": taken.to_dict("list"), "failed": failed}
 
 
 def counts(profiler: profile, steps: int) -> Record:
@@ -258,13 +251,13 @@ def busy(options: Options) -> Iterator[Record]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cpu", action="store_true", help="the same code in small on the processor, without records")
+    parser = make_parser(__doc__, "gpu")
+    parser.add_argument("--cpu", action="store_true", help="the same code in small on the processor")
     parser.add_argument("--seeds", type=int, default=10, help="runs of gpu.yaml (10)")
     cpu = "--cpu" in (sys.argv if arguments is None else arguments)
     if not (cpu or torch.cuda.is_available()):
         parser.error("there is no CUDA device; --cpu runs the same code in small on the processor")
-    parser.set_defaults(device=torch.device("cpu" if cpu else "cuda"), record=not cpu, records=Path("gpu.jsonl"))
+    parser.set_defaults(device=torch.device("cpu" if cpu else "cuda"), record=not cpu)
     return measure(parser, {part.__name__: part for part in (tests, runs, steps, busy)}, arguments)
 
 

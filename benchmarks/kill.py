@@ -1,17 +1,11 @@
 """Kill the real program with SIGKILL at random moments, resume it, and compare with the run that was never killed.
 
-    python benchmarks/kill.py            # 60 kills over four recipes and a foreign project (tests/foreign.py): minutes
-    python benchmarks/kill.py --kills 3 smoke
-
 Each trial trains a shortened recipe on real MNIST, is killed at random (seeded) moments of its training, or now and
 then of its start, up to four times, is resumed with `--ckpt_path last` and left to end; of two processes one is killed,
 and the other has to end by itself. A kill counts where it left a checkpoint to resume. Every tensor of the checkpoints
 and every scalar of the curve but the timings is compared; the exit status is 1 where anything differs.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
 import random
 import shutil
@@ -20,26 +14,24 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 import torch
-from records import add_flag, append
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from records import REPOSITORY, append, children, make_parser, scalars
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lit_mnist.data import datasets
-from lit_mnist.exact.conditions import conditions
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SHORT = ["--trainer.max_epochs", "3", "--trainer.limit_train_batches", "40", "--trainer.log_every_n_steps", "3"]
 SHORT += ["--trainer.enable_model_summary", "false", "--data.val_size", "1000", "--checkpoint.every_seconds", "0.2"]
-SHORT += ["--trainer.accelerator", "cpu"]
+SHORT += ["--trainer.accelerator", "cpu", "--trainer.devices"]
 RECIPES: dict[str, list[str]] = {
-    "default": [*SHORT, "--trainer.devices", "1"],
-    "seed": ["--config", str(REPOSITORY / "configs" / "seed.yaml"), *SHORT, "--trainer.devices", "1"],
-    "smoke": ["--config", str(REPOSITORY / "configs" / "smoke.yaml"), *SHORT, "--trainer.devices", "1"],
-    "processes": [*SHORT, "--trainer.devices", "2"],
+    "default": [*SHORT, "1"],
+    **{name: ["--config", str(REPOSITORY / "configs" / f"{name}.yaml"), *SHORT, "1"] for name in ("seed", "smoke")},
+    "processes": [*SHORT, "2"],
     "foreign": [],  # lit_mnist/exact in another project, under another name
 }
 # one thread a process: sums come out in one order
@@ -57,10 +49,10 @@ def start(folder: Path, flags: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
 
 
-def wait(folder: Path, process: subprocess.Popen[bytes]) -> float:
-    """Wait until a run opens an event file or ends, and return that moment: nothing can be lost before."""
-    before = event_files(folder)
-    while event_files(folder) == before and process.poll() is None:
+def wait(folder: Path, process: subprocess.Popen[bytes], pattern: str = "version_0/events.out.*") -> float:
+    """Wait until a run makes another file, or ends, and return that moment: before an event file none can be lost."""
+    before = set(folder.glob(f"lightning_logs/{pattern}"))
+    while set(folder.glob(f"lightning_logs/{pattern}")) == before and process.poll() is None:
         sleep(0.005)
     return monotonic()
 
@@ -74,10 +66,6 @@ def finish(folder: Path, flags: list[str]) -> float:
     return monotonic() - opened
 
 
-def event_files(folder: Path) -> set[Path]:
-    return set(folder.glob("lightning_logs/version_0/events.out.*"))
-
-
 def kill_somewhere(folder: Path, flags: list[str], seconds: float, moment: random.Random) -> bool:
     """Start a run and kill a process of it, one time in eight in its start; False where it ended before."""
     process, in_start = start(folder, flags), moment.random() < 1 / 8
@@ -86,8 +74,7 @@ def kill_somewhere(folder: Path, flags: list[str], seconds: float, moment: rando
         sleep(0.002)
     if process.poll() is not None:
         return False
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(moment.choice([process.pid, *map(int, children)]), signal.SIGKILL)
+    os.kill(moment.choice([process.pid, *children(process)]), signal.SIGKILL)
     process.wait()
     for _ in range(1200):  # the other process has to notice
         try:
@@ -98,29 +85,21 @@ def kill_somewhere(folder: Path, flags: list[str], seconds: float, moment: rando
     raise RuntimeError("a process waits for one that was killed")
 
 
-def tensors_of(value: Any, name: str) -> dict[str, bytes]:
-    """Return the bytes of all tensors in a tree of a checkpoint, by their path below the name."""
-    if isinstance(value, torch.Tensor):
-        return {name: value.numpy().tobytes()}
-    found: dict[str, bytes] = {}
-    if isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            found |= tensors_of(part, f"{name}/{key}")
-    return found
+def tensors_of(path: Path, name: str) -> dict[str, bytes]:
+    """Return the bytes of all tensors of a checkpoint, by their place in it below the name."""
+    leaves, _ = tree_flatten_with_path(torch.load(path, weights_only=True))
+    return {name + keystr(key): leaf.numpy().tobytes() for key, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def outcome(folder: Path) -> Outcome:
     """Return the bytes of all tensors of the checkpoints, and the scalars of each tag."""
     run, found = folder / "lightning_logs" / "version_0", dict[str, bytes]()
     for path in run.glob("checkpoints/*"):
-        found |= tensors_of(torch.load(path, weights_only=True), path.name)
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"train/samples_per_second"}
-    return {**found, **{tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in tags}}
+        found |= tensors_of(path, path.name)
+    return {**found, **{tag: values for tag, values in scalars(run).items() if tag != "train/samples_per_second"}}
 
 
-def trial(recipe: str, number: int, flags: list[str], expected: Outcome, seconds: float) -> dict[str, Any]:
+def trial(recipe: str, flags: list[str], expected: Outcome, seconds: float, number: int) -> dict[str, Any]:
     moment, kills, next_flags = random.Random(f"{recipe} {number}"), 0, flags
     with tempfile.TemporaryDirectory() as name:
         folder, killed = Path(name), True
@@ -134,40 +113,32 @@ def trial(recipe: str, number: int, flags: list[str], expected: Outcome, seconds
         finish(folder, next_flags)
         ours = outcome(folder)
     different = sorted(key for key in expected.keys() | ours.keys() if expected.get(key) != ours.get(key))
-    scalars = [len(value) for value in ours.values() if isinstance(value, list)]
-    counts = {"tensors": len(ours) - len(scalars), "scalars": sum(scalars)}
-    return {"kills": kills, **counts, "different": different}
+    lengths = [len(value) for value in ours.values() if isinstance(value, list)]
+    return {"kills": kills, "tensors": len(ours) - len(lengths), "scalars": sum(lengths), "different": different}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__, "kill")
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), help=f"of {', '.join(RECIPES)} (all)")
     parser.add_argument("--kills", type=int, default=60, help="at least so many, over all recipes (60)")
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "data", help="folder of the data")
-    add_flag(parser, "kill")
     options = parser.parse_args()
     datasets.prepare(options.root)
     torch.set_num_threads(1)  # as in the runs
-    where, failed = conditions(torch.device("cpu")), 0
-    print("| recipe | runs | kills | tensors compared a run | scalars compared a run | runs that differ |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    failed = 0
     for recipe in options.recipes:
-        flags = RECIPES[recipe] and [*RECIPES[recipe], "--data.root", str(options.root.resolve())]
+        flags = RECIPES[recipe] and [*RECIPES[recipe], "--data.root", str(options.root)]
         with tempfile.TemporaryDirectory() as name:
-            seconds = finish(Path(name), flags)
-            expected = outcome(Path(name))
+            seconds, expected = finish(Path(name), flags), outcome(Path(name))
         done: list[dict[str, Any]] = []
         with ThreadPoolExecutor(2) as pool:
             while (kills := sum(one["kills"] for one in done)) * len(options.recipes) < options.kills:
                 numbers = range(len(done), len(done) + 2)
-                done += pool.map(trial, *zip(*((recipe, n, flags, expected, seconds) for n in numbers), strict=True))
+                done += pool.map(partial(trial, recipe, flags, expected, seconds), numbers)
         for one in done:
-            append(options, {"recipe": recipe, **one}, where)
-        different = sorted({name for one in done for name in one["different"]})
+            append(options, {"recipe": recipe, **one})
+        different = [one["different"] for one in done if one["different"]]
         failed += len(different)
-        runs = sum(bool(one["different"]) for one in done)
-        counts = len(done), kills, done[0]["tensors"], done[0]["scalars"], runs
-        print(f"| {recipe} | {' | '.join(map(str, counts))} |", *different, sep="\n", flush=True)
+        print(f"{recipe}: {len(done)} runs, {kills} kills, {len(different)} runs differ", *different, flush=True)
     return int(failed > 0)
 
 

@@ -2,12 +2,9 @@
 
 Two learning rates with three seeds each on real MNIST, shortened, with one worker and with two, of which one is killed
 or the process that started them: minutes. Compared are all rows of the table but times and places, and every tensor of
-each run's last checkpoint. Ends with status 1 if anything differs; `--record` appends to results/kill_sweep.jsonl.
+each run's last checkpoint. Ends with status 1 if anything differs.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import random
@@ -19,21 +16,19 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-import torch
-from kill import ENVIRONMENT, REPOSITORY, tensors_of
-from records import add_flag, append
+from kill import ENVIRONMENT, tensors_of, wait
+from records import REPOSITORY, append, children, make_parser
 
 STUDY = "base: [{configs}/smoke.yaml, base.yaml]\nsettings: {{model.lr: [0.2, 0.4]}}\nseeds: 3\nheartbeat: 2\n"
 BASE = "trainer: {max_epochs: 4, limit_train_batches: 60, accelerator: cpu}\ncheckpoint: {every_seconds: 0.2}\n"
 
 
-def start(folder: Path, options: argparse.Namespace, workers: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, root: Path, workers: int) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     (folder / "study.yaml").write_text(STUDY.format(configs=REPOSITORY / "configs"))
     (folder / "base.yaml").write_text(BASE)
-    flags = ["--config=study.yaml", f"--data.root={Path(options.root).resolve()}", f"--workers={workers}"]
-    flags += [f"--storage={options.storage}"] if options.storage and folder.name != "whole" else []
-    command = [sys.executable, "-m", "lit_mnist", "sweep", *flags]
+    flags = ["sweep", "--config=study.yaml", f"--data.root={root}", f"--workers={workers}"]
+    command = [sys.executable, "-m", "lit_mnist", *flags]
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
@@ -45,22 +40,18 @@ def outcome(folder: Path) -> tuple[Any, dict[str, bytes]]:
         del row["seconds"]
         for run in row["trials"]:
             path = next((folder / "lightning_logs" / run["run"] / "checkpoints").glob("last-*"))
-            name = f"lr {row['model.lr']}, seed {run['seed']}"
-            found |= tensors_of(torch.load(path, weights_only=True), name)
+            found |= tensors_of(path, f"lr {row['model.lr']}, seed {run['seed']}")
             del run["run"], run["seconds"]
     return rows, found
 
 
 def kill(folder: Path, process: subprocess.Popen[bytes], moment: random.Random) -> bool:
     """Kill the command or one of its workers some seconds after it has begun a run; False if it ended before."""
-    before = set(folder.glob("lightning_logs/version_*"))
-    while set(folder.glob("lightning_logs/version_*")) == before and process.poll() is None:
-        sleep(0.01)
+    wait(folder, process, "version_*")
     sleep(moment.uniform(0, 6))
     if process.poll() is not None:
         return False
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], stdout=subprocess.PIPE).stdout
-    workers = [int(pid) for pid in listed.split()]
+    workers = children(process)
     if workers and moment.random() < 0.5:  # the others continue
         os.kill(moment.choice(workers), signal.SIGKILL)
         sleep(moment.uniform(0, 6))
@@ -72,27 +63,22 @@ def kill(folder: Path, process: subprocess.Popen[bytes], moment: random.Random) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="so many workers (1 and 2)")
-    parser.add_argument("--kills", type=int, default=5, help="so often each (5)")
-    parser.add_argument("--storage", help="a database's URL; it must be empty")
-    parser.add_argument("--root", default=str(REPOSITORY / "data"), help="folder of the data")
-    add_flag(parser, "kill_sweep")
+    parser = make_parser(__doc__, "kill_sweep")
+    parser.add_argument("--kills", type=int, default=5, help="so often with one worker, and with two (5)")
     options, different = parser.parse_args(), False
     with tempfile.TemporaryDirectory() as name:
-        start(whole := Path(name, "whole"), options, 1).wait()
-        table, expected = outcome(whole)
-        for workers in options.workers:
+        start(whole := Path(name, "whole"), options.root, 1).wait()
+        expected = outcome(whole)
+        for workers in (1, 2):
             folder, moment = Path(name, str(workers)), random.Random(workers)
-            kills = sum(kill(folder, start(folder, options, workers), moment) for _ in range(options.kills))
-            start(folder, options, workers).wait()
-            ours, found = outcome(folder)
-            same = ours == table and found == expected
-            record = {"workers": workers, "storage": (options.storage or "sqlite").partition(":")[0], "kills": kills}
-            record |= {"runs": len(list(folder.glob("lightning_logs/version_*"))), "tensors": len(found), "same": same}
-            print(record, flush=True)
+            kills = sum(kill(folder, start(folder, options.root, workers), moment) for _ in range(options.kills))
+            start(folder, options.root, workers).wait()
+            ours = outcome(folder)
+            runs = len(list(folder.glob("lightning_logs/version_*")))
+            record = {"workers": workers, "kills": kills, "runs": runs, "tensors": len(ours[1])}
+            print(record := record | {"same": ours == expected}, flush=True)
             append(options, record)
-            different |= not same
+            different |= ours != expected
     return int(different)
 
 

@@ -1,24 +1,20 @@
 """How well a checkpoint reads digits that do not come in MNIST's form.
 
-    python benchmarks/pictures.py lightning_logs/version_0/checkpoints/best-....ckpt
-
 Of MNIST's test images, and of scikit-learn's `load_digits` (other people's digits of 8x8 pixels), it makes pictures as
 people have them, and numbers, and reads each as `predict` does. In the end, how confident right and wrong answers are.
-With `--record` the tables are appended with their conditions to results/pictures.jsonl.
 """
 
-from __future__ import annotations
-
-import argparse
 import colorsys
 import math
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pandas
 import torch
 from PIL import Image
-from records import add_flag, append
+from records import append, make_parser
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -70,25 +66,20 @@ class Painter:
     def photograph(self, ink: Tensor, light: Tensor | float = 0.85, strength: float = 0.8) -> Tensor:
         return (light * (1 - strength * ink) + 0.012 * self.noise(*ink.shape)).clamp(0, 1)
 
-    def place(self, ink: Tensor, side: int) -> Tensor:
-        whole = torch.zeros(side, side)
-        top, left = (int(self.uniform(0, side - length)) for length in ink.shape)
+    def place(self, ink: Tensor, side: int, starts: Sequence[float] = (0, 0), margin: int = 0) -> Tensor:
+        """The ink somewhere on a canvas, from STARTS, its first row and column, to a margin at the other ends."""
+        ends = (max(side - length - margin, start) for length, start in zip(ink.shape, starts, strict=True))
+        top, left = (int(self.uniform(start, end)) for start, end in zip(starts, ends, strict=True))
+        whole = torch.zeros(side + 80, side + 80)
         whole[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-        return whole
+        return whole[:side, :side]
 
     def scene(self, digit: Tensor, room: tuple[float, float] = (0, 0)) -> Tensor:
         """The digit's ink somewhere on a canvas, 35 to 60 % of it, with ROOM left above and to the left."""
         digit, _ = cropped(digit)
         scale = self.uniform(0.35, 0.6) * CANVAS / max(digit.shape)
         ink = resized(digit, [max(2, round(side * scale)) for side in digit.shape])
-        starts = [share * CANVAS + 12 for share in room]
-        top, left = (
-            int(self.uniform(start, max(CANVAS - side - 12, start)))
-            for side, start in zip(ink.shape, starts, strict=True)
-        )
-        whole = torch.zeros(CANVAS + 80, CANVAS + 80)
-        whole[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-        return whole[:CANVAS, :CANVAS]
+        return self.place(ink, CANVAS, [share * CANVAS + 12 for share in room], 12)
 
     def lines(self, offsets: list[float], angle: float) -> Tensor:
         width, along = self.uniform(1.5, 4), distance(angle)
@@ -177,8 +168,7 @@ class Painter:
 
     def low_contrast(self, digit: Tensor) -> Tensor:
         """A pencil: ink that takes 10 to 20 % of the light, in noise."""
-        ink = self.scene(digit)
-        return self.photograph(ink, strength=self.uniform(0.1, 0.2))
+        return self.photograph(self.scene(digit), strength=self.uniform(0.1, 0.2))
 
     def colour_ink(self, digit: Tensor) -> Tensor:
         """Ink of any hue on white or tinted paper, float (H, W, 3), yellow on white among it."""
@@ -215,9 +205,9 @@ def read(picture: Tensor) -> Tensor:
         return torch.zeros(1, 28, 28, dtype=torch.uint8)
 
 
-def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> tuple[int, int]:
-    """How many digits of 50 numbers, postal codes of 5 and telephone numbers of 8 to 10, are read in their places."""
-    painter, right, total = Painter(), 0, 0
+def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> Iterator[bool]:
+    """Whether each digit of 50 numbers, postal codes of 5 and telephone numbers of 8 to 10, is read in its place."""
+    painter = Painter()
     for index in range(50):
         length = 5 if index % 2 else int(painter.uniform(8, 11))
         chosen = torch.randint(len(inks), (length,), generator=painter.generator).tolist()
@@ -227,17 +217,13 @@ def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> t
         middles = [x + width / 2 for (x, _, width, _), _ in found]
         for choice, (first, last) in zip(chosen, columns, strict=True):
             there = [answer for x, answer in zip(middles, answers, strict=True) if first <= x <= last]
-            right += there == [labels[choice]]
-        total += length
-    return right, total
+            yield there == [labels[choice]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__, "pictures")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--root", default="data", help="folder of the data (data)")
     parser.add_argument("--count", type=int, default=300, help="digits of each set (300)")
-    add_flag(parser, "pictures")
     options = parser.parse_args()
     checkpoint = read_checkpoint(options.checkpoint)
     network, others = load_network(checkpoint), load_digits()
@@ -245,31 +231,24 @@ def main() -> None:
     images, targets = datasets.load(options.root, train=False)
     sets = {"MNIST": (images[:, 0] / 255, targets.tolist())}
     sets["load_digits"] = torch.from_numpy(others.images).float() / 16, others.target.tolist()
-    correct: dict[str, tuple[int, int]] = {}
-    confidences: dict[str, list[float]] = {"right answers": [], "wrong answers": []}
+    rows: list[tuple[str, bool, float | None]] = []
     for name, (levels, labels) in sets.items():
         inks = list(levels[: options.count])
         for difficulty in ("as they are", *DIFFICULTIES):
             make = getattr(Painter(), difficulty.replace(" ", "_"), lambda ink: ink)
             seen = [read(make(ink)) for ink in track(inks, f"{name}, {difficulty}")]
             confidence, answers = report.classify(network, torch.stack(seen)).max(1)
-            right = answers == torch.tensor(labels[: len(inks)])
-            correct[f"{name}, {difficulty}"] = int(right.sum()), len(inks)
-            confidences["right answers"] += confidence[right].tolist()
-            confidences["wrong answers"] += confidence[~right].tolist()
-        correct[f"{name}, numbers"] = read_numbers(network, inks, labels)
+            right = (answers == torch.tensor(labels[: len(inks)])).tolist()
+            rows += zip([f"{name}, {difficulty}"] * len(inks), right, confidence.tolist(), strict=True)
+        rows += [(f"{name}, numbers", right, None) for right in read_numbers(network, inks, labels)]
 
-    for name, (count, total) in correct.items():
-        print(f"{name:<28}{f'{count}/{total}':>10}{count / total:>10.2%}")
-    print(f"\n{'confidence of':<20}{'n':>7}{'median':>9}{'over 90 %':>11}{'over 99 %':>11}")
-    summary = {}
-    for name, values in confidences.items():
-        all_values = torch.tensor(values or [0.0])
-        above = [float((all_values > level).float().mean()) for level in (0.9, 0.99)]
-        summary[name] = [len(values), float(all_values.median()), *above]
-        print("{:<20}{:>7}{:>9.1%}{:>11.1%}{:>11.1%}".format(name, *summary[name]))
-    record = {"checkpoint": options.checkpoint.name, "model": dict(checkpoint["hyper_parameters"]), "correct": correct}
-    append(options, record | {"confidence": summary})
+    table = pandas.DataFrame(rows, columns=["pictures", "right", "confidence"])
+    correct = table.groupby("pictures", sort=False)["right"].agg(["sum", "count", "mean"])
+    median = table.groupby("right")["confidence"].median()
+    print(correct.to_string(), median.to_string(), sep="\n\n")
+    record = {"checkpoint": options.checkpoint.name, "model": dict(checkpoint["hyper_parameters"])}
+    tables = {"correct": correct[["sum", "count"]].T.to_dict("list"), "median_confidence": median.tolist()}
+    append(options, record | tables)
 
 
 if __name__ == "__main__":

@@ -1,61 +1,48 @@
 """Draw docs/error-parameters.png, accuracy-seconds.png and processes-loss.png from what results/ holds.
 
-Every run is a dot, the mean of a recipe's runs a ring. A recipe's seconds are its epochs times those of an epoch in
-results/speed.jsonl, where nothing else ran on the machine; the baseline's are its 20 epochs there. The baseline stands
-at its author's accuracy, 99.44 % (0.56 % error).
+A dot is a run, a ring a recipe's mean. Seconds are a run's epochs times those of an epoch in results/speed.jsonl, where
+nothing else ran on the machine. The baseline, of 20 epochs, stands at its author's accuracy, 99.44 %.
 """
-
-from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
+import numpy as np
 from matplotlib import pyplot as plt
+from records import REPOSITORY, RESULTS
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parent.parent / "docs"
 BASELINE = 99.44
 
 
 def newest(name: str, measure: str) -> dict[str, Any]:
     """Read the newest record of a measure in a file of results/."""
-    records = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return dict(next(record for record in reversed(records) if record["measure"] == measure))
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    return {record["measure"]: record for record in map(json.loads, lines)}[measure]
 
 
 def plot_recipes() -> None:
     """Plot every test accuracy in the studies results/seeds-NAME against parameters, and against seconds."""
     epoch_seconds, target = newest("speed", "epochs")["seconds"], newest("speed", "target")
     seed = json.loads((RESULTS / "seed.json").read_text())["fit"]
-    seconds = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
-    first, by_parameters = plt.subplots(figsize=(7, 4.5))
-    second, by_seconds = plt.subplots(figsize=(7, 4.5))
+    baseline = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
+    (first, by_parameters), (second, by_seconds) = (plt.subplots(figsize=(7, 4.5)) for _ in range(2))
     for number, path in enumerate(sorted(RESULTS.glob("seeds-*/results.json"))):
         name, (row,) = path.parent.name.removeprefix("seeds-"), json.loads(path.read_text())["settings_tried"]
-        accuracy = [100 * trial["test/accuracy"] for trial in row["trials"]]
-        values = row["parameters"], statistics.median(epoch_seconds[name]) * row["epochs"]
-        errors = [100 - value for value in accuracy]
-        for axes, x, y in ((by_parameters, values[0], errors), (by_seconds, values[1], accuracy)):
+        accuracy = np.array([100 * trial["test/accuracy"] for trial in row["trials"]])
+        seconds = statistics.median(epoch_seconds[name]) * row["epochs"]
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
+        for axes, x, y in ((by_parameters, row["parameters"], 100 - accuracy), (by_seconds, seconds, accuracy)):
             axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")
-            label = f"{name}: {statistics.mean(y):.2f}, n = {len(y)}"
-            axes.scatter(
-                x, statistics.mean(y), 120, label=label, facecolors="none", edgecolors=f"C{number}", linewidths=2
-            )
-    for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, seconds, BASELINE)):
+            axes.scatter(x, statistics.mean(y), 120, label=f"{name}: {statistics.mean(y):.2f}, n = {len(y)}", **ring)
+    for axes, place, level in ((by_parameters, seed["parameters"], 100 - BASELINE), (by_seconds, baseline, BASELINE)):
         axes.scatter(place, level, marker="x", s=80, color="black", label=f"the baseline: {level:.2f}, n = 1")
         axes.axhline(level, color="black", linewidth=0.5, linestyle=":")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower left" if axes is by_parameters else "best", fontsize=9)
     by_parameters.set(xlabel="parameters", ylabel="test error, %", xscale="log", ylim=(0, None))
     by_parameters.set_xticks(ticks := [3_000, 6_000, 15_000, 30_000, 60_000], [f"{tick:,}" for tick in ticks])
     by_parameters.minorticks_off()
     by_seconds.set(xlabel="seconds of training on two CPU cores", ylabel="test accuracy, %", xscale="log")
-    save(first, "error-parameters")
+    save(first, "error-parameters", loc="lower left")
     save(second, "accuracy-seconds")
 
 
@@ -74,16 +61,15 @@ def plot_processes() -> None:
             right.plot(steps, apart, linewidth=1, label=f"{way}, 32 bits")
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="relative difference from one process", xscale="log", yscale="log")
-    for axes in (left, right):
+    save(figure, "processes-loss", fontsize=8)
+
+
+def save(figure: Any, name: str, **legend: Any) -> None:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    save(figure, "processes-loss")
-
-
-def save(figure: Any, name: str) -> None:
+        axes.legend(**{"fontsize": 9} | legend)
     figure.tight_layout()
-    figure.savefig(DOCS / f"{name}.png", dpi=130, metadata={"Software": None})
-    print(DOCS / f"{name}.png")
+    figure.savefig(REPOSITORY / "docs" / f"{name}.png", dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":

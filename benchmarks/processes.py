@@ -1,24 +1,18 @@
 """One run on several processes and machines: whether it is the same, and what a cut link costs.
 
-    python benchmarks/processes.py                        # both, on a quiet machine: a quarter of an hour
-    python benchmarks/processes.py agreement --steps 50   # one of them
-
 agreement   the losses of each step of an epoch of the default recipe on 1, 2 and 4 processes, in 64 and 32 bits, beside
             one process with another number of threads, and batch norm that is not synchronised.
 machines    two machines: network namespaces joined by a veth pair, torchrun on each. The link is cut in the middle of a
             run, the run resumed, and its weights compared with those of an uninterrupted run. Needs root and `ip`.
-
-With `--record` every value is appended with its conditions to results/processes.jsonl.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -26,27 +20,21 @@ from typing import Any
 
 import pandas
 import torch
-from records import add_flag, append
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from records import children, make_parser, measure, scalars
 
-FIT = ["-m", "lit_mnist", "fit", "--trainer.enable_model_summary", "false", "--board.every_n_epochs", "0"]
-FIT += ["--trainer.accelerator", "cpu"]
+FIT = ["-m", "lit_mnist", "fit", "--board.every_n_epochs", "0", "--trainer.accelerator", "cpu"]
 VERSION = "lightning_logs/version_0"
 HOSTS = {"lit-mnist-a": "10.77.31.1", "lit-mnist-b": "10.77.31.2"}
 NETWORK = """
 ip netns add lit-mnist-a; ip netns add lit-mnist-b
 ip link add wire netns lit-mnist-a type veth peer name wire netns lit-mnist-b
-for name in a b; do
-    address=10.77.31.$([ $name = a ] && echo 1 || echo 2)/24
-    ip -n lit-mnist-$name address add $address dev wire
-    ip -n lit-mnist-$name link set lo up; ip -n lit-mnist-$name link set wire up
-done
+ip -n lit-mnist-a address add 10.77.31.1/24 dev wire; ip -n lit-mnist-b address add 10.77.31.2/24 dev wire
+for name in a b; do ip -n lit-mnist-$name link set lo up; ip -n lit-mnist-$name link set wire up; done
 """
 
 
 def start(folder: Path, flags: list[str], threads: int | None, program: tuple[str, ...] = (sys.executable,)) -> Any:
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
-    variables |= {"GLOO_SOCKET_IFNAME": "wire"} if program[0] == "ip" else {}
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*program, *FIT, *flags], cwd=folder, env=variables, **options)
 
@@ -58,24 +46,20 @@ def finish(*processes: Any) -> None:
             raise RuntimeError(f"{' '.join(process.args)} ended with status {process.returncode}:\n{output}")
 
 
-def agreement(root: str, options: argparse.Namespace) -> Any:
-    """Losses of each step against those of one process with a thread for each core."""
-    flags = ["--data.root", root, "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"]
+def agreement(options: Namespace) -> Iterator[dict[str, Any]]:
+    flags = ["--data.root", str(options.root), "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"]
     flags += ["--trainer.limit_train_batches", str(options.steps)] if options.steps else []
-    ways: dict[str, tuple[int, list[str], int | None]] = {"1 process": (1, [], os.cpu_count())}
-    ways |= {"2 processes": (2, [], 1), "4 processes": (4, [], 1), "1 process, 1 thread": (1, [], 1)}
-    for number in (2, 4):
-        ways[f"{number} processes, batch norm apart"] = number, ["--trainer.sync_batchnorm", "false"], 1
+    ways = {"1 process": (1, os.cpu_count()), "2 processes": (2, 1), "4 processes": (4, 1)}
+    ways |= {"1 process, 1 thread": (1, 1)} | {f"{n} processes, batch norm apart": (n, 1) for n in (2, 4)}
     record: dict[str, Any] = {}
     for precision in ("64-true", "32-true"):
         rows = {}
-        for name, (number, extra, threads) in ways.items():
+        for name, (number, threads) in ways.items():
             with tempfile.TemporaryDirectory() as where:
-                more = ["--trainer.devices", str(number), "--trainer.precision", precision, *extra]
+                more = ["--trainer.devices", str(number), "--trainer.precision", precision]
+                more += ["--trainer.sync_batchnorm", "false"] if "apart" in name else []
                 finish(start(Path(where), [*flags, *more], threads))
-                events = EventAccumulator(f"{where}/{VERSION}", size_guidance={"scalars": 0})
-                events.Reload()
-                losses = [event.value for event in events.Scalars("train/loss_step")]
+                losses = [value for _, value in scalars(Path(where, VERSION))["train/loss_step"]]
                 metrics = json.loads(Path(where, VERSION, "results.json").read_text())["fit"]["metrics"]
             scores = {"val_loss": metrics["val/loss"], "val_accuracy": metrics["val/accuracy"]}
             record[f"{precision}, {name}"] = {"losses": losses, **scores}
@@ -85,16 +69,16 @@ def agreement(root: str, options: argparse.Namespace) -> Any:
             rows[name] = {f"step {mark}": f"{max(apart[:mark]):.0e}" for mark in marks} | scores
         print(f"\n{precision}: largest relative difference of the loss from that of one process, up to a step")
         print(pandas.DataFrame(rows).T.to_string())
-    return record
+    yield {"values": record}
 
 
 def start_both(folder: Path, flags: list[str]) -> list[Any]:
-    address, pair = HOSTS["lit-mnist-a"], []
+    first, pair = HOSTS["lit-mnist-a"], []
     for name, own in HOSTS.items():
-        torchrun = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        torchrun += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:29500"]
+        torchrun = ["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=wire", sys.executable, "-m"]
+        torchrun += ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
         # torchrun recognises the host by its name, which both have in common
-        torchrun += ["--rdzv-conf", f"is_host={int(own == address)}", "--local-addr", own]
+        torchrun += [f"--rdzv-endpoint={first}:29500", f"--rdzv-conf=is_host={int(own == first)}", "--local-addr", own]
         pair.append(start(folder, flags, 1, tuple(torchrun)))
     return pair
 
@@ -102,8 +86,7 @@ def start_both(folder: Path, flags: list[str]) -> list[Any]:
 def trains(torchrun: Any) -> bool:
     """Return whether the process that torchrun has started is there, and no zombie."""
     try:
-        child = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()[0]
-        return Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
+        return Path(f"/proc/{children(torchrun)[0]}/stat").read_text().split()[2] != "Z"
     except (FileNotFoundError, IndexError):
         return False
 
@@ -116,8 +99,8 @@ def newest(folder: Path) -> Any:
     return {}
 
 
-def machines(root: str, options: argparse.Namespace) -> Any:
-    steps, record = options.steps or 150, []
+def machines(options: Namespace) -> Iterator[dict[str, Any]]:
+    root, steps, record = str(options.root), options.steps or 150, []
     flags = ["--data.root", root, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", str(steps)]
     flags += ["--model.dropout", "0.05", "--checkpoint.every_seconds", "2", "--processes.timeout", "15"]
     with tempfile.TemporaryDirectory() as where, ExitStack() as stack:
@@ -149,22 +132,10 @@ def machines(root: str, options: argparse.Namespace) -> Any:
             same = (torch.equal(resumed[part][name], value) for part in parts for name, value in expected[part].items())
             record.append({**row, "same weights": all(same)})
     print(pandas.DataFrame(record).to_string())
-    return record
-
-
-MEASURES = {"agreement": agreement, "machines": machines}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("measures", nargs="*", choices=[[], *MEASURES], help="(all)")
-    parser.add_argument("--steps", type=int, help="an epoch: all of agreement, 150 of machines")
-    parser.add_argument("--root", default="data", help="folder of the data (data)")
-    add_flag(parser, "processes")
-    options = parser.parse_args()
-    for name in options.measures or MEASURES:
-        append(options, {"measure": name, "values": MEASURES[name](str(Path(options.root).resolve()), options)})
+    yield {"values": record}
 
 
 if __name__ == "__main__":
-    main()
+    parser = make_parser(__doc__, "processes")
+    parser.add_argument("--steps", type=int, help="an epoch: all of agreement, 150 of machines")
+    sys.exit(measure(parser, {"agreement": agreement, "machines": machines}))

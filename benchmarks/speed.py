@@ -1,31 +1,27 @@
 """Times as fast as the baseline's own loop, seconds an epoch, what the Trainer costs, and where a step's time goes.
 
-    python benchmarks/speed.py                       # all, on a quiet machine
-    python benchmarks/speed.py target --rounds 20    # one of them
+target      training with configs/fast.yaml, against the baseline's 20 epochs by a loop as its author would have written
+            it: in each round an epoch of the baseline, with its scoring of the test set, and a whole run of ours.
+epochs      seconds of an epoch of each recipe.
+input_path  normalised images a second in shuffled batches of 128, in one process without workers: by `TensorBatches`,
+            and by `DataLoader` over torchvision's `MNIST` with `ToTensor` and `Normalize`.
+overhead    training by `fit`, with its metrics, scalars and checkpoints, over the bare loop of gpu.py.
+peak        where the time of a bare step goes, by torch's profiler, and what its convolutions reach of the processor's
+            peak: of a large matrix product in its fastest number format.
 
-target    training with configs/fast.yaml, against the baseline's 20 epochs by a loop as its author would have written
-          it. Each round is one epoch of the baseline, with its scoring of the test set, and one whole run of ours.
-epochs    seconds of an epoch of each recipe.
-overhead  training by `fit`, with its metrics, scalars and checkpoints, over the bare loop of gpu.py.
-peak      where the time of a bare step goes, by torch's profiler, and what its convolutions reach of the processor's
-          peak: of a large matrix product in its fastest number format.
-
-What is compared takes turns, because timings on shared machines drift. Prints tables; `--record` appends every value
-with its conditions to results/speed.jsonl. Other flags, as --NAME=VALUE, are given to `fit`.
+What is compared takes turns, because timings on shared machines drift. Other flags, as --NAME=VALUE, go to `fit`.
 """
 
-from __future__ import annotations
-
-import argparse
-import statistics
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from time import perf_counter
 
+import pandas
 import torch
 import torchvision
 from gpu import Loop, Means, Options, Record, results_of
-from records import add_flag, measure, print_rows
+from records import make_parser, measure, print_rows
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -34,17 +30,19 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from lit_mnist.network import MEAN, STD
+from lit_mnist.data import datasets
+from lit_mnist.data.batches import TensorBatches
+from lit_mnist.network import MEAN, STD, normalise
 
 BASELINE_EPOCHS = 20
+TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
 
 
 def baseline() -> nn.Module:
     """Make the course solution's network in plain PyTorch: 15,610 parameters, as configs/seed.yaml."""
 
-    def block(channels: int, width: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        return [convolution, nn.ReLU(), nn.BatchNorm2d(width), nn.Dropout(0.05)]
+    def block(inputs: int, width: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(width), nn.Dropout(0.05)]
 
     return nn.Sequential(
         *(*block(1, 16), *block(16, 16), *block(16, 16), nn.MaxPool2d(2)),
@@ -55,9 +53,8 @@ def baseline() -> nn.Module:
 
 def baseline_epochs(root: str) -> Iterator[tuple[float, float]]:
     """Train as the course solution does; after each epoch give its seconds, scoring included, and its test accuracy."""
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    train_loader = DataLoader(torchvision.datasets.MNIST(root, transform=transform), 64, shuffle=True)
-    test_loader = DataLoader(torchvision.datasets.MNIST(root, train=False, transform=transform), 64)
+    train_loader = DataLoader(torchvision.datasets.MNIST(root, transform=TRANSFORM), 64, shuffle=True)
+    test_loader = DataLoader(torchvision.datasets.MNIST(root, train=False, transform=TRANSFORM), 64)
     torch.manual_seed(1)
     model = baseline()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -85,37 +82,48 @@ def target(options: Options) -> Iterator[Record]:
         flags = ["--seed_everything", str(seed), *options.flags]
         result = results_of("fast", options.root, "cpu", *flags, test=True)
         ours.append({"train_seconds": result["fit"]["train_seconds"], **result["test"]})
-    seconds, epoch_seconds = [r["train_seconds"] for r in ours], [r["epoch_seconds"] for r in theirs]
-    ratios = [BASELINE_EPOCHS * b / a for a, b in zip(seconds, epoch_seconds, strict=True)]
-    print_rows("seconds", {"fast.yaml, all of the training": seconds, "the baseline, an epoch": epoch_seconds})
-    print_rows("test accuracy, %", {"fast.yaml": [100 * r["test/accuracy"] for r in ours]})
-    print_rows("times as fast", {f"{BASELINE_EPOCHS} epochs of the baseline / ours, a round": ratios}, ".1f")
-    yield {"ours": ours, "baseline": theirs, "median_ratio": statistics.median(ratios)}
+    table = pandas.DataFrame(ours).join(pandas.DataFrame(theirs)["epoch_seconds"])
+    table["times as fast"] = BASELINE_EPOCHS * table["epoch_seconds"] / table["train_seconds"]
+    print_rows("fast.yaml, and an epoch of the baseline", table, ".4f")
+    yield {"ours": ours, "baseline": theirs, "median_ratio": table["times as fast"].median()}
 
 
 def epochs(options: Options) -> Iterator[Record]:
-    seconds: dict[str, list[float]] = {name: [] for name in ("default", "fast", "tiny", "record", "nano", "best")}
+    seconds = {name: list[float]() for name in ("default", "fast", "tiny", "record", "nano", "best")}
     for _ in range(options.rounds):
         for name, values in seconds.items():
-            results = results_of(name, options.root, "cpu", "--trainer.max_epochs", "1", *options.flags)
-            values.append(results["fit"]["train_seconds"])
+            fit = results_of(name, options.root, "cpu", "--trainer.max_epochs", "1", *options.flags)["fit"]
+            values.append(fit["train_seconds"])
     print_rows("seconds of training an epoch", seconds)
     yield {"seconds": seconds}
 
 
 def overhead(options: Options) -> Iterator[Record]:
     flags = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "250", "--data.val_size", "0"]
-    seconds: dict[str, list[float]] = {"fit": [], "bare": []}
-    for number in range(options.rounds + 1):
+    seconds = []
+    for _ in range(options.rounds + 1):
         fit = results_of("default", options.root, "cpu", *flags, "--board.every_n_epochs", "0", *options.flags)["fit"]
         bare = Loop("default", options.root, options.device, Means()).milliseconds(fit["steps"])
-        if number:  # the first round warms up
-            seconds["fit"].append(fit["train_seconds"])
-            seconds["bare"].append(bare * fit["steps"] / 1000)
-    ratios = [a / b for a, b in zip(seconds["fit"], seconds["bare"], strict=True)]
-    print_rows(f"the default, {fit['steps']} steps, seconds", seconds)
-    print_rows("the Trainer's cost", {"fit / bare loop, within a round": ratios}, ".3f")
-    yield {"seconds": seconds}
+        seconds.append({"fit": fit["train_seconds"], "bare": bare * fit["steps"] / 1000})
+    table = pandas.DataFrame(seconds[1:])  # the first round warms up
+    print_rows(f"the default, {fit['steps']} steps, seconds", table.assign(ratio=table["fit"] / table["bare"]), ".3f")
+    yield {"seconds": table.to_dict("list")}
+
+
+def input_path(options: Options) -> Iterator[Record]:
+    ours = TensorBatches(*datasets.load(options.root, train=True), 128, seed=1)
+    theirs = DataLoader(torchvision.datasets.MNIST(options.root, transform=TRANSFORM), 128, shuffle=True)
+    torch.testing.assert_close(normalise(ours.images[7]), theirs.dataset[7][0])  # the same image comes out the same
+    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for number in range(options.rounds):
+        ours.sampler.set_epoch(number)
+        batches = {"ours": (normalise(i) for i, _ in ours), "theirs": (i for i, _ in islice(theirs, 47))}
+        for name, values in rates.items():
+            started = perf_counter()
+            values.append(sum(map(len, batches[name])) / (perf_counter() - started))
+    table = pandas.DataFrame(rates).assign(ratio=lambda values: values["ours"] / values["theirs"])
+    print_rows("images a second", table, ",.0f")
+    yield {"batch_size": 128, **rates, "median_ratio": table["ratio"].median()}
 
 
 def peak(options: Options) -> Iterator[Record]:
@@ -136,19 +144,11 @@ def peak(options: Options) -> Iterator[Record]:
         spent = {event.key: event.self_cpu_time_total / 50_000 / options.rounds for event in averages}  # ms a step
         rate = 1000 * gflop / sum(value for key, value in spent.items() if "convolution" in key)
         print(averages.table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=44))
-        print(
-            f"{name}: {sum(spent.values()):.2f} ms a step; convolutions: {rate:.0f} GFLOP/s, of {product:.0f} at most"
-        )
+        print(f"{name}: {sum(spent.values()):.2f} ms a step; convolutions: {rate:.0f} of {product:.0f} GFLOP/s")
         yield {"recipe": name, "product_gflops": product, "gflop": gflop, "milliseconds": spent}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, in turns (5)")
-    parser.set_defaults(device=torch.device("cpu"))
-    add_flag(parser, "speed")
-    return measure(parser, {part.__name__: part for part in (target, epochs, overhead, peak)}, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = make_parser(__doc__, "speed")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, in turns (5)")
+    sys.exit(measure(parser, {part.__name__: part for part in (target, epochs, input_path, overhead, peak)}))

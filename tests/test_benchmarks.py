@@ -1,7 +1,6 @@
-"""benchmarks/gpu.py and speed.py in small on the processor, so that they work when they are needed."""
+"""benchmarks/gpu.py in small on the processor, so that it works when it is needed."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -23,12 +22,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_all_measures_of_a_gpu(
     gpu: ModuleType, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import records
-
     monkeypatch.setenv("OUT", str(tmp_path))
-    append = records.append
-    monkeypatch.setattr(records, "append", lambda o, *args: append(Namespace(record=True, records=o.records), *args))
-    assert gpu.main(["--cpu", "--seeds", "1", "--root", str(tiny_root)]) == 0
+    assert gpu.main(["--cpu", "--record", "--seeds", "1", "--root", str(tiny_root)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert {line["measure"] for line in lines} == {"tests", "runs", "steps", "busy"}
     assert all(torch.__version__.startswith(line["versions"]["torch"]) for line in lines)
