@@ -6,8 +6,6 @@ It is torch's device `lazy`, which nothing else uses: `privateuse1`, meant for b
 torch is built for CUDA and has no driver (2.15). A GPU's arithmetic, memory and order of execution are not imitated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +35,7 @@ class FakeTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, raw: Tensor) -> FakeTensor:
+    def __new__(cls, raw: Tensor) -> "FakeTensor":
         made: FakeTensor = Tensor._make_wrapper_subclass(
             cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
         )

@@ -3,8 +3,6 @@
 Nothing here is of lit_mnist. tests/exact/test_lifted.py copies both to a folder and kills it there.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +35,14 @@ class Regression(LightningModule):
         self.rank = SpearmanCorrCoef()  # keeps all that it has seen
         self.recent = Running(MeanSquaredError(), window=3)
         self.range = MinMaxMetric(MeanSquaredError())
+        self.unregistered = {"own": MeanSquaredError()}
         self.val_mse = MeanSquaredError()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         noise = 0.01 * (np.random.rand() + random.random())  # noqa: NPY002
         answers = self.layers(batch["inputs"] + noise)[:, 0]
         loss = nn.functional.mse_loss(answers, batch["values"])
-        for metric in (self.mse, self.rank, self.recent, self.range):
+        for metric in (self.mse, self.rank, self.recent, self.range, *self.unregistered.values()):
             metric.update(answers.detach(), batch["values"])
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
@@ -51,10 +50,10 @@ class Regression(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.log_dict(
-            {"rank": self.rank.compute(), "recent": self.recent.compute(), "least": self.range.compute()["min"]}
-        )
-        for metric in (self.rank, self.recent, self.range):
+        metrics = {"rank": self.rank, "recent": self.recent, "range": self.range, **self.unregistered}
+        values = {name: metric.compute() for name, metric in metrics.items()}
+        self.log_dict({"least": values.pop("range")["min"], **values})
+        for metric in metrics.values():
             metric.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from fake_device import DEVICE, DeviceError, FakeTensor, fake_device
+from helpers import last_checkpoint
 from torch import Tensor
 
 from lit_mnist.module import LitMNIST
 
 Command = Callable[..., int]
+Patch = pytest.MonkeyPatch
 TINY = ["--trainer.max_epochs", "2", "--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05"]
 TINY += ["--data.batch_size", "20", "--data.val_size", "100", "--data.rotation", "5", "--data.augmented", "0.5"]
 TINY += ["--model.label_smoothing", "0.1", "--trainer.log_every_n_steps", "1000"]
@@ -24,10 +26,8 @@ def device() -> Iterator[list[str]]:
         yield flags
 
 
-def weights(version: int) -> dict[str, Tensor]:
-    (path,) = Path().glob(f"lightning_logs/version_{version}/checkpoints/last-*")
-    found: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return found
+def weights(version: int) -> Any:
+    return last_checkpoint(Path(f"lightning_logs/version_{version}"))["state_dict"]
 
 
 def test_tensors_know_their_device(device: list[str]) -> None:
@@ -59,16 +59,13 @@ def test_a_fit_and_the_scores_are_those_of_the_processor(command: Command, devic
     torch.testing.assert_close(weights(1), weights(0), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [7, 16])  # an epoch has 15
-def test_a_run_that_is_cut_short_is_resumed_on_the_device(
-    command: Command, device: list[str], monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
+@pytest.mark.parametrize("step", [7, pytest.param(16, marks=pytest.mark.slow)])  # an epoch has 15
+def test_a_run_that_is_cut_short_is_resumed(command: Command, device: list[str], monkeypatch: Patch, step: int) -> None:
     original = LitMNIST.training_step
     flags = [*TINY, *device, "--checkpoint.every_n_steps", "1000"]
 
     def training_step(self: LitMNIST, batch: Any, batch_idx: int) -> Tensor:
-        if self.trainer.global_step == step:
+        if self.global_step == step:
             raise KeyboardInterrupt
         return original(self, batch, batch_idx)
 
@@ -90,7 +87,7 @@ FAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_faults_are_found(command: Command, device: list[str], monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+def test_faults_are_found(command: Command, device: list[str], monkeypatch: Patch, message: str) -> None:
     original = LitMNIST.training_step
 
     def training_step(self: LitMNIST, batch: Any, batch_idx: int) -> Tensor:

@@ -1,26 +1,27 @@
 """What must hold on a GPU. Each test runs on the processor too; `pytest -m gpu` runs those on the GPU alone."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import last_checkpoint
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_mnist import LitMNIST, MNISTDataModule
+from lit_mnist.exact.runs import read_results
 
 # torch reads it once in a process, at the first matrix product; Lightning sets it when it makes a deterministic Trainer
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 # 7 batches of 50 an epoch, and whatever has a state
 TINY = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", "--trainer.enable_model_summary", "false"]
 TINY += ["--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05", "--model.ema_decay", "0.9"]
@@ -28,6 +29,8 @@ TINY += ["--model.label_smoothing", "0.1", "--data.batch_size", "50", "--data.va
 TINY += ["--data.rotation", "8", "--data.scale", "0.1", "--data.augmented", "0.7", "--board.every_n_epochs", "0"]
 BOARD = "--board.every_n_epochs", "1"
 Command = Callable[..., int]
+Patch = pytest.MonkeyPatch
+Output = pytest.CaptureFixture[str]
 Watcher = Callable[[LitMNIST, tuple[Tensor, Tensor]], None]
 
 
@@ -35,29 +38,17 @@ class Killed(BaseException):
     """Stands for kill -9."""
 
 
-class NoReading(TorchDispatchMode):
-    """On the processor, where nothing waits, the reading of a value raises."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a synchronizing operation")  # torch's word for it on a GPU
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
-def no_synchronisation(device: str) -> Iterator[None]:
-    """Raise RuntimeError where something waits for the device."""
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+def no_synchronisation() -> Iterator[None]:
+    """Raise RuntimeError where something waits for the GPU; tests/test_fake_device.py looks for it without one."""
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with NoReading() if device == "cpu" else nullcontext():  # type: ignore[no-untyped-call]
-            yield
+        yield
     finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
+@pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
     """The type of the device to run on."""
     return str(request.param)
@@ -68,7 +59,7 @@ def fit(command: Command, device: str) -> Command:
     return lambda *flags: command("fit", *TINY, *flags, "--trainer.accelerator", ACCELERATORS[device])
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, watcher: Watcher) -> None:
+def watch(monkeypatch: Patch, watcher: Watcher) -> None:
     """Call it before each training step with the module and the batch."""
     original = LitMNIST.training_step
 
@@ -80,13 +71,12 @@ def watch(monkeypatch: pytest.MonkeyPatch, watcher: Watcher) -> None:
 
 
 def results() -> Any:
-    return json.loads(Path("lightning_logs/version_0/results.json").read_text())
+    return read_results(Path("lightning_logs/version_0"))
 
 
 def last_state(version: int) -> dict[str, Any]:
     """Return weights, their average, the optimizer's state and the RNG states of a run's last checkpoint."""
-    (path,) = Path(f"lightning_logs/version_{version}/checkpoints").glob("last-*.ckpt")
-    loaded = torch.load(path, weights_only=True, map_location="cpu")
+    loaded = last_checkpoint(Path(f"lightning_logs/version_{version}"))
     random = loaded["processes"][0]["random"]
     return {
         **{name: loaded[name] for name in ("state_dict", "current_model_state", "averaging_state")},
@@ -96,9 +86,7 @@ def last_state(version: int) -> dict[str, Any]:
     }
 
 
-def test_a_fit_sees_the_processors_batches_on_the_device(
-    fit: Command, device: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root: Path, monkeypatch: Patch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
@@ -124,20 +112,17 @@ def test_a_fit_sees_the_processors_batches_on_the_device(
         assert torch.equal(ours[1], theirs[1])
 
 
-def test_what_waits_is_noticed(device: str) -> None:
-    value = torch.ones(3, device=device).sum()
-    with pytest.raises(RuntimeError, match="synchronizing"), no_synchronisation(device):
-        value.item()
-
-
-def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("device", [CUDA])
+def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Patch) -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"), no_synchronisation():
+        torch.ones(3, device=device).sum().item()
     steps = [0]
     with ExitStack() as stack:
 
         def look(*_: Any) -> None:
             steps[0] += 1
             if steps[0] == 2:
-                stack.enter_context(no_synchronisation(device))
+                stack.enter_context(no_synchronisation())
             elif steps[0] == 102:
                 stack.close()
 
@@ -148,17 +133,15 @@ def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: An
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_run_cut_short_within_an_epoch_ends_as_one_that_was_not(
-    command: Command, fit: Command, device: str, monkeypatch: pytest.MonkeyPatch, precision: str
+def test_a_run_that_is_cut_short_is_resumed(
+    command: Command, fit: Command, device: str, monkeypatch: Patch, precision: str
 ) -> None:
     flags = ["--trainer.deterministic", "true", "--trainer.precision", precision, "--model.dropout", "0.1"]
     flags += ["--checkpoint.every_n_steps", "1"]
     assert fit(*flags) == 0
-    left = [10]  # three steps into the second epoch
 
-    def kill(*_: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
+    def kill(module: LitMNIST, _: Any) -> None:
+        if module.global_step == 9:  # within the second epoch
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -178,7 +161,7 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_ddp_of_one_process_is_a_run_without(fit: Command, device: str, monkeypatch: Any) -> None:
+def test_ddp_of_one_process_is_a_run_without(fit: Command, device: str, monkeypatch: Patch) -> None:
     flags = ["--trainer.deterministic", "true", "--trainer.precision", "32-true"]
     assert fit(*flags) == 0
     backends = set()
@@ -192,7 +175,7 @@ def test_ddp_of_one_process_is_a_run_without(fit: Command, device: str, monkeypa
     assert_close(last_state(1)["state_dict"], last_state(0)["state_dict"], rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_trains(fit: Command, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_trains(fit: Command, device: str, monkeypatch: Patch) -> None:
     seen = set()
 
     def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
@@ -207,8 +190,8 @@ def test_bfloat16_trains(fit: Command, device: str, monkeypatch: pytest.MonkeyPa
     assert 0 < results()["fit"]["metrics"]["train/loss"] < math.log(10)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
-def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: pytest.CaptureFixture[str], device: str) -> None:
+@pytest.mark.parametrize("device", [CUDA])
+def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: Output, device: str) -> None:
     units = torch.cuda.is_bf16_supported(including_emulation=False)
     assert fit("--trainer.precision", "auto", "--trainer.max_epochs", "1") == 0
     chosen = "bf16-mixed" if units else "32-true"
@@ -217,9 +200,7 @@ def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: pytest.Capture
     assert results()["fit"]["hardware"]["device"] == torch.cuda.get_device_name()
 
 
-def test_a_checkpoint_serves_every_device(
-    command: Command, fit: Command, device: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_serves_every_device(command: Command, fit: Command, device: str, capsys: Output) -> None:
     assert fit(*BOARD) == 0
     losses = []
     for accelerator in {"cpu", ACCELERATORS[device]}:

@@ -1,6 +1,5 @@
 """Several processes do what one does: the same batches, losses and scores; losing one costs nothing."""
 
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,10 @@ import several
 import torch
 from helpers import REPOSITORY, Outcome, assert_same
 from several import Death, free_port
-from test_resume import curve, state
+from test_resume import RUN, curve, state
 
-from lit_mnist.__main__ import main
 from lit_mnist.data import datamodule, datasets
+from lit_mnist.exact.runs import read_results
 
 # 350 images to train on: 4 batches of 87 and one of 2, of which one of three processes, or two of four, have none
 SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
@@ -29,30 +28,35 @@ SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trai
 EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
 Run = Callable[..., list[Outcome]]
+Command = Callable[..., int]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+def alone(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 11)
-    return folder
+    return command
 
 
 @pytest.fixture
-def run(folder: Path, tiny_root: Path) -> Run:
-    def run(processes: int, command: str, *flags: str, **kwargs: Any) -> list[Outcome]:
-        return several.run(
-            processes, [command, "--data.root", str(tiny_root), *flags], folder, datasets.FILES, **kwargs
-        )
+def run(command: Command, tiny_root: Path) -> Run:
+    def run(processes: int, name: str, *flags: str, **kwargs: Any) -> list[Outcome]:
+        flags = name, "--data.root", str(tiny_root), *flags
+        return several.run(processes, flags, Path.cwd(), datasets.FILES, **kwargs)
 
     return run
 
 
-@pytest.fixture
-def alone(folder: Path, tiny_root: Path) -> Callable[..., int]:
-    return lambda command, *flags: main([command, "--data.root", str(tiny_root), *flags])
+def slurm(**variables: str) -> list[dict[str, str]]:
+    """Return the environments of two processes as srun sets them."""
+    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", **variables}
+    return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+
+
+def trained(run: Run, processes: int, *flags: str) -> Path:
+    """Return a run that nothing has stopped."""
+    assert {outcome.status for outcome in run(processes, "fit", *flags)} == {0}
+    return Path(shutil.move("lightning_logs/version_0", "uninterrupted"))
 
 
 def losses(run: Path) -> dict[str, list[float]]:
@@ -65,9 +69,10 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], processes: int) -> None:
+def test_curve_is_that_of_one_process(run: Run, alone: Command, processes: int) -> None:
     assert alone("fit", *EXACT) == 0
-    outcomes = run(processes, "fit", *EXACT)
+    environment = slurm(SLURM_JOB_ID="1234", SLURM_JOB_NAME="digits") if processes == 2 else None
+    outcomes = run(processes, "fit", *EXACT, environment=environment)
     assert [outcome.status for outcome in outcomes] == [0] * processes
     assert "Epoch 1: train loss" in outcomes[0].out
     assert outcomes[0].err + "".join(outcome.out + outcome.err for outcome in outcomes[1:]) == ""
@@ -83,23 +88,13 @@ def test_curve_is_that_of_one_process(run: Run, alone: Callable[..., int], proce
     weights, expected_weights = state(ours), state(theirs)
     for name, tensor in expected_weights["state_dict"].items():
         torch.testing.assert_close(weights["state_dict"][name], tensor, rtol=1e-9, atol=1e-11)
-    results = [json.loads((path / "results.json").read_text())["fit"] for path in (ours, theirs)]
+    results = [read_results(path)["fit"] for path in (ours, theirs)]
     assert [result["processes"] for result in results] == [processes, 1]
     assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
 
 
 @pytest.mark.slow
-def test_without_synchronised_batch_norm_it_is_another_training(run: Run, alone: Callable[..., int]) -> None:
-    flags = [*EXACT, "--data.batch_size", "50", "--trainer.sync_batchnorm", "false", "--model.activation", "relu"]
-    assert alone("fit", *flags) == 0
-    assert [outcome.status for outcome in run(2, "fit", *flags)] == [0, 0]
-    ours, theirs = (losses(Path(f"lightning_logs/version_{version}"))["train/loss_step"] for version in (1, 0))
-    assert ours[0] == pytest.approx(theirs[0], abs=0.2)
-    assert ours[0] != pytest.approx(theirs[0], abs=1e-4)
-
-
-@pytest.mark.slow
-def test_every_image_is_scored_once(run: Run, alone: Callable[..., int]) -> None:
+def test_every_image_is_scored_once(run: Run, alone: Command) -> None:
     assert alone("fit", *SETTINGS) == 0
     scores, losses, validations = set(), [], set()
     for processes in (1, 2, 3, 4):
@@ -107,7 +102,7 @@ def test_every_image_is_scored_once(run: Run, alone: Callable[..., int]) -> None
         assert first.status == 0
         assert f"/{100} (" in first.out
         assert [other.out for other in others] == [""] * (processes - 1)
-        test = json.loads(Path("lightning_logs/version_0/results.json").read_text())["test"]
+        test = read_results(RUN)["test"]
         assert (test["processes"], test["samples"]) == (processes, 100)
         scores.add((test["test/accuracy"], first.out))
         losses.append(test["test/loss"])
@@ -123,10 +118,8 @@ KILLS = [(2, 0, 1), (2, 1, 4), (2, 0, 5), (3, 2, 5), (3, 1, 8), (4, 1, 4), (4, 3
 @pytest.mark.parametrize(
     ("processes", "rank", "step"), [(2, 1, 6), *(pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS)]
 )
-def test_resume_is_exact(run: Run, tmp_path: Path, processes: int, rank: int, step: int) -> None:
-    assert {outcome.status for outcome in run(processes, "fit", *DROPOUT)} == {0}
-    uninterrupted = tmp_path / "uninterrupted"
-    shutil.move("lightning_logs/version_0", uninterrupted)
+def test_resume_is_exact(run: Run, processes: int, rank: int, step: int) -> None:
+    uninterrupted = trained(run, processes, *DROPOUT)
     started = monotonic()
     outcomes = run(processes, "fit", *DROPOUT, death=Death(rank, step))
     assert monotonic() - started < 60
@@ -135,21 +128,20 @@ def test_resume_is_exact(run: Run, tmp_path: Path, processes: int, rank: int, st
         assert outcome.status == (-signal.SIGKILL if number == rank else 3)
         assert number == rank or ("another process of this run was lost" in outcome.err and resume in outcome.err)
     if rank:  # the first could say so
-        assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["state"] == "interrupted"
+        assert read_results(RUN)["fit"]["state"] == "interrupted"
     resumed = run(processes, "fit", "--ckpt_path", "last")
     assert {outcome.status for outcome in resumed} == {0}
     assert "processes:" not in resumed[0].out
-    ours = Path("lightning_logs/version_0")
-    assert_same(state(ours), state(uninterrupted))
-    assert curve(ours) == curve(uninterrupted)
-    own, other = (process["random"]["torch"] for process in state(ours)["processes"][:2])
+    ours = state(RUN)
+    assert_same(ours, state(uninterrupted))
+    own, other = (process["random"]["torch"] for process in ours["processes"][:2])
     assert not torch.equal(own, other)  # for dropout
     assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (4, 2)])
-def test_resume_on_another_number(run: Run, alone: Callable[..., int], before: int, after: int) -> None:
+def test_resume_on_another_number(run: Run, alone: Command, before: int, after: int) -> None:
     assert alone("fit", *EXACT) == 0
     run(before, "fit", *EXACT, death=Death(before - 1, 4))
     first = run(after, "fit", "--ckpt_path", "last")[0]
@@ -160,21 +152,19 @@ def test_resume_on_another_number(run: Run, alone: Callable[..., int], before: i
         assert values == pytest.approx(theirs[tag], rel=3e-7), tag
 
 
-def test_a_signal_to_one_stops_all(run: Run, tmp_path: Path) -> None:
+def test_a_signal_to_one_stops_all(run: Run) -> None:
     flags = [*DROPOUT, "--trainer.max_epochs", "8", "--checkpoint.every_n_steps", "0"]
-    assert {outcome.status for outcome in run(2, "fit", *flags)} == {0}
-    uninterrupted = tmp_path / "uninterrupted"
-    shutil.move("lightning_logs/version_0", uninterrupted)
+    uninterrupted = trained(run, 2, *flags)
     first, second = run(2, "fit", *flags, death=Death(1, 6, signal.SIGTERM))
     assert first.status == second.status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; to resume: python -m lit_mnist fit --ckpt_path lightning_logs" in first.err
     assert second.err == ""
     assert {outcome.status for outcome in run(2, "fit", "--ckpt_path", "last")} == {0}
-    assert_same(state(Path("lightning_logs/version_0")), state(uninterrupted))
+    assert_same(state(RUN), state(uninterrupted))
 
 
 @pytest.mark.slow
-def test_waiting_for_a_silent_one_ends(run: Run, alone: Callable[..., int]) -> None:
+def test_waiting_for_a_silent_one_ends(run: Run, alone: Command) -> None:
     started = monotonic()
     first, second = run(2, "fit", *SETTINGS, "--processes.timeout", "4", death=Death(1, 5, signal.SIGSTOP), longest=30)
     assert monotonic() - started < 60
@@ -184,52 +174,26 @@ def test_waiting_for_a_silent_one_ends(run: Run, alone: Callable[..., int]) -> N
     assert alone("fit", "--ckpt_path", "last") == 0
 
 
-def slurm(**variables: str) -> list[dict[str, str]]:
-    """Return the environments of two processes as srun sets them."""
-    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
-    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", **variables}
-    return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-
-
-@pytest.mark.slow
-def test_slurm(run: Run) -> None:
-    environment = slurm(SLURM_JOB_ID="1234", SLURM_JOB_NAME="digits")
-    first, second = run(2, "fit", *SETTINGS, environment=environment)
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    assert "Epoch 1" in first.out
-    assert second.out == ""
-    results = json.loads(Path("lightning_logs/version_0/results.json").read_text())
-    assert results["fit"]["processes"] == 2
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--data.batch_size", "1"], "data.batch_size .* got 1"),
         (["--trainer.strategy", "ddp_spawn"], "trainer.strategy .* ddp_spawn"),
         (["--processes.timeout", "0"], "processes.timeout"),
-        (
-            ["--data.batch_size", "349", "--trainer.sync_batchnorm", "false"],
-            "trainer.sync_batchnorm .* trainer.precision",
-        ),
+        (["--data.batch_size=349", "--trainer.sync_batchnorm=false"], "trainer.sync_batchnorm .* trainer.precision"),
+        (["--trainer.devices", "1"], "1 processes in all, but 2 on each of 1 machines were started"),
     ],
 )
 def test_bad_input(run: Run, flags: list[str], message: str) -> None:
-    first, second = run(2, "fit", *SETTINGS, *flags)
+    first, second = run(2, "fit", *SETTINGS, *flags, environment=slurm() if "--trainer.devices" in flags else None)
     assert (first.status, second.status) == (2, 2)
     (line,) = first.err.splitlines()
     assert re.search(message, line)
     assert second.err == ""
-
-
-def test_started_otherwise_than_configured(run: Run) -> None:
-    first, second = run(2, "fit", *SETTINGS, "--trainer.devices", "1", environment=slurm())
-    assert (first.status, second.status) == (2, 2)
-    assert "1 processes in all, but 2 on each of 1 machines were started" in first.err
     assert not Path("lightning_logs").exists()
 
 
-def test_a_launch_leaves_nothing_in_the_environment(alone: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_leaves_nothing_in_the_environment(alone: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     names = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"}
     assert alone("fit", *SETTINGS, "--trainer.strategy", "ddp") == 0
@@ -238,7 +202,7 @@ def test_a_launch_leaves_nothing_in_the_environment(alone: Callable[..., int], m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_real_launchers(real_root: Path, folder: Path, launcher: str) -> None:
+def test_real_launchers(real_root: Path, command: Command, launcher: str) -> None:
     flags = ["-m", "lit_mnist", "fit", "--config", str(REPOSITORY / "configs" / "smoke.yaml")]
     flags += ["--config", str(REPOSITORY / "configs" / "ddp.yaml"), "--data.root", str(real_root.resolve())]
     flags += ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4"]
@@ -252,4 +216,4 @@ def test_real_launchers(real_root: Path, folder: Path, launcher: str) -> None:
     done = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Epoch 1: train loss") == 1
-    assert json.loads(Path("lightning_logs/version_0/results.json").read_text())["fit"]["processes"] == 2
+    assert read_results(RUN)["fit"]["processes"] == 2

@@ -4,18 +4,20 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, reduce
+from itertools import count
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, assert_same
+from helpers import REPOSITORY, assert_same, scalars
 from pytorch_lightning import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torchmetrics import MeanMetric
 
-from lit_mnist.__main__ import main
 from lit_mnist.data import datamodule
 from lit_mnist.exact.runs import only_process, read_results
 from lit_mnist.module import LitMNIST
@@ -31,15 +33,10 @@ RESUME = ["--ckpt_path", "last"]
 LONGER = [*RESUME, "--trainer.max_epochs", "3"]
 RECIPES = sorted({path.stem for path in REPOSITORY.glob("configs/*.yaml")} - {"ddp"})
 RUN = Path("lightning_logs/version_0")
-KEPT = [
-    "state_dict",
-    "current_model_state",
-    "averaging_state",
-    "optimizer_states",
-    "lr_schedulers",
-    "processes",
-    "latest",
-]
+Patch = pytest.MonkeyPatch
+Output = pytest.CaptureFixture[str]
+KEPT = ["state_dict", "current_model_state", "averaging_state", "optimizer_states"]
+KEPT += ["lr_schedulers", "processes", "latest"]
 UNINTERRUPTED: dict[str, Path] = {}  # runs that were never stopped, each trained once
 
 
@@ -50,14 +47,18 @@ class Killed(BaseException):
 class Lab:
     """Runs commands on a tiny data set, kills them, and compares what comes of it."""
 
-    def __init__(self, root: Path, keep: Callable[[str], Path]) -> None:
-        self.root, self.keep = str(root), keep
+    def __init__(self, run: Callable[..., int], keep: Callable[[str], Path], capsys: Output) -> None:
+        self.run, self.fit, self.keep, self.capsys = run, partial(run, "fit"), keep, capsys
 
-    def run(self, name: str, *flags: str) -> int:
-        return main([name, "--data.root", self.root, *flags])
-
-    def fit(self, *flags: str) -> int:
-        return self.run("fit", *flags)
+    def refused(self, *flags: str) -> str:
+        """Return the one line that refuses a fit, which must leave its run as it was."""
+        before = contents(RUN)
+        self.capsys.readouterr()
+        assert self.fit(*flags) == 2
+        error = self.capsys.readouterr().err
+        assert re.fullmatch("lit_mnist: error: .{,580}\n", error)
+        assert contents(RUN) == before
+        return error
 
     def finished(self, *flags: str, name: str = "") -> Path:
         """Return a run with these settings that was never stopped; of another module by a name."""
@@ -73,13 +74,12 @@ class Lab:
         return contents(RUN)
 
     def kill(self, flags: list[str], number: int, owner: Any = LitMNIST, hook: str = "training_step") -> None:
-        def end() -> None:
-            raise Killed
+        with at_call(number, partial(fail, Killed()), owner, hook), pytest.raises(Killed):
+            self.fit(*flags)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, hook, at_call(number, end, getattr(owner, hook)))
-            with pytest.raises(Killed):
-                self.fit(*flags)
+    def signal(self, signum: int, hook: str, call: int, *flags: str) -> int:
+        with at_call(call, lambda: os.kill(os.getpid(), signum), LitMNIST, hook):
+            return self.fit(*SETTINGS, *flags)
 
     def resume_and_compare(self, uninterrupted: Path, checkpoint: str = "last") -> None:
         torch.rand(3)  # another process has another random state
@@ -94,26 +94,28 @@ class Lab:
 
 
 @pytest.fixture
-def lab(
-    tiny_root: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Lab:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+def lab(command: Callable[..., int], tmp_path_factory: Any, monkeypatch: Patch, capsys: Output) -> Lab:
     monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 10)  # five batches a validation
-    return Lab(tiny_root, tmp_path_factory.mktemp)
+    return Lab(command, tmp_path_factory.mktemp, capsys)
 
 
-def at_call(number: int, act: Callable[[], object], original: Any) -> Any:
-    """Return a hook that acts in its n-th call, then does what it did."""
-    left = [number]
+@contextmanager
+def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Iterator[None]:
+    """Let a function act in its n-th call, before it does what it did."""
+    original, calls = getattr(owner, name), count(1)
 
-    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
             act()
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    return hooked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, hooked)
+        yield
+
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 def last(run: Path = RUN) -> Path:
@@ -128,14 +130,12 @@ def load(run: Path = RUN) -> dict[str, Any]:
 
 def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Read every scalar with its step, and every picture with its step and size."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    events = EventAccumulator(str(run), size_guidance={"images": 0})
     events.Reload()
-    # Sorted, as files are read in the order of their names, which end in a counter: of two that one process makes
-    # within one second, the tenth is read before the ninth.
-    found = {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    sizes = {}
     for tag in events.Tags()["images"]:
-        found[tag] = sorted((e.step, float(len(e.encoded_image_string))) for e in events.Images(tag))
-    return {tag: points for tag, points in found.items() if tag != "train/samples_per_second"}
+        sizes[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in events.Images(tag))
+    return scalars(run) | sizes
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -236,39 +236,13 @@ def draw(module: LitMNIST) -> None:
         ("on_train_start", draw),
     ],
 )
-def test_other_modules(lab: Lab, monkeypatch: pytest.MonkeyPatch, hook: str, function: Any, step: int) -> None:
+def test_other_modules(lab: Lab, monkeypatch: Patch, hook: str, function: Any, step: int) -> None:
     monkeypatch.setattr(LitMNIST, hook, function)
     # NAdam keeps numbers of 32 bits beside weights of 64
     flags = [*SETTINGS, *(["--trainer.precision", "64-true"] if function is sequential else [])]
     uninterrupted = lab.finished(*flags, name=function.__name__)
     lab.kill(flags, step)
     lab.resume_and_compare(uninterrupted)
-
-
-def test_metrics_and_logged_values_wherever_they_are(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = LitMNIST.training_step
-
-    def setup(self: Any, stage: str) -> None:
-        object.__setattr__(self, "extra", {"mean": MeanMetric()})
-
-    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
-        loss = original(self, batch, batch_idx)
-        self.extra["mean"].update(loss.detach())
-        self.log("train/logged", loss, on_step=True, on_epoch=True)
-        return loss
-
-    def on_train_epoch_end(self: Any) -> None:
-        self._log(self.train_metrics)
-        self.log("train/mean", self.extra["mean"].compute())
-        self.extra["mean"].reset()
-
-    for hook in (training_step, setup, on_train_epoch_end):
-        monkeypatch.setattr(LitMNIST, hook.__name__, hook)
-    uninterrupted = lab.finished(name="metrics")
-    for flags, step in ((SETTINGS, 11), (RESUME, 1)):  # and once more before the first step
-        lab.kill(flags, step)
-    lab.resume_and_compare(uninterrupted)
-    assert {"train/mean", "train/logged_step", "train/logged_epoch"} <= curve(RUN).keys()
 
 
 def test_killed_again_and_again(lab: Lab) -> None:
@@ -289,7 +263,7 @@ def test_killed_while_a_checkpoint_is_written(lab: Lab) -> None:
     assert not list(RUN.glob("checkpoints/.*.tmp"))
 
 
-def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: Output) -> None:
     before, new = lab.copy(), Path("lightning_logs/version_1")
     (best,) = RUN.glob("checkpoints/best-epoch=00-*")  # there is a second epoch after it
     lab.kill(["--ckpt_path", str(best)], 1)
@@ -323,18 +297,6 @@ def test_a_moved_folder_of_runs(lab: Lab) -> None:
     assert ended["keeper"]["best"]["score"] >= before["score"]
 
 
-def test_a_users_own_checkpoints_stay(lab: Lab) -> None:
-    own = """[{"class_path": "ModelCheckpoint", "init_args": {"filename": "last-{epoch}-{step}", "save_top_k": -1,
-               "every_n_train_steps": 3}}, {"class_path": "ModelCheckpoint", "init_args": {
-               "filename": "best-{epoch}-{step}", "monitor": "val/loss"}}]"""
-    assert lab.fit(*SETTINGS, "--trainer.callbacks", own) == 0
-    assert lab.fit(*LONGER) == 0
-    names = {path.name for path in RUN.glob("checkpoints/*")}
-    assert {f"last-epoch={(step - 1) // 7}-step={step}.ckpt" for step in (3, 6, 9, 12, 15, 18, 21)} <= names
-    assert len([name for name in names if re.match(r"best-epoch=\d\d-acc", name)]) == 1
-    assert last().name in names
-
-
 class Counter(Callback):
     """A user's callback, which logs as soon as the training starts and keeps what it likes."""
 
@@ -351,24 +313,26 @@ class Counter(Callback):
         self.epochs = state_dict["epochs"]
 
 
-def test_a_users_callback(lab: Lab) -> None:
-    flags = ["--trainer.callbacks", f"{__name__}.Counter"]
-    assert lab.fit(*SETTINGS, *flags) == 0
-    assert lab.fit(*LONGER, *flags) == 0
+def test_a_users_callbacks_and_checkpoints_stay(lab: Lab) -> None:
+    own = """[{"class_path": "ModelCheckpoint", "init_args": {"filename": "last-{epoch}-{step}", "save_top_k": -1,
+               "every_n_train_steps": 3}}, {"class_path": "ModelCheckpoint", "init_args": {
+               "filename": "best-{epoch}-{step}", "monitor": "val/loss"}}, {"class_path": "test_resume.Counter"}]"""
+    assert lab.fit(*SETTINGS, "--trainer.callbacks", own) == 0
+    assert lab.fit(*LONGER) == 0
+    names = {path.name for path in RUN.glob("checkpoints/*")}
+    assert {f"last-epoch={(step - 1) // 7}-step={step}.ckpt" for step in (3, 6, 9, 12, 15, 18, 21)} <= names
+    assert len([name for name in names if re.match(r"best-epoch=\d\d-acc", name)]) == 1
+    assert last().name in names
     assert load()["callbacks"]["Counter"]["epochs"] == [7, 14, 21]
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("hook", "call", "step"), [("training_step", 4, 4), ("validation_step", 1, 7)])
-def test_a_signal_stops_after_the_step_and_saves(
-    lab: Lab, capsys: pytest.CaptureFixture[str], signum: int, status: int, hook: str, call: int, step: int
-) -> None:
+def test_a_signal_stops_after_a_step(lab: Lab, signum: int, hook: str, call: int, step: int) -> None:
     uninterrupted = lab.finished()
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LitMNIST, hook, at_call(call, lambda: os.kill(os.getpid(), signum), getattr(LitMNIST, hook)))
-        assert lab.fit(*SETTINGS, *RARELY) == status
-    error = capsys.readouterr().err
+    lab.capsys.readouterr()
+    assert lab.signal(signum, hook, call, *RARELY) == 128 + signum
+    error = lab.capsys.readouterr().err
     assert results()["state"] == "interrupted"
     resume = re.search(r"--ckpt_path (\S+)", error)
     assert resume
@@ -380,15 +344,12 @@ def test_a_signal_stops_after_the_step_and_saves(
 @pytest.mark.parametrize("extra", [["--data.val_size", "0"], ["--trainer.accumulate_grad_batches", "4"]])
 @pytest.mark.parametrize("call", [1, 7, 8])
 def test_a_signal_where_no_checkpoint_can_be_written_yet(lab: Lab, extra: list[str], call: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        terminate = at_call(call, lambda: os.kill(os.getpid(), signal.SIGTERM), LitMNIST.training_step)
-        patch.setattr(LitMNIST, "training_step", terminate)
-        assert lab.fit(*SETTINGS, *extra) == 143
+    assert lab.signal(signal.SIGTERM, "training_step", call, *extra) == 143
     assert lab.fit(*RESUME) == 0
     assert results()["epochs"] == 2
 
 
-def test_a_second_interrupt_stops_at_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_stops_at_once(lab: Lab, monkeypatch: Patch) -> None:
     def twice(self: LightningModule, *args: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -403,22 +364,19 @@ def test_a_second_interrupt_stops_at_once(lab: Lab, monkeypatch: pytest.MonkeyPa
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_full_disk(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        hooked = at_call(6, fail, lambda _, descriptor: None)
-        patch.setattr(os, "fsync", lambda descriptor: hooked(None, descriptor))
+def test_a_full_disk(lab: Lab) -> None:
+    uninterrupted = lab.finished()
+    with at_call(6, partial(fail, OSError(28, "No space left on device")), os, "fsync"):
         assert lab.fit(*SETTINGS) == 3
-    assert "No space left on device" in capsys.readouterr().err
-    assert lab.fit(*RESUME) == 0
+    assert "No space left on device" in lab.capsys.readouterr().err
+    assert not list(RUN.glob("checkpoints/.*.tmp"))
+    lab.resume_and_compare(uninterrupted)
 
 
 # What the user sets
 
 
-def test_what_the_user_sets_wins_and_is_printed(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_user_sets_wins_and_is_printed(lab: Lab, capsys: Output) -> None:
     lab.copy()
     lab.change(lambda c: c["conditions"]["hardware"].update(threads=99, processor="abacus"))
     assert lab.fit(*LONGER, "--model.schedule", "constant", "--model.lr", "0.01") == 0
@@ -443,38 +401,31 @@ def test_what_the_user_sets_wins_and_is_printed(lab: Lab, capsys: pytest.Capture
         ("seed_everything", "7"),
     ],
 )
-def test_what_cannot_be_changed(lab: Lab, capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
-    before = lab.copy()
-    assert lab.fit(*LONGER, f"--{flag}", value) == 2
-    error = capsys.readouterr().err
+def test_what_cannot_be_changed(lab: Lab, flag: str, value: str) -> None:
+    lab.copy()
+    error = lab.refused(*LONGER, f"--{flag}", value)
     assert flag in error
     assert value in error
-    assert error.count("\n") == 1
-    assert contents(RUN) == before
 
 
-def test_the_batch_size_within_an_epoch(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_batch_size_within_an_epoch(lab: Lab) -> None:
     lab.kill(SETTINGS, 4)
-    assert lab.fit(*RESUME, "--data.batch_size", "25") == 2
-    assert "data.batch_size was 50" in capsys.readouterr().err
+    assert "data.batch_size was 50" in lab.refused(*RESUME, "--data.batch_size", "25")
     assert lab.fit(*RESUME) == 0
     assert lab.fit(*LONGER, "--data.batch_size", "25") == 0
 
 
-def test_one_process_a_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_a_run(lab: Lab) -> None:
     lab.copy()
     with only_process(RUN):
-        assert lab.fit(*LONGER) == 2
-    assert str(RUN) in capsys.readouterr().err
+        assert str(RUN) in lab.refused(*LONGER)
     assert lab.fit(*LONGER) == 0
 
 
 # What a checkpoint may hold
 
 
-def test_what_could_not_be_read_again(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_could_not_be_read_again(lab: Lab, monkeypatch: Patch, capsys: Output) -> None:
     monkeypatch.setattr(LitMNIST, "on_save_checkpoint", lambda _, c: c.update(mine={"where": Path("here")}))
     assert lab.fit(*SETTINGS) == 2
     error = capsys.readouterr().err
@@ -483,12 +434,7 @@ def test_what_could_not_be_read_again(
 
 
 def at(*keys: Any) -> Callable[[Any], Any]:
-    def find(checkpoint: Any) -> Any:
-        for key in keys:
-            checkpoint = checkpoint[key]
-        return checkpoint
-
-    return find
+    return lambda checkpoint: reduce(getitem, keys, checkpoint)
 
 
 LOOPS, KEEPER = at("loops", "fit_loop"), at("callbacks", "CheckpointKeeper")
@@ -520,7 +466,6 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "processes": (lambda c: c["processes"].clear(), "processes"),
     # what fails by itself, each at another moment
     "version": (lambda c: c.update({"pytorch-lightning_version": "x"}), "InvalidVersion"),
-    "weights": (lambda c: c["state_dict"].update({"network.head.bias": torch.zeros(3)}), "network.head.bias"),
     "group": (lambda c: GROUPS(c).pop(), "ValueError"),
     "random": (lambda c: RANDOM(c).update(torch=BYTES), "RuntimeError"),
     "latest": (lambda c: c["latest"].update(x="y"), "AttributeError"),
@@ -529,40 +474,32 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_cannot_be_restored(lab: Lab, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_what_cannot_be_restored(lab: Lab, name: str) -> None:
     change, reason = CHANGES[name]
     lab.copy()
     lab.change(change)
-    before = contents(RUN)
-    capsys.readouterr()
-    assert lab.fit(*LONGER) == 2
-    error = capsys.readouterr().err
-    assert reason in error
-    assert error.startswith("lit_mnist: error: ")
-    assert error.count("\n") == 1
-    assert len(error) < 600
-    assert contents(RUN) == before
+    assert reason in lab.refused(*LONGER)
 
 
-def test_a_bug_keeps_its_traceback(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(lab: Lab, monkeypatch: Patch) -> None:
     lab.copy()
     monkeypatch.setattr(LitMNIST, "configure_optimizers", lambda module: module.hparams["mine"])
     with pytest.raises(KeyError, match="mine"):
         lab.fit(*LONGER)
 
 
-def test_weights_of_another_network(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_another_network(lab: Lab, capsys: Output) -> None:
     lab.copy()
     lab.change(lambda c: c["state_dict"].update({"network.head.weight": torch.zeros(10, 5)}))
+    assert "network.head.weight" in lab.refused(*LONGER)
     before = contents(RUN)
-    for name in ("fit", "test", "predict", "validate"):
-        capsys.readouterr()
-        assert lab.run(name, *(LONGER if name == "fit" else RESUME)) == 2
+    for name in ("test", "predict", "validate"):
+        assert lab.run(name, *RESUME) == 2
         assert "head.weight" in capsys.readouterr().err
     assert contents(RUN) == before
 
 
-def test_the_format_before_is_scored_and_not_resumed(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_format_before_is_scored_and_not_resumed(lab: Lab, capsys: Output) -> None:
     lab.copy()
     for version, statuses in ((2, {"test": 0, "validate": 0, "predict": 0, "fit": 2}), (1, {"test": 2, "fit": 2})):
         lab.change(lambda c, version=version: c.update(lit_mnist_format=version))  # type: ignore[misc]
@@ -577,7 +514,7 @@ def test_a_newer_torch_may_resume(lab: Lab) -> None:
     assert lab.fit(*LONGER) == 0
 
 
-def test_hostile_files_of_a_run_are_not_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_files_of_a_run_are_not_run(lab: Lab, tmp_path: Path, monkeypatch: Patch) -> None:
     lab.copy()
     Path("evil.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Logger: pass\n")
     monkeypatch.syspath_prepend(Path.cwd())
