@@ -34,7 +34,7 @@ class Regression(LightningModule):
         self.mse = MeanSquaredError()
         self.rank = SpearmanCorrCoef()  # keeps all that it has seen
         self.recent = Running(MeanSquaredError(), window=3)
-        self.range = MinMaxMetric(MeanSquaredError())
+        self.wrapped = {"range": MinMaxMetric(MeanSquaredError())}  # in a plain dict, as `unregistered`
         self.unregistered = {"own": MeanSquaredError()}
         self.val_mse = MeanSquaredError()
 
@@ -42,7 +42,7 @@ class Regression(LightningModule):
         noise = 0.01 * (np.random.rand() + random.random())  # noqa: NPY002
         answers = self.layers(batch["inputs"] + noise)[:, 0]
         loss = nn.functional.mse_loss(answers, batch["values"])
-        for metric in (self.mse, self.rank, self.recent, self.range, *self.unregistered.values()):
+        for metric in (self.mse, self.rank, self.recent, self.wrapped["range"], *self.unregistered.values()):
             metric.update(answers.detach(), batch["values"])
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
@@ -50,7 +50,7 @@ class Regression(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        metrics = {"rank": self.rank, "recent": self.recent, "range": self.range, **self.unregistered}
+        metrics = {"rank": self.rank, "recent": self.recent, "range": self.wrapped["range"], **self.unregistered}
         values = {name: metric.compute() for name, metric in metrics.items()}
         self.log_dict({"least": values.pop("range")["min"], **values})
         for metric in metrics.values():

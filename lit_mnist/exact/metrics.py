@@ -27,8 +27,8 @@ def find_metrics(module: LightningModule) -> dict[str, Metric]:
         for name, value in vars(holder).items():
             listed = value if isinstance(value, (list, tuple)) else [value]
             for key, part in value.items() if isinstance(value, dict) else enumerate(listed):
-                if isinstance(part, Metric) and id(part) not in known:
-                    found[f"{place}.{name}.{key}"] = part
+                if isinstance(part, Metric) and id(part) not in known:  # with those that it wraps
+                    found |= {f"{place}.{name}.{key}.{n}": m for n, m in part.named_modules() if isinstance(m, Metric)}
     return found
 
 
