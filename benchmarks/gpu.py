@@ -165,7 +165,7 @@ class Loop:
 
 
 def tests(options: Options) -> Iterator[Record]:
-    chosen = ["-k", "batches_on_the_device and cpu"] if options.cpu else ["-m", "gpu"]
+    chosen = ["-k", "processors_batches and cpu"] if options.cpu else ["-m", "gpu"]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-rs", "--tb=short", *chosen, "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     print(done.stdout[-6000:])
