@@ -77,7 +77,7 @@ class Study:
         return list(range(1, self.seeds + 1)) if isinstance(self.seeds, int) else self.seeds
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["minimize", "maximize"]:
         return "minimize" if (self.mode or ("min" if self.compare.endswith("loss") else "")) == "min" else "maximize"
 
     @property
