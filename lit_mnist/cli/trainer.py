@@ -32,6 +32,7 @@ REFUSED = {  # callbacks that could not be resumed exactly, and what to do inste
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
     lightning.StochasticWeightAveraging: "use model.ema_decay",
+    lightning.GradientAccumulationScheduler: "use trainer.accumulate_grad_batches",  # a schedule needs the steps of all
 }
 
 
@@ -151,6 +152,8 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
     if processes * machines not in (1, wanted):
         started = f"{processes} on each of {machines} machines were started; leave both out"
         raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
+    if settings.command == "fit" and settings.checkpoint and now["trainer.fast_dev_run"]:
+        raise UserError("trainer.fast_dev_run trains a new network for a few batches: leave --ckpt_path out")
     if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
         raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
     for kind, instead in REFUSED.items():
