@@ -81,8 +81,9 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
     StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
     keeps = command == "fit" and not trainer["fast_dev_run"] and trainer["enable_checkpointing"] is not False
-    bar = trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
     callbacks = [*watch, *as_list(trainer["callbacks"])]
+    drawn = any(isinstance(callback, lightning.ProgressBar) for callback in callbacks)  # Lightning takes only one bar
+    bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
     if command == "fit":
         board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
         if not run.origin:  # a resumed run has its texts
@@ -110,7 +111,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),
         "enable_checkpointing": keeps,
-        "enable_progress_bar": bar,
+        "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
         "enable_model_summary": False,
     }
 

@@ -156,6 +156,9 @@ def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeyp
     assert "trainer.precision: bf16-mixed -> 32-true" in capsys.readouterr().out
     assert command("fit", *TINY, *auto, "--trainer.fast_dev_run", "true") == 0
     assert "Precision: 32-true" in capsys.readouterr().out
+    for terminal in (False, True):  # a user's bar is the only one
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
+        assert command("fit", *TINY, "--trainer.callbacks", "TQDMProgressBar", "--trainer.fast_dev_run", "true") == 0
     flags = ["fit", *longer, "--trainer.fast_dev_run", "true"]  # which leave no step
     assert "fast_dev_run" in fails(capsys, *flags, run=command)
 
