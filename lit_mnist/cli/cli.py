@@ -192,7 +192,7 @@ def translate_failures(cli: MNISTCLI) -> Iterator[None]:
             raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error
         cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
         module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-        says = isinstance(error, (RuntimeError, ImportError)) and module.startswith("pytorch_lightning.")
+        says = isinstance(error, (RuntimeError, ImportError, ValueError)) and module.startswith("pytorch_lightning.")
         if cli.run.started and (says or isinstance(cause, (OSError, MisconfigurationException))):
             # such as a full disk, or a score that a callback waits for and the module does not log
             raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error

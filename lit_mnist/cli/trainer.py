@@ -32,6 +32,7 @@ REFUSED = {  # callbacks that could not be resumed exactly, and what to do inste
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
     lightning.StochasticWeightAveraging: "use model.ema_decay",
+    lightning.GradientAccumulationScheduler: "use trainer.accumulate_grad_batches",  # a schedule needs the steps of all
 }
 
 
@@ -80,8 +81,9 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
     StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
     keeps = command == "fit" and not trainer["fast_dev_run"] and trainer["enable_checkpointing"] is not False
-    bar = trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
     callbacks = [*watch, *as_list(trainer["callbacks"])]
+    drawn = any(isinstance(callback, lightning.ProgressBar) for callback in callbacks)  # Lightning takes only one bar
+    bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
     if command == "fit":
         board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
         if not run.origin:  # a resumed run has its texts
@@ -109,7 +111,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),
         "enable_checkpointing": keeps,
-        "enable_progress_bar": bar,
+        "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
         "enable_model_summary": False,
     }
 
@@ -151,6 +153,8 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
     if processes * machines not in (1, wanted):
         started = f"{processes} on each of {machines} machines were started; leave both out"
         raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
+    if settings.command == "fit" and settings.checkpoint and now["trainer.fast_dev_run"]:
+        raise UserError("trainer.fast_dev_run trains a new network for a few batches: leave --ckpt_path out")
     if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
         raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
     for kind, instead in REFUSED.items():

@@ -107,7 +107,7 @@ class MNISTDataModule(LightningDataModule):
             self.sets["train"] = images, targets
             if val_size:  # else copies would double the memory
                 parts = stratified_split(targets, val_size, self.hparams["split_seed"])
-                # validate must score the very images that fit held out, so both stages split alike
+                # validate must score the same images that fit held out, so both stages split alike
                 for name, indices in zip(("train", "val"), parts, strict=True):
                     self.sets[name] = images[indices], targets[indices]
 

@@ -27,7 +27,6 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    """Return the processor's name, as the system reports it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -51,7 +51,6 @@ def metric_state(metric: Metric) -> dict[str, Any]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Copy the tensors of a state to a device."""
     return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().to(device, copy=True))
 
 

@@ -33,7 +33,7 @@ def find_checkpoint(wanted: str, runs: Path) -> Path:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`: it can make the program neither run code nor import a module.
 
-    UserError if the file is no intact checkpoint of this project, or of another format.
+    UserError if the file is not an intact checkpoint of this project, or of another format.
     """
     try:
         with warnings.catch_warnings():
@@ -41,16 +41,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a file that it has not written
         reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 120)
-        raise UserError(f"{path}: that file is no intact checkpoint ({reason})") from error
+        raise UserError(f"{path}: that file is not an intact checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
-        raise UserError(f"{path}: that file is no checkpoint of {PROGRAM}")
+        raise UserError(f"{path}: that file is not a checkpoint of {PROGRAM}")
     if (version := checkpoint.get(FORMAT_ENTRY)) not in SCORED:
         found = shortened(repr(version), 40)
         raise UserError(f"{path}: that checkpoint has the format {found}, and this version reads 2 and {FORMAT}")
     checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
     for name, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: that file is no intact checkpoint ({name} is missing or no {kind.__name__})")
+            raise UserError(f"{path}: that file is not an intact checkpoint ({name} is missing or no {kind.__name__})")
     return checkpoint
 
 

@@ -176,7 +176,6 @@ def latest_trials(study: optuna.Study) -> dict[int, FrozenTrial]:
 
 
 def values_of(given: Any) -> list[Any]:
-    """Return all values of a list or of a range with a step."""
     if isinstance(given, list):
         return given
     low, high, step = (given[name] for name in ("low", "high", "step"))

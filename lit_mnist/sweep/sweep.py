@@ -253,7 +253,6 @@ def run_workers(workers: int, folder: Path, args: list[str]) -> None:
 
 
 def sweep(args: list[str]) -> None:
-    """Run the command with the flags that follow its name."""
 
     def stop(signum: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt(signum)

@@ -156,6 +156,14 @@ def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeyp
     assert "trainer.precision: bf16-mixed -> 32-true" in capsys.readouterr().out
     assert command("fit", *TINY, *auto, "--trainer.fast_dev_run", "true") == 0
     assert "Precision: 32-true" in capsys.readouterr().out
+    for terminal in (False, True):  # a user's bar is the only one
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
+        assert command("fit", *TINY, "--trainer.callbacks", "TQDMProgressBar", "--trainer.fast_dev_run", "true") == 0
+    flags = ["fit", *longer, "--trainer.fast_dev_run", "true"]  # which leave no step
+    assert "fast_dev_run" in fails(capsys, *flags, run=command)
+
+
+SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {"1": 2}}}]'
 
 
 @pytest.mark.parametrize(
@@ -173,6 +181,8 @@ def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeyp
         (["--trainer.check_val_every_n_epoch", "0"], ["trainer.check_val_every_n_epoch", "positive", "0"]),
         (["--trainer.val_check_interval", "00:00:01:00"], ["trainer.val_check_interval", "00:00:01:00"]),
         (["--trainer.callbacks", "LearningRateFinder"], ["trainer.callbacks", "LearningRateFinder", "model.lr"]),
+        (["--trainer.callbacks", SCHEDULER], ["trainer.callbacks", "GradientAccumulationScheduler"]),
+        (["--data.val_size", "50", "--trainer.val_check_interval", "99"], ["val_check_interval", "99"]),
         (["--trainer.strategy", "ddp_notebook"], ["trainer.strategy", "auto or ddp", "ddp_notebook"]),
         (["--trainer.accelerator", "tpu"], ["torch_xla"]),
         (["--data.val_size", "50", "--trainer.limit_train_batches", "0"], ["limit_train_batches"]),

@@ -61,7 +61,7 @@ def test_finding_checkpoints(tmp_path: Path) -> None:
     assert find_checkpoint("best", tmp_path) == old
     assert find_checkpoint("last", tmp_path).parent.parent == folder
     assert find_and_read("best", tmp_path) == (old, read_checkpoint(old))
-    with pytest.raises(UserError, match="no intact checkpoint"):
+    with pytest.raises(UserError, match="not an intact checkpoint"):
         find_and_read("last", tmp_path)
     for wanted in ("/dev/zero", str(pipe), "http://x", "a\0b", "."):
         with pytest.raises(UserError, match="file"):
