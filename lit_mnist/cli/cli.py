@@ -73,14 +73,10 @@ class MNISTCLI(LightningCLI):
         return {self.command: LightningCLI.subcommands()[self.command] | {"ckpt_path", "weights_only", "verbose"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        kind, what = ("last", "resumed") if self.command == "fit" else ("best", "scored")
-        checkpoint = (
-            f"The checkpoint that is {what}: best or last of the newest run, a file, or a run's folder ({kind})."
-        )
+        checkpoint = "What is resumed or scored: best or last of the newest run, a file, or a run's folder."
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=checkpoint)
         if self.command == "fit":
-            named = "Name of a new run's folder, by default version_N."
-            parser.add_argument("--name", type=str | None, default=None, help=named)
+            parser.add_argument("--name", type=str | None, default=None, help="A new run's folder (version_N).")
         # Lightning 2.6 allows true, a seed drawn at random; a run here can always be repeated
         parser.add_argument("--seed_everything", type=Seed, default=DEFAULT_SEED, help="Seed of everything random.")
 

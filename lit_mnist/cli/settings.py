@@ -146,14 +146,11 @@ def configs_first(args: list[str], foreign: Collection[str] = ()) -> tuple[list[
     """Return the files of `--config`, and the flags with these before all others: for jsonargparse what comes last
     wins. A file is replaced by its text without the `foreign` sections where it has any.
     """
-    files, flags, rest = [], [], iter(args)
+    files, flags, rest = list[str](), list[str](), iter(args)
     for arg in rest:
         found = re.fullmatch(r"(?:-c|--config(?==|$))=?(.*)", arg, re.DOTALL)
         file = found and (found[1] or next(rest, None))
-        if file is None:
-            flags.append(arg)
-        else:
-            files.append(file)
+        (flags if file is None else files).append(arg if file is None else file)
     return files, [*(f"--config={without(foreign, file)}" for file in files), *flags]
 
 

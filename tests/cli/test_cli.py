@@ -251,7 +251,7 @@ def printed(capsys: Capsys, *args: str) -> dict[str, Any]:
 
 
 def test_flags_win_wherever_they_stand(command: Command, capsys: Capsys) -> None:
-    Path("one.yaml").write_text("trainer: {max_epochs: 9}\nmodel: {lr: 0.3, momentum: 0.5}\n")
+    Path("one.yaml").write_text("trainer: {max_epochs: 9}\nmodel: {lr: 0.3, momentum: 5e-1}\nbest: {mode: max}\n")
     Path("two.yaml").write_text("model: {lr: 0.2}\nseed_everything: 5\n")
     flags = ["--trainer.max_epochs=1", "--config", "one.yaml", "--model.warmup", "0.5", "-ctwo.yaml"]
     for name in ("fit", "test"):
@@ -285,8 +285,14 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
 
 
 def test_what_fit_shows(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, get_metrics = list[dict[str, Any]](), Bar.get_metrics
-    monkeypatch.setattr(Bar, "get_metrics", lambda *args: shown.append(get_metrics(*args)) or shown[-1])
+    shown: list[dict[str, Any]] = []
+    get_metrics = Bar.get_metrics
+
+    def spy(*args: Any) -> dict[str, Any]:
+        shown.append(get_metrics(*args))
+        return shown[-1]
+
+    monkeypatch.setattr(Bar, "get_metrics", spy)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert command("fit", *TINY) == 0
     start = capsys.readouterr().out.partition("Epoch 0:")[0]
