@@ -44,14 +44,14 @@ class Parser(LightningArgumentParser):
         # jsonargparse 4.53 prints the usage of some hundred flags as well
         raise UserError(one_line(re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", message))) from ex
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any) -> str:
         # jsonargparse 4.53 names some forty classes for trainer.callbacks alone
         first = [action for action in self._actions if action.dest in MOST_USED]
         for group in self._action_groups:
             group._group_actions = [action for action in group._group_actions if action not in first]
         self.add_argument_group("most used")._group_actions = first
-        self._action_groups.insert(0, self._action_groups.pop())
-        return re.sub(r",\s+known\s+subclasses:[^)]*", "", super().format_help())
+        self._action_groups = sorted(self._action_groups, key=lambda group: group.title != "most used")
+        return re.sub(r",\s+known\s+subclasses:[^)]*", "", super().format_help(*args))
 
 
 @dataclass

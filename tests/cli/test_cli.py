@@ -264,7 +264,7 @@ def test_flags_win_wherever_they_stand(command: Command, capsys: Capsys) -> None
 
 
 def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Capsys) -> None:
-    other, renamed = shutil.copytree(RUN, "copies/of it"), shutil.move(RUN, RUNS / "renamed")
+    other, renamed = shutil.copytree(RUN, "copies/of it"), Path(shutil.move(RUN, RUNS / "renamed"))
     for run in (renamed, other):
         assert command("fit", "--ckpt_path", str(run), "--trainer.max_epochs", "3") == 0
         assert last_checkpoint(Path(run))["global_step"] == 54
