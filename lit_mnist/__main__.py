@@ -33,6 +33,7 @@ commands:
 
 `python -m lit_mnist COMMAND --help` lists all settings of a command; `--print_config` prints them as YAML.
 """
+SHORT = {"-h", "--help", "--print_config", "--worker"}  # which print for a program, or for another process
 FAILED_TRAINING = 3
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -73,6 +74,9 @@ def call_command(args: list[str]) -> None:
     elif command in ("-h", "--help"):
         print(HELP, end="")
     elif command in ("fit", "validate", "test", "sweep"):
+        first = number("RANK", "SLURM_PROCID", "LOCAL_RANK") == 0 and "torch" not in sys.modules
+        if first and SHORT.isdisjoint(arg.partition("=")[0] for arg in args):
+            print("Loading PyTorch and Lightning ...", flush=True)  # which takes seconds
         from lit_mnist.cli.cli import MNISTCLI, translate_errors
 
         with translate_errors():

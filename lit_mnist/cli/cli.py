@@ -70,9 +70,13 @@ class MNISTCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # parsers are built for this command alone: each costs a part of a second
-        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only", "verbose"}}
+        return {self.command: LightningCLI.subcommands()[self.command] | {"ckpt_path", "weights_only", "verbose"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        checkpoint = "What is resumed or scored: best or last of the newest run, a file, or a run's folder."
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=checkpoint)
+        if self.command == "fit":
+            parser.add_argument("--name", type=str | None, default=None, help="A new run's folder (version_N).")
         # Lightning 2.6 allows true, a seed drawn at random; a run here can always be repeated
         parser.add_argument("--seed_everything", type=Seed, default=DEFAULT_SEED, help="Seed of everything random.")
 

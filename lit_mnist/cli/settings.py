@@ -1,10 +1,10 @@
 """What a command runs with: the settings of a checkpoint's run, and over them the user's files and flags."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.reader import find_and_read
 
 DEFAULT_SEED = 1
+MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
 # What decides where a command runs and what it prints is no part of a run.
 MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_dir", "profiler")}
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
@@ -29,6 +30,7 @@ FIXED = {
     ("model.optimizer",): ("fit", "its state fits no other"),
     ("seed_everything",): ("fit", "it decides the order of the batches"),
 }
+SECTIONS = ("checkpoint", "best", "board", "name")  # of a run's config.yaml that not every command has
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
 CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
 PLAIN = (int, float, str, bool, type(None))
@@ -42,16 +44,27 @@ class Parser(LightningArgumentParser):
         # jsonargparse 4.53 prints the usage of some hundred flags as well
         raise UserError(one_line(re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", message))) from ex
 
+    def format_help(self, *args: Any) -> str:
+        # jsonargparse 4.53 names some forty classes for trainer.callbacks alone
+        first = [action for action in self._actions if action.dest in MOST_USED]
+        for group in self._action_groups:
+            group._group_actions = [action for action in group._group_actions if action not in first]
+        self.add_argument_group("most used")._group_actions = first
+        self._action_groups = sorted(self._action_groups, key=lambda group: group.title != "most used")
+        return re.sub(r",\s+known\s+subclasses:[^)]*", "", super().format_help(*args))
+
 
 @dataclass
 class Settings:
     """The settings of a command, and the checkpoint it begins with."""
 
     args: list[str]  # as typed, the command first
+    files: list[str]  # those of --config
     parser: LightningArgumentParser  # the part that is the command's
     config: Any  # as parsed, the command's under its name
     text: str = ""  # the command's as YAML, for config.yaml
     plain: dict[str, Any] = field(default_factory=dict)  # these by dotted key
+    name: str | None = None  # of a new run's folder
     checkpoint: Path | None = None
     loaded: dict[str, Any] = field(default_factory=dict)  # its content
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
@@ -69,7 +82,7 @@ class Settings:
     @property
     def recipe(self) -> str:
         """A name for the settings."""
-        return "+".join(Path(config).stem for config in configs_of(self.args)) or "default"
+        return "+".join(Path(file).stem for file in self.files) or "default"
 
     @property
     def runs(self) -> Path:
@@ -83,15 +96,16 @@ def parse(parser: LightningArgumentParser, subparser: LightningArgumentParser, a
 
     `subparser` is the command's part of the parser. UserError if the command line or the checkpoint cannot be used.
     """
-    configs = configs_of(args)
+    defaults = subparser.get_defaults()
     before: dict[str, Any] = {}
-    settings = Settings(args, subparser, parse_args(parser, args, configs))
+    files, line = configs_first(args[1:], foreign={name for name in SECTIONS if name not in defaults})
+    settings = Settings(args, files, subparser, parse_args(parser, [args[0], *line], files))
     if wanted := settings.own["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
-        defaults = subparser.get_defaults()  # a setting of an older version may be gone
+        # a setting of an older version may be gone
         text = yaml.safe_dump({key: value for key, value in base.items() if key in defaults})
-        files = ["the checkpoint's run", *configs]
-        settings.config = parse_args(parser, [settings.command, "--config", text, *args[1:]], files)
+        files = ["the checkpoint's run", *files]
+        settings.config = parse_args(parser, [args[0], "--config", text, *line], files)
     elif settings.command != "fit":
         raise UserError(f"{settings.command} needs --ckpt_path best, last or the path of a checkpoint")
     if settings.own["trainer.precision"] == "auto":
@@ -102,6 +116,9 @@ def parse(parser: LightningArgumentParser, subparser: LightningArgumentParser, a
         settings.lines.append(f"Precision: {chosen}, as {reason}")
     # The methods that run the trainer pass it on. LightningCLI 2.6 would lay the checkpoint's settings over the flags.
     settings.own["ckpt_path"] = None
+    settings.name = name = settings.own.pop("name", None)
+    if name is not None and (settings.continues or not name or name.startswith(".") or name != Path(name).name):
+        raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
     settings.text = subparser.dump(settings.own, skip_unset=False)
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
@@ -125,10 +142,24 @@ def parse_args(parser: LightningArgumentParser, args: list[str], files: list[str
         raise UserError(one_line(error) + (f" (in {' or '.join(files)} or a flag)" if files else "")) from error
 
 
-def configs_of(args: list[str]) -> list[str]:
-    """Return the values of `--config` on a command line."""
-    configs = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-    return configs + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+def configs_first(args: list[str], foreign: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Return the files of `--config`, and the flags with these before all others: for jsonargparse what comes last
+    wins. A file is replaced by its text without the `foreign` sections where it has any.
+    """
+    files, flags, rest = list[str](), list[str](), iter(args)
+    for arg in rest:
+        found = re.fullmatch(r"(?:-c|--config(?==|$))=?(.*)", arg, re.DOTALL)
+        file = found and (found[1] or next(rest, None))
+        (flags if file is None else files).append(arg if file is None else file)
+    return files, [*(f"--config={without(foreign, file)}" for file in files), *flags]
+
+
+def without(foreign: Collection[str], file: str) -> str:
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # jsonargparse says what is wrong
+        content = yaml.safe_load(Path(file).read_text()) if foreign else None
+        if isinstance(content, dict) and not content.keys().isdisjoint(foreign):
+            return yaml.safe_dump({key: value for key, value in content.items() if key not in foreign})
+    return file
 
 
 def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,8 +168,9 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     A fit takes the run's config.yaml; without one, and to score a checkpoint, it is the checkpoint's hyperparameters.
     config.yaml may name classes; a checkpoint, which may be somebody else's, never does.
     """
+    kind = "last" if settings.command == "fit" else "best"
     try:
-        settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs)
+        settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs, kind)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     folder = runs.run_folder(path)

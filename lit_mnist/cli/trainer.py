@@ -5,11 +5,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from math import inf
 from typing import Any, Literal
 
 import torch
 from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
-from pytorch_lightning import Callback, LightningDataModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
@@ -17,12 +20,12 @@ from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 from lit_mnist.board import HPARAM_METRICS
 from lit_mnist.cli.settings import MACHINE, Settings
 from lit_mnist.exact.assembly import make_callbacks, make_logger, make_plugins, place_logger
-from lit_mnist.exact.checkpoints import Run
+from lit_mnist.exact.checkpoints import Run, callback_of
 from lit_mnist.exact.conditions import conditions
-from lit_mnist.exact.console import UserError
+from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
-from lit_mnist.exact.progress import Progress
+from lit_mnist.exact.progress import Progress, say
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import run_folder
@@ -44,6 +47,34 @@ class AutoTrainer(Trainer):
         super().__init__(*args, precision=precision, **kwargs)
 
 
+class Bar(lightning.RichProgressBar):
+    """RichProgressBar with the latest loss, and the time left of the whole run."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        progress: Any = callback_of(trainer, Progress)
+        times, batches = progress.state_dict(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        epochs = batches / trainer.num_training_batches
+        # of steps or of epochs, whichever ends first; what is not limited is -1
+        share = max(trainer.global_step / trainer.max_steps, epochs / (trainer.max_epochs or -1))
+        left = (times["train_seconds"] + times["validation_seconds"]) * (1 / share - 1) if share > 0 else inf
+        time = {"time left": str(timedelta(seconds=round(left)))} if left < inf else {}
+        # the loss is read when it is shown: in each step that would wait for a GPU
+        metrics = {"loss": progress._loss, **time, **super().get_metrics(trainer, pl_module)}
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+
+def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
+    """Print what is trained, on which device and where to."""
+    sizes = {name: len(part[1]) for name, part in trainer.datamodule.sets.items()}  # type: ignore[attr-defined]
+    device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    say(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
+    say(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
+    say(trainer, f"The run:    {shown(run.folder) if run.folder else 'not kept'}")
+    if run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
+        say(trainer, f"Look at it: tensorboard --logdir {shlex.quote(shown(run.folder.parent))}")
+
+
 class Unprofiled(PassThroughProfiler):
     """PassThroughProfiler of Lightning 2.6 runs a generator for each of some sixty hooks of a step."""
 
@@ -63,7 +94,7 @@ def make_run(settings: Settings) -> Run:
     if checkpoint and settings.continues:
         run = Run.resumed(checkpoint, loaded, settings.unchanged)
     else:
-        run = Run.new(settings.runs, checkpoint, loaded)
+        run = Run.new(settings.runs, checkpoint, loaded, settings.name)
     for number, logger in enumerate(as_list(settings.own["trainer.logger"])):
         if hasattr(logger, "init_args"):
             place_logger(run, logger, number, settings.runs)
@@ -100,13 +131,15 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
             recipe=settings.recipe,
             command=shlex.join(settings.args),
         )
-        callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] is not False else []
+        callbacks.append(lightning.LambdaCallback(on_train_start=partial(announce, run)))
+        # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
+        callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
     else:
         callbacks.append(progress := Progress())
         callbacks += [Results(run, progress), *made["board"].callbacks()] if command == "test" else []
     return {
         **trainer,
-        "callbacks": [*callbacks, lightning.RichProgressBar(refresh_rate=10)] if bar else callbacks,
+        "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
         "logger": make_loggers(settings, run, trainer["logger"]) or False,
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),

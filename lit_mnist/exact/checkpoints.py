@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
 from .reader import FORMAT, FORMAT_ENTRY
-from .runs import claim_version, own_checkpoints, replaced, run_folder
+from .runs import claim_folder, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
 AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop
@@ -42,15 +42,15 @@ class Run:
     started: bool = False
 
     @classmethod
-    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Mapping[str, Any] | None = None) -> "Run":
-        """Make a run in a new folder `version_N`, which only the first process does."""
+    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Any = None, name: str | None = None) -> "Run":
+        """Make a run in a new folder, `version_N` without a name, which only the first process does."""
         run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
         run.folder = None
         if is_first():
             try:
-                run.folder, run.made = claim_version(runs.absolute()), True
+                run.folder, run.made = claim_folder(runs.absolute(), name), True
             except OSError as error:
-                raise UserError(f"no run can be written to {runs} ({error.strerror})") from error
+                raise UserError(f"no run can be written to {runs / (name or '')} ({error.strerror})") from error
         return run
 
     @classmethod

@@ -17,16 +17,22 @@ ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datam
 ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
-def find_checkpoint(wanted: str, runs: Path) -> Path:
-    """Return the file that a path, `best` or `last` (of the newest run that has one) means; UserError if none."""
+def find_checkpoint(wanted: str, runs: Path, kind: str = "best") -> Path:
+    """Return the file that a path, `best` or `last` (of the newest run that has one) means; UserError if none.
+
+    Of a run's folder it is the checkpoint of this kind, or its last one where it has no best.
+    """
     if wanted in ("best", "last"):
         for run in versions(runs):
             if found := newest(run, wanted):
                 return found
         hint = "" if wanted == "last" else " (a run without validation has only a last one)"
         raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
-    if not (path := Path(wanted)).is_file():  # a named pipe or a device would be waited for
-        raise UserError(f"{shortened(wanted)}: no such file; allowed are best, last and the path of a checkpoint")
+    if (path := Path(wanted)).is_dir():
+        path = newest(path, kind) or newest(path) or path
+    if not path.is_file():  # a named pipe or a device would be waited for
+        allowed = "best, last, and the path of a checkpoint or of a run's folder that has one"
+        raise UserError(f"{shortened(wanted)}: no such file; allowed are {allowed}")
     return path
 
 
@@ -54,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_and_read(wanted: str, runs: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that a path, `best` or `last` means, and its contents."""
-    path = find_checkpoint(wanted, runs)
+def find_and_read(wanted: str, runs: Path, kind: str = "best") -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that `find_checkpoint` finds, and its contents."""
+    path = find_checkpoint(wanted, runs, kind)
     return path, read_checkpoint(path)

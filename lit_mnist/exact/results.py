@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from time import time
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -12,7 +13,7 @@ from .conditions import conditions
 from .console import Interrupted
 from .ddp import lost
 from .progress import Progress, epoch_metrics
-from .runs import read_results, replaced
+from .runs import read_results, replaced, section
 
 
 class Results(Callback):
@@ -35,6 +36,7 @@ class Results(Callback):
         # the checkpoint of another run that this one begins with
         parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.made else None
         self._kept: dict[str, Any] = {"recipe": recipe, "parent": parent, "commands": [command]}
+        self._created = section(read_results(run.folder), "fit").get("created", time()) if run.folder else None
 
     def state_dict(self) -> dict[str, Any]:
         return self._kept
@@ -71,6 +73,7 @@ class Results(Callback):
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
         fit = {
             "state": state,
+            "created": self._created,
             **self._kept,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,

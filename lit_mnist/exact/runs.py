@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,24 @@ def expanded(path: str | Path, setting: str) -> Path:
         raise UserError(f"{setting} {shortened(str(path))}: no such home folder; give the whole path") from None
 
 
+def number_of(run: Path) -> int:
+    """Return N of a folder `version_N`, -1 for any other name."""
+    found = VERSION.fullmatch(run.name)
+    return int(found[1]) if found else -1
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a run lies here: it may have been renamed or copied, so its files decide."""
+    return number_of(folder) >= 0 or any((folder / name).is_file() for name in ("results.json", "config.yaml"))
+
+
 def versions(runs: Path) -> list[Path]:
-    """Return the folders of all runs, the newest (highest number) first."""
-    found = [path for path in (runs.iterdir() if runs.is_dir() else ()) if VERSION.fullmatch(path.name)]
-    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[len("version_") :]), reverse=True)
+    """Return the folders of all runs, that of the newest first: a copied file has another time, so results.json
+    has the one at which the run was made. Those without it, of an older version, come last, by their numbers.
+    """
+    found = [path for path in (runs.iterdir() if runs.is_dir() else ()) if path.is_dir() and is_run(path)]
+    made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in found}
+    return sorted(found, key=lambda run: (made[run], number_of(run), run.name), reverse=True)
 
 
 @contextmanager
@@ -46,16 +60,16 @@ def replaced(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def claim_version(runs: Path) -> Path:
-    """Make a new folder `version_N` that no other process has."""
-    number = int(versions(runs)[0].name[len("version_") :]) + 1 if versions(runs) else 0
+def claim_folder(runs: Path, name: str | None = None) -> Path:
+    """Make a new folder, of this name or the next `version_N`, that no other process has."""
+    number = max(map(number_of, runs.glob("version_*")), default=-1) + 1
     while True:
-        folder = runs / f"version_{number}"
+        folder = runs / (name or f"version_{number}")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if not folder.is_dir():
+            if name:
                 raise
             number += 1  # another program that started at the same time was quicker
 
@@ -74,14 +88,12 @@ def only_process(run: Path) -> Iterator[None]:
 def being_trained(run: Path) -> bool:
     """Say whether a living process trains this run."""
     try:
-        if (run / LOCK).exists():
-            with only_process(run):
-                return False
+        with only_process(run) if (run / LOCK).exists() else nullcontext():
+            return False
     except UserError:
         return True
     except OSError:  # another user's folder
-        pass
-    return False
+        return False
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -112,4 +124,4 @@ def newest(run: Path, kind: str = "last") -> Path | None:
 def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None where it lies somewhere else."""
     folder = checkpoint.resolve().parent
-    return folder.parent if folder.name == "checkpoints" and VERSION.fullmatch(folder.parent.name) else None
+    return folder.parent if folder.name == "checkpoints" and is_run(folder.parent) else None

@@ -23,7 +23,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain
 from lit_mnist.cli.runs import read_settings
-from lit_mnist.cli.settings import Parser, Settings, configs_of
+from lit_mnist.cli.settings import Parser, Settings, configs_first
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.console import Interrupted, TrainingFailed, shortened
 from lit_mnist.exact.progress import Progress
@@ -223,10 +223,11 @@ def read(args: list[str]) -> tuple[Study, Any]:
     add("--data.root", type=str, help="the folder of the data (the recipe's)")
     add("--worker", type=int, help=SUPPRESS)  # the number of a worker that another process has started
     parser.add_class_arguments(Study)
-    options = parser.parse_args(args)
+    files, line = configs_first(args)
+    options = parser.parse_args(line)
     plan = Study(**{name: options.pop(name) for name in Study.__dataclass_fields__})
     bases = as_list(plan.base) if any(arg.partition("=")[0] == "--base" for arg in args) else []
-    options.name = options.name or "-".join(Path(file).stem for file in [*configs_of(args), *bases]) or "study"
+    options.name = options.name or "-".join(Path(file).stem for file in [*files, *bases]) or "study"
     return plan, options
 
 

@@ -15,6 +15,9 @@ from helpers import REPOSITORY, RUN, TINY, Capsys, Command, assert_same, fails, 
 from lit_mnist import __version__
 from lit_mnist.__main__ import main
 from lit_mnist.cli.settings import plain_settings
+from lit_mnist.cli.trainer import Bar
+from lit_mnist.exact.reader import find_checkpoint
+from lit_mnist.exact.runs import claim_folder
 
 CONFIGS, RUNS = REPOSITORY / "configs", RUN.parent
 
@@ -249,3 +252,78 @@ def test_some_answers_do_without_torch(flags: list[str], status: int, said: str)
     code += "; assert not {'torch', 'pandas'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said in done.stdout + done.stderr
+
+
+def printed(capsys: Capsys, *args: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*args, "--print_config"]) == 0
+    return dict(yaml.safe_load(capsys.readouterr().out))
+
+
+def test_flags_win_wherever_they_stand(command: Command, capsys: Capsys) -> None:
+    Path("one.yaml").write_text("trainer: {max_epochs: 9}\nmodel: {lr: 0.3, momentum: 5e-1}\nbest: {mode: max}\n")
+    Path("two.yaml").write_text("model: {lr: 0.2}\nseed_everything: 5\n")
+    flags = ["--trainer.max_epochs=1", "--config", "one.yaml", "--model.warmup", "0.5", "-ctwo.yaml"]
+    for name in ("fit", "test"):
+        found = printed(capsys, name, *flags, "--trainer.callbacks+", "Timer")
+        assert (found["trainer"]["max_epochs"], found["seed_everything"]) == (1, 5)
+        assert [found["model"][key] for key in ("lr", "momentum", "warmup")] == [0.2, 0.5, 0.5]
+        assert found["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    Path("study.yaml").write_text("seeds: 3\nsettings: {model.lr: [0.1, 0.2]}\n")
+    assert printed(capsys, "sweep", "--seeds", "1", "--config=study.yaml")["seeds"] == 1
+
+
+def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Capsys) -> None:
+    other, renamed = shutil.copytree(RUN, "copies/of it"), Path(shutil.move(RUN, RUNS / "renamed"))
+    for run in (renamed, other):
+        assert command("fit", "--ckpt_path", str(run), "--trainer.max_epochs", "3") == 0
+        assert last_checkpoint(Path(run))["global_step"] == 54
+    scored = ["test", "--config", f"{renamed}/config.yaml", "--trainer.accelerator", "cpu", "--ckpt_path"]
+    assert command(*scored, str(renamed)) == 0
+    assert results(renamed)["test"]["checkpoint"].startswith("best-")
+    Path("typo.yaml").write_text("best: {}\nbord: {x: 1}\n")
+    assert "bord" in fails(capsys, *scored, "last", "--config", "typo.yaml", run=command)
+
+    assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "zero") == 0
+    assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "a new one") == 0
+    assert find_checkpoint("last", RUNS).parent.parent.name == "a new one"
+    for flags in (["zero"], ["../x"], [""], [".x"], ["x", "--ckpt_path", "last"]):
+        assert flags[0] in fails(capsys, "fit", *TINY, "--name", *flags, run=command)
+    assert main(["runs", "--columns", "run", "--format", "csv"]) == 0
+    assert capsys.readouterr().out.split("\n")[1:] == ["renamed", "zero", "a new one", ""]
+    assert claim_folder(RUNS).name == "version_0"
+
+
+def test_what_fit_shows(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    get_metrics = Bar.get_metrics
+
+    def spy(*args: Any) -> dict[str, Any]:
+        shown.append(get_metrics(*args))
+        return shown[-1]
+
+    monkeypatch.setattr(Bar, "get_metrics", spy)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert command("fit", *TINY) == 0
+    start = capsys.readouterr().out.partition("Epoch 0:")[0]
+    for line in ("350 to train on, 50 held out", f" {RUN}\n", f"tensorboard --logdir {RUNS}\n", " 502 parameters"):
+        assert line in start
+    assert "FLOPs" not in start
+    assert [*shown[0]][:2] == ["loss", "time left"]
+    assert float(shown[1]["loss"]) == pytest.approx(scalars(RUN)["train/loss_step"][0][1])
+    assert shown[-1]["time left"] == "0:00:00"
+
+
+def test_help_begins_with_what_people_use(capsys: Capsys) -> None:
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(text.index, ("--ckpt_path", "--name", "--data.root"))) < text.index("--trainer.precision")
+    assert [word for word in ("known", "EarlyStopping", "hpc") if word in text] == []
+
+
+@pytest.mark.parametrize(("flags", "said"), [([], "Loading"), (["--print_config"], ""), (["--help"], "")])
+def test_the_first_line_comes_before_torch(flags: list[str], said: str) -> None:
+    code = "import sys; from lit_mnist.__main__ import main; sys.modules['lit_mnist.cli.cli'] = None"
+    code += f"; main({['fit', *flags]})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout[:7] == said

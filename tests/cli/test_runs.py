@@ -28,7 +28,7 @@ def test_best_and_last_are_of_the_newest_run_that_has_one(tmp_path: Path) -> Non
     checkpoint(tmp_path / "version_9", "last-epoch=02-step=000900-accuracy=0.9800.ckpt")
     checkpoint(tmp_path / "version_10", "last-epoch=00-step=000001.ckpt", age=50)
     last = checkpoint(tmp_path / "version_10", "last-epoch=01-step=000002.ckpt", age=20)
-    assert runs.claim_version(tmp_path) == tmp_path / "version_11"
+    assert runs.claim_folder(tmp_path) == tmp_path / "version_11"
     assert find_checkpoint("best", tmp_path) == find_checkpoint(str(best), tmp_path) == best
     assert find_checkpoint("last", tmp_path) == last
     assert runs.run_folder(last) == tmp_path / "version_10"
