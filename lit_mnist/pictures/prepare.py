@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_mnist.exact.console import UserError
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd and large files; what it cannot read, it raises
 Image.init()
 Image.ID.remove("EPS")  # which is a program, and starts Ghostscript
 with suppress(ImportError):
@@ -44,8 +45,7 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
     from. Large pictures are reduced to 1,024 to 2,047 pixels.
     """
     try:
-        with warnings.catch_warnings(), Image.open(file) as opened:
-            warnings.simplefilter("ignore")  # Pillow's of odd files; what it cannot read, it raises
+        with Image.open(file) as opened:
             opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow's conversions would clip

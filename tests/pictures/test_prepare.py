@@ -151,7 +151,7 @@ def test_files(tmp_path: Path) -> None:
     """Formats, colours, transparency, 16 bits and orientation: all the same digit."""
     expected = digit(drawn())
     names = ["L.png", "1.png", "P.png", "RGB.jpg", "RGB.bmp", "P.gif", "CMYK.tif", "RGB.webp", "L.jp2", "L.ppm"]
-    names += ["RGB.avif"] * features.check("avif") + ["RGB.heic"] * ("HEIF" in Image.ID)
+    names += ["RGB.avif"] * bool(features.check("avif")) + ["RGB.heic"] * ("HEIF" in Image.ID)
     files = [save(tmp_path / name, 1 - drawn(), name.partition(".")[0]) for name in names]
     part, alpha = drawn()[..., None], (drawn() * 255).astype(np.uint8)
     colours = [((255, 255, 0), (255, 255, 255)), ((200, 60, 60), (60, 130, 60)), ((40, 40, 160), (250, 240, 120))]
