@@ -14,8 +14,6 @@ from lit_mnist.cli.predict import checkpoint_parser, open_network
 from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.report import read
 
-UPLOAD_LIMIT = 2**26  # bytes
-
 
 class Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection; nothing is kept."""
@@ -29,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a drawing or a photograph, in any format that `predict` reads, in JSON."""
-        size = min(int(self.headers["Content-Length"]), UPLOAD_LIMIT)
+        size = min(int(self.headers["Content-Length"]), 2**26)
         (picture,) = read(self.network, BytesIO(self.rfile.read(size)))
         pixels = [] if picture.digit is None else picture.digit.flatten().tolist()
         found = {"pixels": pixels, "probabilities": picture.probabilities, "problem": picture.problem}

@@ -34,17 +34,16 @@ TOLERANCE = 1e-5  # of a probability
 EXAMPLE = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
 SHAPES = ({0: torch.export.Dim("batch")},)  # any number of images
 
-Exported = tuple[bytes, Callable[[Tensor], Tensor]]  # the file's content, and what its network makes of a batch
 
-
-def to_pt2(model: nn.Module, metadata: dict[str, str]) -> Exported:
+def to_pt2(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """Return a file's content, and what its network makes of a batch."""
     file = io.BytesIO()  # torch 2.15 aborts the process if it cannot write a file to its end
     program = torch.export.export(model, (EXAMPLE,), dynamic_shapes=SHAPES)
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
     return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
-def to_onnx(model: nn.Module, metadata: dict[str, str]) -> Exported:
+def to_onnx(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     import onnx
     from onnxruntime import InferenceSession
 
@@ -84,9 +83,7 @@ def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -
 def export(args: Sequence[str]) -> None:
     """Run the command with the flags after its name; UserError for these, or if the file does not answer as it must."""
     parser = checkpoint_parser("export", "Write a checkpoint's network to a file.")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="digits.pt2, or with the extra [export] digits.onnx or digits.html"
-    )
+    parser.add_argument("--output", required=True, type=Path, help="digits.pt2; with [export] digits.onnx, digits.html")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set, to check with (data)")
     options = parser.parse_args(args)
@@ -119,8 +116,7 @@ def export(args: Sequence[str]) -> None:
     expected = torch.cat([expected, expected[:10]])
     difference = float((answers - expected).abs().max())
     if not difference <= TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):  # NaN is refused, too
-        reason = f"the exported network's probabilities differ by {difference:.1e}, allowed is {TOLERANCE:.0e}"
-        raise UserError(f"--output {output}: {reason}; nothing was written")
+        raise UserError(f"--output {output}: nothing was written; its probabilities differ by {difference:.1e}")
     if output.suffix == ".html":
         content = fill_page(metadata, fetch_runtime() | {"network": content})
     with replaced(output) as partial:

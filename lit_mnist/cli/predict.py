@@ -1,7 +1,9 @@
 """predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
 
+import itertools
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,13 @@ def checkpoint_parser(command: str, description: str) -> OneLineParser:
 
 def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
     """Load the network of `--ckpt_path`, in eval mode, and return it after the checkpoint's path and content."""
+    found = ""
     try:
         path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
-    except UserError as error:
-        raise UserError(f"--ckpt_path {error}") from error
-    try:
+        found = f"{path}: "
         network = load_network(checkpoint)
     except UserError as error:
-        raise UserError(f"--ckpt_path {path}: {error}") from error
+        raise UserError(f"--ckpt_path {found}{error}") from error
     print(f"Checkpoint: {path}", flush=True)
     return path, checkpoint, network
 
@@ -55,6 +56,17 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
         raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
+def claim_output(folder: Path, name: str) -> Path:
+    """Make the first of the files NAME.csv, NAME-2.csv, ... that is new, and has no contact sheet beside it."""
+    for number in itertools.count(1):
+        path = folder / f"{name}{f'-{number}' * (number > 1)}.csv"
+        with suppress(FileExistsError):  # another process may be quicker
+            if not os.path.lexists(path.with_suffix(".png")):
+                path.touch(exist_ok=False)
+                break
+    return path
+
+
 def predict(args: Sequence[str]) -> None:
     """Run the command with the flags after its name; UserError if they cannot be used, or no picture shows a digit."""
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
@@ -66,17 +78,19 @@ def predict(args: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(args)
     if options.split and not options.pictures:
         raise UserError("--split needs pictures")
-    if options.output:
-        check_output(options.output, [".csv"], options.overwrite)
-        if options.pictures:
-            check_output(options.output.with_suffix(".png"), [".png"], options.overwrite)
+    output, paths = options.output, report.find(options.pictures)
+    for file in [output, output.with_suffix(".png")][: 1 + bool(paths)] if output else []:
+        check_output(file, [".csv"] if file == output else [".png"], options.overwrite)
+        if file.resolve() in [path.resolve() for path in paths]:
+            raise UserError(f"--output {output}: {file} is one of the pictures, and would be replaced")
     path, checkpoint, network = open_network(options)
-    kind = "pictures" if options.pictures else "predictions"
-    output = options.output or (run_folder(path) or path.parent) / f"{kind}-{path.stem}.csv"
-    if options.pictures:
-        report.report(options.pictures, options.split, network, output)
+    folder = run_folder(path) or path.parent
+    if paths:
+        pictures = report.answer(paths, options.split, network)
+        report.write(pictures, output or claim_output(folder, f"pictures-{path.stem}"))
     else:
         _, images, _ = load_test_set(checkpoint, options.root)
         answers = report.classify(network, images).tolist()
+        output = output or claim_output(folder, f"predictions-{path.stem}")
         report.write_csv(output, [{"index": index} | report.columns(p) for index, p in enumerate(answers)])
         print(f"Predictions of {len(images)} images: {shown(output)}")

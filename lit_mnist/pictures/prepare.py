@@ -5,6 +5,7 @@ pixels with its proportions and its grey levels kept, and set into 28x28 pixels 
 """
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +18,14 @@ from torch import Tensor
 
 from lit_mnist.exact.console import UserError
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd and large files; what it cannot read, it raises
+Image.init()
+Image.ID.remove("EPS")  # which is a program, and starts Ghostscript
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mnist[heic]'" * ("HEIF" not in Image.ID)
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
@@ -31,15 +39,13 @@ Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its compo
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
-    """Decode a picture's first frame, upright, to grey levels from 0 (black) to 1.
+    """Decode a picture's first frame, upright, to grey levels from 0 (black) to 1; UserError if Pillow cannot read it.
 
     Grey is the mixture of the colours that shows the most; transparent pixels get the level that the rest stands out
-    from. Large pictures are reduced to 1,024 to 2,047 pixels. Raises UserError for other files, and for pictures that
-    are broken or too large.
+    from. Large pictures are reduced to 1,024 to 2,047 pixels.
     """
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
-            warnings.simplefilter("ignore")  # Pillow's of odd files; what it cannot read, it raises
+        with Image.open(file) as opened:
             opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow's conversions would clip
@@ -47,9 +53,10 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
                 return (levels - levels.min()) / max(levels.max() - levels.min(), 1e-6)
             colours = picture.convert("RGBA").reduce(max(1, max(picture.size) // FINE_SIZE))
     except UnidentifiedImageError:
-        raise UserError(f"no {', '.join(FORMATS)}") from None
+        raise UserError(NO_PICTURE) from None
     except Exception as error:  # Pillow's decoders raise a dozen types for a broken file
-        raise UserError(f"broken: {' '.join(str(error).split())[:80]}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"cannot be read: {reason[:80]}") from None
     pixels = np.asarray(colours, dtype=np.float32) / 255
     level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
     if opaque.min() < 1:
@@ -123,8 +130,7 @@ def full_level(ink: Pixels) -> float:
 def ink_of(levels: Pixels) -> Pixels:
     """Separate ink from background, from 0 (paper) to 1 (full ink), whether it is dark on light or light on dark.
 
-    The background is what remains when strokes are closed over: it follows the light, and the edges of shadows. Raises
-    UserError if nothing stands out from it.
+    The background, where strokes are closed over, follows light and shadows; UserError if nothing stands out from it.
     """
     low, high = float(levels.min()), float(levels.max())
     eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
@@ -222,26 +228,18 @@ def digit_parts(mask: Mask) -> Mask:
 
 def without_boxes(stats: Any, parts: list[int]) -> list[int]:
     """Leave out each part that is a box around another one of a digit's size."""
-
-    def encloses(outer: Any, inner: Any) -> bool:
-        x, y, width, height, area = outer
-        left, top, across, down, _ = inner
-        within = x < left and y < top and left + across < x + width and top + down < y + height
-        return bool(within and down > 0.25 * height and area < 0.35 * width * height)
-
-    return [part for part in parts if not any(encloses(stats[part], stats[other]) for other in parts)]
+    starts, sizes, areas = stats[parts, :2], stats[parts, 2:4], stats[parts, cv2.CC_STAT_AREA]
+    inside = (starts[:, None] < starts) & ((starts + sizes)[:, None] > starts + sizes)  # (outer, inner, axis)
+    boxes = inside.all(2) & (sizes[:, 1] > 0.25 * sizes[:, 1:]) & (areas < 0.35 * sizes.prod(1))[:, None]
+    return [part for part, box in zip(parts, boxes.any(1), strict=True) if not box]
 
 
 def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
-    """Find the digits of one picture, line by line: each with its box, in MNIST's form, uint8 (1, 28, 28).
-
-    Raises UserError if nothing stands out from the background, or too much does.
-    """
+    """Find the digits line by line, each with its box, uint8 (1, 28, 28); UserError if nothing, or too much, is ink."""
     pixels = shrunk(levels, FINE_SIZE)
     ink = unruled(ink_of(pixels))
     side = 1 + max(ink.shape) // 500
-    joined = cv2.dilate(inked(ink), ones(side, side))
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))
     heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
     large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
     parts = (1 + np.flatnonzero(large)).tolist()
@@ -255,7 +253,7 @@ def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
     digits = without_boxes(stats, parts)
     tallest = max(int(stats[part, 3]) for part in digits)
     height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
-    found = united([(bounds(stats[[part]]), [part]) for part in digits], 1.6 * height)
+    found = united([(tuple(stats[part, :4].tolist()), [part]) for part in digits], 1.6 * height)
     scale = max(levels.shape) / max(pixels.shape)
     read: list[tuple[Box, Tensor]] = []
     for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
@@ -271,20 +269,15 @@ def united(parts: list[Part], tallest: float) -> list[Part]:
     digits: list[Part] = []
     for box, own in parts:
         for other in digits:
-            joined = bounds(np.array([box, other[0]]))
+            (x, y, width, height), (left, top, across, down) = box, other[0]
+            start, above = min(x, left), min(y, top)
+            joined = start, above, max(x + width, left + across) - start, max(y + height, top + down) - above
             if box[2] + other[0][2] - joined[2] >= 0.3 * min(box[2], other[0][2]) and joined[3] <= tallest:
                 digits.remove(other)
                 box, own = joined, own + other[1]
                 break
         digits.append((box, own))
     return digits
-
-
-def bounds(boxes: Any) -> Box:
-    """Return the box around several."""
-    x, y = boxes[:, :2].min(0).tolist()
-    right, below = (boxes[:, :2] + boxes[:, 2:4]).max(0).tolist()
-    return x, y, right - x, below - y
 
 
 def in_lines(boxes: list[Part]) -> list[Part]:

@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import Box, Pixels, digit, grey_levels, split
+from lit_mnist.pictures.prepare import NO_PICTURE, Box, digit, grey_levels, split
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
 
@@ -38,51 +38,42 @@ class Picture:
 
 
 def find(names: Sequence[str]) -> list[Path]:
-    """List files, and of folders the pictures below them; raise UserError for a name without any."""
+    """List files, and of folders those below them, but for hidden ones and runs; UserError for a name without any."""
     found: list[Path] = []
     for name in names:
         path = Path(name)
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        inside = [file for file in inside if "lightning_logs" not in file.relative_to(path).parts]  # our own sheets
-        files = [path] if path.is_file() else inside if name else []
-        if not files:
-            raise UserError(f"{shortened(name)!r} is neither a file nor a folder with {', '.join(SUFFIXES)} in it")
-        found += files
+        inside = ((file, file.relative_to(path).parts) for file in path.rglob("*") if name and file.is_file())
+        files = [file for file, parts in inside if not any(part.startswith((".", "lightning_logs")) for part in parts)]
+        found += [path] if path.is_file() else sorted(files)
+        if not path.is_file() and not files:
+            raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
     return found
 
 
 def read(network: nn.Module, file: Path | BinaryIO, several: bool = False) -> list[Picture]:
     """Answer the digits of one file; if it has none, or cannot be read, the one result says why."""
-
-    def picture(seen: Tensor, levels: Pixels, number: int = 0, box: Box = (0, 0, 0, 0)) -> Picture:
-        whole = Image.fromarray((levels.clip(0, 1) * 255).astype(np.uint8))
-        thumbnail = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
-        return Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, number, box)
-
     try:
         levels = grey_levels(file)
-        if not several:
-            return [picture(digit(levels), levels)]
-        with Image.open(file) as opened:
-            scale = max(opened.size) / max(levels.shape)
-        pictures = []
-        for number, ((x, y, width, height), seen) in enumerate(split(levels), 1):
-            margin = max(width, height) // 4
-            part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
-            box = round(scale * x), round(scale * y), round(scale * width), round(scale * height)
-            pictures.append(picture(seen, part, number, box))
-        return pictures
+        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), digit(levels))]
     except UserError as error:
         return [Picture(file, str(error))]
+    with Image.open(file) if several else nullcontext() as opened:
+        scale = max(opened.size) / max(levels.shape) if opened else 1
+    pictures = []
+    for number, ((x, y, width, height), seen) in enumerate(found, int(several)):
+        margin = max(width, height) // 4
+        part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
+        whole = Image.fromarray((part.clip(0, 1) * 255).astype(np.uint8))
+        thumbnail = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
+        box = round(scale * x), round(scale * y), round(scale * width), round(scale * height)
+        pictures.append(Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, number, box))
+    return pictures
 
 
-def report(names: Sequence[str], several: bool, network: nn.Module, output: Path) -> None:
-    """Print and write a network's answers for files and folders: OUTPUT is the CSV, the `.png` beside it the sheet.
-
-    Raises UserError if there is no such file, or if none shows a digit; then nothing is written.
-    """
-    paths = track(find(names), "reading pictures", disable=not sys.stdout.isatty())
-    pictures = [picture for path in paths for picture in read(network, path, several)]
+def answer(paths: Sequence[Path], several: bool, network: nn.Module) -> list[Picture]:
+    """Print and return a network's answers for files; raise UserError if none shows a digit."""
+    shown_paths = track(paths, "reading pictures", disable=not sys.stdout.isatty())
+    pictures = [picture for path in shown_paths for picture in read(network, path, several)]
     rows = [row(picture) for picture in pictures]
     names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
     table = Table(*names, box=None, pad_edge=False)
@@ -93,11 +84,16 @@ def report(names: Sequence[str], several: bool, network: nn.Module, output: Path
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
     if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")
-    write_csv(output, rows)
-    sheet = output.with_suffix(".png")
+    return pictures
+
+
+def write(pictures: Sequence[Picture], output: Path) -> None:
+    """Write answers: OUTPUT is the CSV, the `.png` beside it the sheet."""
+    write_csv(output, [row(picture) for picture in pictures])
+    sheet, drawn = output.with_suffix(".png"), [picture for picture in pictures if picture.problem != NO_PICTURE]
     with replaced(sheet) as partial:
-        contact_sheet(pictures[:SHEET_LIMIT]).save(partial, format="PNG")
-    beyond = f", the first {SHEET_LIMIT} of them" if len(pictures) > SHEET_LIMIT else ""
+        contact_sheet(drawn[:SHEET_LIMIT]).save(partial, format="PNG")
+    beyond = f", the first {SHEET_LIMIT} of them" if len(drawn) > SHEET_LIMIT else ""
     print(f"Probabilities: {shown(output)}\nContact sheet: {shown(sheet)}{beyond}")
 
 
@@ -135,8 +131,8 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """Draw each picture, beside it what the network saw, and below them the answer."""
     font, width, height = ImageFont.load_default(12), 2 * CELL + 2 * MARGIN, CELL + 56
     columns_used = min(COLUMNS, len(pictures))
-    rows = -(-len(pictures) // columns_used)
-    sheet = Image.new("RGB", (columns_used * width + MARGIN, rows * height + MARGIN), "white")
+    sides = columns_used * width + MARGIN, -(-len(pictures) // columns_used) * height + MARGIN
+    sheet = Image.new("RGB", sides, "white")
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(pictures):
         left, above = MARGIN + index % columns_used * width, MARGIN + index // columns_used * height

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from test_predict import picture
 from torch import Tensor, nn
 
-from lit_mnist.pictures.prepare import digit, grey_levels
+from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels
 from lit_mnist.pictures.report import classify
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     for stranger in ("example.org", f"{host}.example.org:{port}"):
         assert ask(host, port, path.read_bytes(), stranger) == (403, b"")
     path.unlink()
-    nothing = {"pixels": [], "probabilities": [], "problem": "no PNG, JPEG, BMP, GIF, TIFF"}
+    nothing = {"pixels": [], "probabilities": [], "problem": NO_PICTURE}
     for body in (b"no picture", b""):
         assert json.loads(ask(host, port, body)[1]) == nothing
     assert sorted(tmp_path.rglob("*")) == before
@@ -142,7 +142,7 @@ def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp
     assert "blob:" in sheet.value_of_css_property("background-image")
     (tmp_path / "letter.png").write_bytes(b"no picture")
     choose.send_keys(str(tmp_path / "letter.png"))
-    WebDriverWait(browser, 60).until(lambda _: state.text == "no PNG, JPEG, BMP, GIF, TIFF")
+    WebDriverWait(browser, 60).until(lambda _: state.text == NO_PICTURE)
     allowed = (address, f"blob:{address}", "data:", "chrome:")
     assert not [url for url in requests(browser) if not url.startswith(allowed)]
 

@@ -15,6 +15,7 @@ from torch import nn
 from lit_mnist import LitMNIST
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
+from lit_mnist.pictures.prepare import NO_PICTURE
 
 BEST = "lightning_logs/version_0/checkpoints/best-epoch=00-accuracy=0.1000.ckpt"
 
@@ -37,7 +38,10 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_the_test_set(command: Command, tiny_root: Path, capsys: Capsys) -> None:
     """The probabilities are those of the LightningModule that was trained."""
     assert command("fit", *TINY) == 0
-    assert command("predict", "--ckpt_path", "best") == 0
+    for _ in range(2):
+        assert command("predict", "--ckpt_path", "best") == 0
+    (again := only("lightning_logs/version_0/predictions-best-*-2.csv")).unlink()  # not in place of the first
+    assert not again.exists()
     checkpoint = only("lightning_logs/version_0/checkpoints/best-*.ckpt")
     rows = read(only("lightning_logs/version_0/predictions-best-*.csv"))
     module = LitMNIST.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
@@ -64,12 +68,13 @@ def test_pictures(network: nn.Module, capsys: Capsys) -> None:
     levels[10:70, 40:48] = 300
     Image.fromarray(levels.astype(">u2")).save("folder/deep.tif")
     (broken := Path("folder/broken.jpg")).write_bytes(b"no picture")
+    Path("folder/.DS_Store").write_bytes(b"passed over")
     assert main(["predict", str(odd), "--ckpt_path", "best", "folder"]) == 0
     out = capsys.readouterr().out
     run = Path("lightning_logs/version_0")
     rows = read(run / f"pictures-{Path(BEST).stem}.csv")
     assert [row["file"] for row in rows] == [str(odd), str(broken), "folder/deep.tif", str(inside)]
-    assert rows[1]["problem"].startswith("no PNG")
+    assert rows[1]["problem"] == NO_PICTURE
     assert rows[1]["digit"] == rows[1]["confidence"] == rows[1]["p0"] == ""
     for row in (rows[0], *rows[2:]):
         probabilities = [float(row[f"p{digit}"]) for digit in range(10)]
@@ -84,6 +89,13 @@ def test_pictures(network: nn.Module, capsys: Capsys) -> None:
     assert {path.name for path in run.iterdir() if not path.name.startswith("pictures-")} == {"checkpoints"}
 
     before = {path: path.read_bytes() for path in run.glob("pictures-*")}
+    (run / f"pictures-{Path(BEST).stem}-2.png").write_bytes(b"an earlier sheet, whose CSV is gone")
+    assert main(["predict", "--ckpt_path", "best", str(inside)]) == 0
+    third = {path: path.read_bytes() for path in run.glob("pictures-*-3.*")}
+    assert [row["file"] for row in read(run / f"pictures-{Path(BEST).stem}-3.csv")] == [str(inside)]
+    before |= third | {run / f"pictures-{Path(BEST).stem}-2.png": b"an earlier sheet, whose CSV is gone"}
+    assert len(third) == 2
+    assert {path: path.read_bytes() for path in run.glob("pictures-*")} == before
     assert "none of the files shows a digit" in fails(capsys, "predict", "--ckpt_path", "best", str(broken))
     assert {path: path.read_bytes() for path in run.glob("pictures-*")} == before
 
@@ -106,11 +118,12 @@ def test_several_digits() -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["no/where.png"], "'no/where.png' is neither a file nor a folder with .bmp"),
+        (["no/where.png"], "'no/where.png' is neither a file nor a folder with files"),
         (["--split"], "--split needs pictures"),
         (["--output", "answers.txt"], "--output answers.txt: the name must end in .csv"),
         (["--output", "no/answers.csv"], "--output no/answers.csv: there is no folder "),
         (["one.png", "--output", "mine.csv"], "--output mine.png: that file exists; --overwrite replaces it"),
+        (["mine.png", "--output", "mine.csv", "--overwrite"], "--output mine.csv: mine.png is one of the pictures"),
         (["--data.images", "one.png"], "unrecognized arguments: --data.images"),
     ],
 )

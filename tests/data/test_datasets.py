@@ -120,7 +120,9 @@ def test_a_wrong_file_is_refused_fetched_again_and_kept(
     (raw / f"{name}.bad-1").write_bytes(b"an earlier one")
     kept = held(raw)
     message = refused(tiny_root, sources=False)
-    assert f"{name} is {'wrong' if os.path.lexists(raw / name) else 'missing'}; data.download is false" in message
+    there = name if os.path.lexists(raw / name) else f"{name}.gz"
+    state = f"{there} is wrong" if os.path.lexists(raw / there) else f"{name} is missing"
+    assert f"{state}; data.download is false" in message
     with pytest.raises(UserError, match=rf"data\.root.*{name}"):
         datasets.load(tiny_root, train=True)
     assert held(raw) == kept
@@ -133,13 +135,22 @@ def test_a_wrong_file_is_refused_fetched_again_and_kept(
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_archives_beside_are_unpacked(allowed: bool, tiny_root: Path, raw: Path, contents: dict[str, bytes]) -> None:
+def test_what_is_there_in_another_form_is_read(
+    allowed: bool, tiny_root: Path, raw: Path, contents: dict[str, bytes]
+) -> None:
+    """Archives, and the names of 7-Zip and Kaggle, beside a wrong file or a folder: read, and left alone."""
     for name in NAMES:
         packed(raw / name).write_bytes(gzip.compress(contents[name]))
         (raw / name).unlink() if name == NAMES[0] else (raw / name).write_bytes(b"mine")
-    archives = {path.name: path.read_bytes() for path in raw.glob("*.gz")}
+    packed(raw / NAMES[0]).unlink()
+    (raw / NAMES[0]).mkdir()
+    (raw / "train-images.idx3-ubyte").write_bytes(contents[NAMES[0]])
+    before = held(raw)
     datasets.prepare(tiny_root, allowed)
-    assert held(raw) == contents | archives | {f"{name}.bad-1": b"mine" for name in NAMES[1:]}
+    images, targets = datasets.load(tiny_root, train=True)
+    assert images.numpy().tobytes() == contents[NAMES[0]][16:]
+    assert bytes(targets.tolist()) == contents[NAMES[1]][8:]
+    assert held(raw) == before
 
 
 def test_an_empty_root_is_filled(empty: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys) -> None:

@@ -67,6 +67,10 @@ class Published:
         else:
             monkeypatch.setattr(self.kind, "mirrors", [mirror.url])
             monkeypatch.setattr(self.kind, "resources", sums)
+        if name == "fashion_mnist":
+            self.archives = files  # as they are kept
+            known = {file: f"sha256:{hashlib.sha256(content).hexdigest()}" for file, content in files.items()}
+            monkeypatch.setattr(datasets, "FASHION", known)
         monkeypatch.setattr(download, "mirrors", MIRRORS)
 
     def raw(self, root: Path) -> Path:
@@ -86,7 +90,7 @@ def test_each_is_fetched_once(name: str, mirror: Mirror, tmp_path: Path, monkeyp
     for allowed in (True, True, False):
         datasets.prepare(tmp_path, allowed, name)
     assert held(published.raw(tmp_path)) == published.archives
-    assert {path.stat().st_mode & 0o044 for path in published.raw(tmp_path).iterdir() if path.suffix} == {0o044}
+    assert {path.stat().st_mode & 0o044 for path in published.raw(tmp_path).glob("[!.]*")} == {0o044}
     assert sorted(mirror.asked) == sorted(mirror.contents)  # each once
     mirror.contents = {}
     for train in (True, False):
@@ -143,6 +147,25 @@ def write_own(root: Path, packed: bool = False) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_fashion_mnist_of_debian(plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed by another program, or not at all: what counts is what is in it; another content is refused."""
+    mirror = Mirror({})
+    published = Published("fashion_mnist", mirror, monkeypatch)
+    mirror.close()
+    (raw := published.raw(tmp_path)).mkdir(parents=True)
+    for file, content in published.archives.items():
+        (raw / (file if plain else f"{file}.gz")).write_bytes(content if plain else gzip.compress(content, 1, mtime=1))
+    before = held(raw)
+    datasets.prepare(tmp_path, False, "fashion_mnist")
+    assert datasets.load(tmp_path, True, "fashion_mnist")[1].tolist() == published.targets[0].tolist()
+    assert held(raw) == before
+    changed = f"{IMAGES}{'' if plain else '.gz'}"
+    (raw / changed).write_bytes(gzip.compress(published.archives[IMAGES][:-1] + b"!"))
+    with pytest.raises(UserError, match=f"{changed} is wrong; data.download is false"):
+        datasets.prepare(tmp_path, False, "fashion_mnist")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_own_files_are_read_and_left_alone(packed: bool, tmp_path: Path) -> None:
     files = write_own(tmp_path, packed)
@@ -155,9 +178,14 @@ def test_own_files_are_read_and_left_alone(packed: bool, tmp_path: Path) -> None
         assert images.numpy().tobytes() == files[f"{part}-images-idx3-ubyte"][16:]
         assert bytes(targets.tolist()) == files[f"{part}-labels-idx1-ubyte"][8:]
     assert held(tmp_path) == before
+    for file in files:  # as 7-Zip and Kaggle name them
+        file += ".gz" * packed
+        (tmp_path / file).rename(tmp_path / file.replace("-idx", ".idx"))
+    assert torch.equal(datasets.load(tmp_path, False, "idx")[0], images)
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+FLOATS = bytes((0, 0, 13, 1)) + struct.pack(">I", 120) + np.zeros(120, ">f4").tobytes()
 WRONG: list[tuple[str, bytes | None]] = [
     (IMAGES, None),
     (f"{IMAGES}.gz", gzip.compress(idx(np.zeros((120, 28, 28), np.uint8)))[:-30]),
@@ -187,3 +215,25 @@ def test_own_files_of_another_form_are_refused(name: str, content: bytes | None,
     assert name.partition("-")[0] in str(refused.value)  # the file, or the part of the set to which it belongs
     assert "\n" not in str(refused.value)
     assert held(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found", "allowed"),
+    [
+        (IMAGES, idx(np.zeros((120, 32, 32), np.uint8)), "uint8 (120, 32, 32)", "uint8 (N, 28, 28)"),
+        (IMAGES, idx(np.zeros((120, 28, 28, 3), np.uint8)), "uint8 (120, 28, 28, 3)", "uint8 (N, 28, 28)"),
+        (IMAGES, idx(np.zeros((120, 28, 28), np.int32)), "int32 (120, 28, 28)", "uint8 (N, 28, 28)"),
+        (IMAGES, idx(np.zeros(120, np.uint8)), "uint8 (120,)", "uint8 (N, 28, 28)"),
+        (IMAGES, b"\x93NUMPY", "b'\\x93NUM'", "two zeros, a type"),
+        (LABELS, FLOATS, "float32 (120,)", "integers (N,)"),
+        (LABELS, idx(np.eye(12, dtype=np.uint8)), "uint8 (12, 12)", "integers (N,)"),  # one-hot
+    ],
+)
+def test_what_was_found_and_what_is_allowed(
+    name: str, content: bytes, found: str, allowed: str, tmp_path: Path
+) -> None:
+    write_own(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        datasets.prepare(tmp_path, name="idx")
+    assert all(part in str(refused.value) for part in (str(tmp_path / name), found, allowed))

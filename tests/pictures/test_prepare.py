@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from test_report import Mean
 from torch import Tensor
 
@@ -150,7 +150,8 @@ def test_real_digits_stay_as_they_are(real_root: Path) -> None:
 def test_files(tmp_path: Path) -> None:
     """Formats, colours, transparency, 16 bits and orientation: all the same digit."""
     expected = digit(drawn())
-    names = ["L.png", "1.png", "P.png", "RGB.jpg", "RGB.bmp", "P.gif", "CMYK.tif"]
+    names = ["L.png", "1.png", "P.png", "RGB.jpg", "RGB.bmp", "P.gif", "CMYK.tif", "RGB.webp", "L.jp2", "L.ppm"]
+    names += ["RGB.avif"] * bool(features.check("avif")) + ["RGB.heic"] * ("HEIF" in Image.ID)
     files = [save(tmp_path / name, 1 - drawn(), name.partition(".")[0]) for name in names]
     part, alpha = drawn()[..., None], (drawn() * 255).astype(np.uint8)
     colours = [((255, 255, 0), (255, 255, 255)), ((200, 60, 60), (60, 130, 60)), ((40, 40, 160), (250, 240, 120))]
@@ -172,10 +173,11 @@ def test_files_that_show_nothing(tmp_path: Path) -> None:
     whole, large = save(tmp_path / "whole.png", drawn()).read_bytes(), BytesIO()
     Image.new("1", (20_000, 20_000)).save(large, "PNG")
     for content, problem in (
-        (b"a letter to a friend", "no PNG, JPEG"),
-        (b"", "no PNG, JPEG"),
-        (whole[: len(whole) // 2], "broken: "),
-        (large.getvalue(), "broken: Image size .400000000 pixels. exceeds limit of 50000000"),
+        (b"a letter to a friend", "no picture that Pillow reads"),
+        (b"", "no picture that Pillow reads"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no picture"),  # a program
+        (whole[: len(whole) // 2], "cannot be read: "),
+        (large.getvalue(), "cannot be read: Image size .400000000 pixels. exceeds limit of 50000000"),
     ):
         (tmp_path / "file.png").write_bytes(content)
         with pytest.raises(UserError, match=f"^{problem}"):

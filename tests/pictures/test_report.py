@@ -12,11 +12,12 @@ from lit_mnist.pictures.report import CELL, MARGIN, Picture, classify, contact_s
 
 def test_find(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    for name in ("b.png", "a.JPG", "notes.txt", "inner/c.tiff", "lightning_logs/version_0/pictures-best.png"):
+    passed_over = (".DS_Store", ".cache/d.png", "lightning_logs/version_0/pictures-best.png")
+    for name in ("b.png", "a.JPG", "notes.txt", "inner/c.tiff", "photo.HEIC", *passed_over):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
-    found = find([str(folder / "notes.txt"), str(folder)])  # a file is read whatever its name
-    assert [path.name for path in found] == ["notes.txt", "a.JPG", "b.png", "c.tiff"]
+    found = find([str(folder / ".DS_Store"), str(folder)])  # a file that is named is read
+    assert [path.name for path in found] == [".DS_Store", "a.JPG", "b.png", "c.tiff", "notes.txt", "photo.HEIC"]
     (tmp_path / "none").mkdir()
     for name in (str(tmp_path / "none"), "nowhere.png", ""):
         with pytest.raises(UserError, match="is neither a file nor a folder with"):
