@@ -120,6 +120,8 @@ class MNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TensorBatches:
         self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
+        # Lightning 2.6 keeps the batches the same only of a DataLoader
+        self.train_batches.fixed = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:

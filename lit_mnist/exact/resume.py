@@ -132,9 +132,16 @@ class ExactResume(Callback):
         loaded, rank, device = self.run.loaded, trainer.global_rank, pl_module.device
         if trainer.global_step != loaded["global_step"]:
             raise ValueError(f"loops/fit_loop is at step {trainer.global_step}, not {loaded['global_step']}")
-        loop = loaded["loops"]["fit_loop"]
-        if loaded["global_step"] and not loop["epoch_loop.batch_progress"]["is_last_batch"]:
-            continue_epoch(trainer, pl_module, loop["state_dict"]["combined_loader"])
+        loop = trainer.fit_loop
+        epoch = loop.epoch_progress
+        if epoch.current.started == epoch.current.processed:  # the next epoch is whole, also after one that was cut
+            epoch.current.completed, epoch.total.completed = epoch.current.processed, epoch.total.processed
+            # with `max_steps` Lightning 2.6 would take an ended epoch, whose counters are full, for an unfinished one
+            loop._restarting = loop.epoch_loop.restarting = False
+            loop.reset_restart_stage()
+            loop.epoch_loop.batch_progress.reset_on_run()
+        elif not loop.epoch_loop.batch_progress.is_last_batch:
+            continue_epoch(trainer, pl_module, loaded["loops"]["fit_loop"]["state_dict"]["combined_loader"])
         restore_optimizers(trainer, loaded)
         changed = apply_settings(trainer, loaded["configured"], self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
