@@ -17,6 +17,7 @@ from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.reader import find_and_read
+from lit_mnist.exact.resume import is_plain
 
 DEFAULT_SEED = 1
 # What decides where a command runs and what it prints is no part of a run.
@@ -31,7 +32,6 @@ FIXED = {
 }
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
 CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
-PLAIN = (int, float, str, bool, type(None))
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
 # a default of a callback, such as Timer's `interval`, may be a member of an enumeration, which YAML does not have
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -173,10 +173,6 @@ def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
 
     Whatever else a checkpoint may name, classes above all, is left out.
     """
-
-    def is_plain(value: Any) -> bool:
-        return all(map(is_plain, value)) if isinstance(value, list) else type(value) in PLAIN
-
     named = settings.items() if isinstance(settings, dict) else ()
     return {f"{prefix}.{key}": value for key, value in named if type(key) is str and key[:1] != "_" and is_plain(value)}
 

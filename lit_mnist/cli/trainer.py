@@ -82,6 +82,8 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     keeps = command == "fit" and not trainer["fast_dev_run"] and trainer["enable_checkpointing"] is not False
     bar = trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
     callbacks = [*watch, *as_list(trainer["callbacks"])]
+    if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
+        callbacks = [callback for callback in callbacks if not isinstance(callback, lightning.Timer)]
     if command == "fit":
         board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
         if not run.origin:  # a resumed run has its texts

@@ -100,13 +100,9 @@ def affine_matrices(
 ) -> Tensor:
     """Draw one inverse affine map an image for `affine_grid`, uniformly: float (B, 2, 3), on the generator's device.
 
-    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1.
-
-    Args:
-        rotation: degrees, drawn from -rotation..rotation.
-        shift: pixels, drawn from -shift..shift for each axis.
-        scale: drawn from 1 - scale..1 + scale.
-        share: probability of each image to be moved at all; the others get the identity.
+    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1. `rotation` is in
+    degrees and `shift` in pixels along each axis, either way; the scale is from 1 - `scale` to 1 + `scale`; each image
+    is moved at all with the probability `share`, and else gets the identity.
     """
     angle, zoom, dx, dy = torch.rand(4, batch_size, generator=generator, device=generator.device).mul_(2).sub_(1)
     angle, zoom = angle * math.radians(rotation), 1 + scale * zoom
