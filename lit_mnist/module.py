@@ -128,10 +128,12 @@ class LitMNIST(LightningModule):
         hp: Any = self.hparams
         if step == 0 or (hp.schedule == "constant" and hp.warmup == 0):
             return 0.1 if hp.warmup > 0 else 1.0  # at step 0 the trainer does not know yet how many steps there are
-        # `trainer.estimated_stepping_batches` is computed anew whenever it is asked for
-        steps_an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        limits = (steps_an_epoch * (self.trainer.max_epochs or 0), self.trainer.max_steps)
-        total = min(limit for limit in limits if limit > 0)
+        # counted from this epoch on: in a resumed run those before it may have had other numbers of steps
+        trainer, total = self.trainer, math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
+        if (epochs := trainer.max_epochs or 0) > 0:
+            this, each = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
+            done, steps_an_epoch = (math.ceil(batches / trainer.accumulate_grad_batches) for batches in (this, each))
+            total = min(total, step - done + steps_an_epoch * (epochs - trainer.current_epoch))
         warmup_steps = hp.warmup * total
         if step < warmup_steps:
             return 0.1 + 0.9 * step / warmup_steps

@@ -1,16 +1,20 @@
 """fit, validate and test on LightningCLI."""
 
+import math
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from jsonargparse.typing import PositiveFloat, restricted_number_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_mnist.board import Board
@@ -22,13 +26,13 @@ from lit_mnist.exact.assembly import hold
 from lit_mnist.exact.checkpoint_io import translate_restoring
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
 from lit_mnist.exact.console import PROGRAM, Interrupted, ProcessLost, TrainingFailed, UserError, shown
-from lit_mnist.exact.ddp import environment_kept, launched, lost
+from lit_mnist.exact.ddp import launched, lost
 from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, words
 from lit_mnist.module import LitMNIST
 
 DEFAULT_EPOCHS = 4
-FINISHED = "Nothing to train: this run has finished. To train longer, raise trainer.max_epochs."
+FINISHED = "Nothing to train: this run has finished. To train longer, raise"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
@@ -132,13 +136,15 @@ class MNISTCLI(LightningCLI):
         torch.empty(31 * 2**20, dtype=torch.uint8)
         with translate_failures(self), hold(run, trainer):
             trainer.fit(model, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+        stopped, longer = ended_by(trainer, self.settings.own["trainer.max_time"])
         if run.made and trainer.global_step == run.loaded.get("global_step"):
             run.started = False  # the new run's folder has nothing that is not its parent's
-            raise UserError(FINISHED)
+            raise UserError(f"{FINISHED} {' and '.join(longer)}.")
         if not (run.started or run.continues or trainer.fast_dev_run):  # type: ignore[attr-defined]
             raise UserError("nothing to train: trainer.max_epochs, max_steps and limit_train_batches leave no step")
         if trainer.is_global_zero and run.folder:
-            print_summary(trainer, run, run.folder, self.settings.own["data.root"])
+            print(f"stopped: {stopped}\n" if stopped else "", end="")
+            print_summary(trainer, run, run.folder, self.settings.own["data.root"], longer)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         self._score("validate", model, datamodule)
@@ -156,7 +162,7 @@ class MNISTCLI(LightningCLI):
             raise UserError(f"{name}: {part} leaves no image to score")
 
 
-def print_summary(trainer: Trainer, run: Run, folder: Path, root: str) -> None:
+def print_summary(trainer: Trainer, run: Run, folder: Path, root: str, longer: dict[str, str]) -> None:
     """Print the result of a run with the data in `root`, and the commands for what comes next."""
     keeper, progress = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress)
     assert progress
@@ -166,16 +172,32 @@ def print_summary(trainer: Trainer, run: Run, folder: Path, root: str) -> None:
     if keeper and keeper.best and keeper.best_score is not None:
         trained += f"; best {words({keeper.best.monitor: keeper.best_score})[0]}"
     if steps == run.loaded.get("global_step"):
-        print(FINISHED)
+        print(f"{FINISHED} {' and '.join(longer)}.")
     print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")
     if any(isinstance(logger, RunLogger) for logger in trainer.loggers):
         print(f"Look at it: tensorboard --logdir {shown(folder.parent)}")
     if last := (keeper and keeper.last_path) or run.checkpoint:
-        by_steps = 0 < trainer.max_steps <= steps
-        longer = f"max_steps {2 * trainer.max_steps}" if by_steps else f"max_epochs {2 * max(1, epochs)}"
         tested, place = (keeper and keeper.best_path) or last, "" if root == "data" else f" --data.root {quote(root)}"
+        flags = " ".join(f"--{name} {value}" for name, value in longer.items())
         print(f"Test it:    python -m {PROGRAM} test --ckpt_path {shown(tested)}{place}")
-        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {shown(last)} --trainer.{longer}")
+        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {shown(last)} {flags}")
+
+
+def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:
+    """Return why a callback stopped a run, empty if none did, and with which settings it would be trained longer."""
+    reason, longer, epochs, most = "a callback", {}, trainer.current_epoch, trainer.max_epochs or 0
+    timer, stopping = callback_of(trainer, Timer), callback_of(trainer, EarlyStopping)
+    if stopping and stopping.stopping_reason_message:
+        reason = f"EarlyStopping: {stopping.stopping_reason_message.partition(' Signaling')[0]}"
+    if timer and (timer.time_remaining() or 1) <= 0:  # `trainer.max_time` makes one, too
+        reason = f"{'trainer.max_time' if max_time else 'the duration of the Timer'} is used up"
+        minutes, seconds = divmod(math.ceil(2 * timer.time_elapsed()), 60)
+        longer["trainer.max_time"] = f"{minutes // 1440:02}:{minutes // 60 % 24:02}:{minutes % 60:02}:{seconds:02}"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        longer["trainer.max_steps"] = str(2 * max(1, trainer.global_step))
+    if not longer or 0 <= most <= epochs:
+        longer["trainer.max_epochs"] = str(2 * max(1, epochs, most))
+    return reason if trainer.should_stop else "", longer
 
 
 @contextmanager
@@ -208,7 +230,8 @@ def translate_failures(cli: MNISTCLI) -> Iterator[None]:
 @contextmanager
 def translate_errors() -> Iterator[None]:
     """Turn what Lightning raises about settings into `UserError`, and keep it quiet otherwise."""
-    with quiet(), environment_kept():
+    # Lightning 2.6 sets variables when it launches: the next run of this process would wait for others in vain
+    with quiet(), patch.dict(os.environ):
         try:
             yield
         except MisconfigurationException as error:

@@ -18,7 +18,7 @@ MEANT = (  # warnings about what is meant here, or that a user can do nothing ab
     "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
     "callbacks used to create the checkpoint need to be provided",  # only fit writes checkpoints
     "Total length of `.*` across ranks is zero",  # data.val_size is 0
-    "smaller than the logging interval|You requested to overfit but",
+    "smaller than the logging interval|You requested to overfit but",  # every epoch has the order of the first
     "is supported for historical reasons|is not supported by the model summary",
     "isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
     "broadcast_buffers. is deprecated",  # in torch 2.15; torch 2.10 does not know the new name
@@ -56,7 +56,8 @@ def quiet() -> Iterator[None]:
     """Keep advertisements, and warnings about what is meant, off the console."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.callbacks").setLevel(logging.INFO)  # which print what a user asked for
+    for name in ("callbacks", "profilers"):  # which print what a user asked for
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.INFO)
     threading.excepthook = writer_failed
     with warnings.catch_warnings():
         for message in MEANT:

@@ -17,6 +17,7 @@ from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.reader import find_and_read
+from lit_mnist.exact.resume import is_plain
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
@@ -33,7 +34,6 @@ FIXED = {
 SECTIONS = ("checkpoint", "best", "board", "name")  # of a run's config.yaml that not every command has
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
 CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
-PLAIN = (int, float, str, bool, type(None))
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
 # a default of a callback, such as Timer's `interval`, may be a member of an enumeration, which YAML does not have
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -205,10 +205,6 @@ def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
 
     Whatever else a checkpoint may name, classes above all, is left out.
     """
-
-    def is_plain(value: Any) -> bool:
-        return all(map(is_plain, value)) if isinstance(value, list) else type(value) in PLAIN
-
     named = settings.items() if isinstance(settings, dict) else ()
     return {f"{prefix}.{key}": value for key, value in named if type(key) is str and key[:1] != "_" and is_plain(value)}
 

@@ -115,6 +115,8 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     callbacks = [*watch, *as_list(trainer["callbacks"])]
     drawn = any(isinstance(callback, lightning.ProgressBar) for callback in callbacks)  # Lightning takes only one bar
     bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
+    if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
+        callbacks = [callback for callback in callbacks if not isinstance(callback, lightning.Timer)]
     if command == "fit":
         board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
         if not run.origin:  # a resumed run has its texts

@@ -35,6 +35,7 @@ class TensorBatches:
     seed: int | None = None  # epoch e has a permutation by (seed, e); None keeps the order of the tensors
     rank: int = 0  # which of the `processes` this is
     processes: int = 1
+    fixed: bool = False  # whether every epoch has the order of the first
     epoch: int = field(default=0, init=False)
     _batches_done: int = field(default=0, init=False)
     _resume_in: int | None = field(default=None, init=False)  # the epoch in which batches are to be skipped
@@ -59,8 +60,8 @@ class TensorBatches:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The epoch, and the number within it of the batch that was handed out last."""
-        return self.epoch, self._batches_done - 1
+        """The epoch whose order this is, and the number within it of the batch that was handed out last."""
+        return 0 if self.fixed else self.epoch, self._batches_done - 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
@@ -69,7 +70,7 @@ class TensorBatches:
         self._resume_in = None
         order = None
         if self.seed is not None:  # drawn on the CPU, so that every device sees the same order
-            order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, self.epoch))
+            order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, self.position[0]))
             order = order.to(self.images.device, non_blocking=True)
         for number in range(self._batches_done, len(self)):
             self._batches_done += 1
@@ -99,13 +100,9 @@ def affine_matrices(
 ) -> Tensor:
     """Draw one inverse affine map an image for `affine_grid`, uniformly: float (B, 2, 3), on the generator's device.
 
-    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1.
-
-    Args:
-        rotation: degrees, drawn from -rotation..rotation.
-        shift: pixels, drawn from -shift..shift for each axis.
-        scale: drawn from 1 - scale..1 + scale.
-        share: probability of each image to be moved at all; the others get the identity.
+    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1. `rotation` is in
+    degrees and `shift` in pixels along each axis, either way; the scale is from 1 - `scale` to 1 + `scale`; each image
+    is moved at all with the probability `share`, and else gets the identity.
     """
     angle, zoom, dx, dy = torch.rand(4, batch_size, generator=generator, device=generator.device).mul_(2).sub_(1)
     angle, zoom = angle * math.radians(rotation), 1 + scale * zoom

@@ -23,15 +23,13 @@ def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[T
 
     Returns the sorted indices of both parts, int64 (N - val_size,) and (val_size,), a function of the arguments alone.
     """
-    counts = torch.bincount(targets).tolist()
-    shares = [val_size * count / len(targets) for count in counts]
-    sizes = [int(share) for share in shares]
-    by_remainder = sorted(range(len(counts)), key=lambda digit: sizes[digit] - shares[digit])
-    for digit in by_remainder[: val_size - sum(sizes)]:  # the largest remainders get what rounding left over
-        sizes[digit] += 1
+    shares = val_size * torch.bincount(targets).double() / len(targets)
+    sizes = shares.long()
+    # the largest remainders get what rounding left over
+    sizes[(sizes - shares).argsort(stable=True)[: val_size - int(sizes.sum())]] += 1
     generator = seeded_generator(split_seed)
     held_out = torch.zeros(len(targets), dtype=torch.bool)
-    for digit, size in enumerate(sizes):
+    for digit, size in enumerate(sizes.tolist()):
         members = (targets == digit).nonzero().flatten()
         held_out[members[torch.randperm(len(members), generator=generator)[:size]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
@@ -120,6 +118,8 @@ class MNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TensorBatches:
         self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
+        # Lightning 2.6 keeps the batches the same only of a DataLoader
+        self.train_batches.fixed = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:

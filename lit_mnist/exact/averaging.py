@@ -26,6 +26,11 @@ class MovingAverage(WeightAveraging):
                 raise KeyError(min(missing))  # without these it would begin a new average
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the weights as they are until they are saved: a run that is trained longer continues with them."""
+
+    on_fit_end = WeightAveraging.on_train_end
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         self._average_model.to(pl_module.device, next(pl_module.parameters()).dtype)

@@ -114,8 +114,7 @@ class CheckpointKeeper(Checkpoint):
     """Keeps the newest state of a run, and the one of the best validation score where `best` says which that is.
 
     ModelCheckpoint 2.6 would write the newest state only where it has just written a best one, and forgets the best
-    score where the run's folder was moved. As a `Checkpoint` it is called after all other callbacks: it saves what they
-    have done.
+    score where the run's folder was moved. Lightning calls a `Checkpoint` after all other callbacks.
     """
 
     def __init__(self, run: Run, save: SaveSettings, best: BestSettings | None = None) -> None:
@@ -132,11 +131,6 @@ class CheckpointKeeper(Checkpoint):
         self._epoch = self._step = self._agreed_step = 0
         self._agreed_signal = 0  # that all processes know of, and act on
         self._saved_at = monotonic()
-
-    @property
-    def best_model_path(self) -> str:
-        """The best checkpoint under the name by which Lightning finds it for `ckpt_path="best"`."""
-        return str(self.best_path or "")
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies

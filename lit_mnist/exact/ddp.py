@@ -38,7 +38,6 @@ class ExactDDP(DDPStrategy):
         super().__init__(broadcast_buffers=not synchronized, **settings)
         self.synchronized = synchronized
         self._waiting = timedelta(seconds=waiting)
-        self._trainer: Trainer | None = None
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
 
     def configure_ddp(self) -> None:
@@ -51,19 +50,16 @@ class ExactDDP(DDPStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        self._trainer = trainer
         set_timeout(self._waiting)  # only now: before, the others wait while the first fetches the data
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Weigh the loss of this process's part, so that the mean over all processes is that of the batch."""
-        trainer = self._trainer
-        assert trainer is not None
+        assert self.lightning_module
+        trainer = self.lightning_module.trainer
         start, stop, size = part_of_batch(trainer, trainer.fit_loop.batch_idx, 1)
         weight = (stop - start) * self.world_size / size
         with paused(self.lightning_module, stop == start):
             output = super().training_step(*args, **kwargs)
-        if weight == 1:
-            return output
         if isinstance(output, Mapping):
             return {**output, "loss": weighted(output["loss"], weight)}
         return output if output is None else weighted(output, weight)
@@ -100,13 +96,6 @@ def part_of_batch(trainer: Trainer, batch_idx: int, own: int) -> tuple[int, int,
     return own * trainer.global_rank, own * (trainer.global_rank + 1), own * trainer.world_size
 
 
-def smallest_part(trainer: Trainer) -> int:
-    """Return how many samples of an epoch's last batch the process with the fewest has."""
-    loader: Any = trainer.train_dataloader
-    start, stop, size = part_of_batch(trainer, len(loader) - 1, 1) if hasattr(loader, "part") else (0, 1, 1)
-    return min(stop - start, size // trainer.world_size)
-
-
 class Observer(subprocess_script._ChildProcessObserver):
     """Ends the first process 5 seconds after another; Lightning 2.6 does so before it can say how to resume."""
 
@@ -126,19 +115,6 @@ def launched() -> tuple[int, int]:
     # srun sets these; within an allocation alone nothing is started
     machines = number("SLURM_STEP_NUM_NODES") or 1
     return max(1, number("SLURM_STEP_NUM_TASKS") // machines), machines
-
-
-@contextmanager
-def environment_kept() -> Iterator[None]:
-    """Undo what Lightning 2.6 sets when it launches: the next run of this process would wait for others in vain."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-        os.environ.update(before)
 
 
 def gather_all(value: T) -> list[T]:

@@ -1,8 +1,4 @@
-"""Partial metric states of an epoch, which a checkpoint of Lightning 2.6 leaves out.
-
-Both kinds are kept, whatever the module calls them: every `torchmetrics.Metric` of it, and every value that it has
-given to `self.log` for the end of the epoch. Each process has its own.
-"""
+"""Partial metric states of an epoch, of each process, which a checkpoint of Lightning 2.6 leaves out."""
 
 from typing import Any
 
@@ -74,8 +70,7 @@ def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> N
 def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
     """Return what was given to `self.log` for the end of this epoch, and how it is to be logged.
 
-    Lightning 2.6 has no public name for it: without it, an epoch's mean begins anew after a resume, and is never logged
-    where the resume lies after the last step.
+    Lightning 2.6 has no public name for it: after a resume its mean would begin anew, or never be logged.
     """
     return [
         {

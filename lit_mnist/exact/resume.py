@@ -19,7 +19,7 @@ from torchmetrics.wrappers import MetricTracker
 from .checkpoints import Run
 from .conditions import conditions
 from .console import UserError
-from .ddp import ExactDDP, gather_all, smallest_part
+from .ddp import ExactDDP, gather_all, part_of_batch
 from .loggers import logger_states, open_loggers
 from .metrics import find_metrics, logged_state, metric_states, pending, restore_logged, restore_metric, unfreeze_reset
 from .reader import FORMAT, FORMAT_ENTRY
@@ -27,18 +27,16 @@ from .runs import replaced
 
 # hooks of the module that come after a checkpoint is saved: a resume would leave them out
 TOO_LATE = {"on_train_batch_end": "training_step", "on_validation_end": "on_validation_epoch_end"}
-PLAIN = (int, float, str, type(None))
+PLAIN = (int, float, str, bool, type(None))
 PROGRESS = {"last_epoch", "_last_lr", "base_lrs"}  # of a schedule: without them it would silently begin again
 
 
 class ExactResume(Callback):
     """Adds to checkpoints what Lightning 2.6 leaves out, and restores it: RNG states, partial metric states, logged
-    values, the metrics that callbacks look at, and the loggers' states. The order of the batches is the
-    data's: a function of its seed, or in its loader's state.
+    values, the metrics that callbacks look at, and the loggers' states. The batches' order is the data's.
 
-    It must be the first callback. Only once everything is restored is the run's folder touched: the loggers' files are
-    cut to where the checkpoint was saved, and config.yaml is written (SaveConfigCallback of Lightning 2.6 does so
-    before). The arguments are those of `make_callbacks`.
+    Only then is the run's folder touched: the loggers' files are cut to where the checkpoint was saved, and config.yaml
+    is written (SaveConfigCallback of Lightning 2.6 does so before).
     """
 
     def __init__(self, run: Run, config: str = "") -> None:
@@ -98,13 +96,15 @@ class ExactResume(Callback):
         # each process reads the checkpoint for itself, and machines may see different files
         states = gather_all((trainer.current_epoch, trainer.global_step))
         if len(set(states)) > 1:
-            found = ", ".join(map(str, states))
-            raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {found}")
+            raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
         loaded = self.run.loaded
         if self.run.checkpoint:
-            changed = self.restore_rest(trainer, pl_module)
-            if loaded["stopped"] is True and not changed and self.run.unchanged:
+            changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
+            ended = trainer.global_step and trainer.optimizers and not any(group["lr"] for group in groups_of(trainer))
+            if loaded["stopped"] is True and not changed:
                 trainer.should_stop = True  # a callback had ended this run, and no setting says to train it longer
+            elif ended and changed and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                raise UserError(f"the learning rate is 0 after step {trainer.global_step}: configure a longer schedule")
         problem: OSError | UserError | None = None
         try:
             self._open(trainer)
@@ -132,9 +132,16 @@ class ExactResume(Callback):
         loaded, rank, device = self.run.loaded, trainer.global_rank, pl_module.device
         if trainer.global_step != loaded["global_step"]:
             raise ValueError(f"loops/fit_loop is at step {trainer.global_step}, not {loaded['global_step']}")
-        loop = loaded["loops"]["fit_loop"]
-        if loaded["global_step"] and not loop["epoch_loop.batch_progress"]["is_last_batch"]:
-            continue_epoch(trainer, pl_module, loop["state_dict"]["combined_loader"])
+        loop: Any = trainer.fit_loop
+        epoch, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+        if epoch.current.started == epoch.current.processed:  # the next epoch is whole, also after one that was cut
+            epoch.current.completed, epoch.total.completed = epoch.current.processed, epoch.total.processed
+            # with `max_steps` Lightning 2.6 would take an ended epoch, whose counters are full, for an unfinished one
+            loop._restarting = loop.epoch_loop.restarting = False
+            loop.reset_restart_stage()
+            batches.reset_on_run()
+        elif not batches.is_last_batch:
+            continue_epoch(trainer, pl_module, loaded["loops"]["fit_loop"]["state_dict"]["combined_loader"])
         restore_optimizers(trainer, loaded)
         changed = apply_settings(trainer, loaded["configured"], self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
@@ -178,7 +185,7 @@ class ExactResume(Callback):
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     """Refuse what could not be resumed exactly, or is not the same on several processes, with a UserError."""
-    for loader in loaders_of(trainer):
+    for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
         if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
             what = f"train_dataloader gives a {type(loader).__name__}, which has no state_dict and load_state_dict"
             raise UserError(f"{what}: use torchdata's StatefulDataLoader, to resume within an epoch")
@@ -194,14 +201,10 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
             raise UserError(f"{what}; use interval epoch and trainer.max_epochs")
     # batch norm of each process alone cannot do without samples, nor torch's synchronised one in mixed precision
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
-    if smallest_part(trainer) == 0 and (alone or "mixed" in trainer.precision):
+    start, stop, size = part_of_batch(trainer, len(loader) - 1, 1) if hasattr(loader, "part") else (0, 1, 1)
+    if 0 in (stop - start, size // trainer.world_size) and (alone or "mixed" in trainer.precision):
         where = f"where an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
         raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
-
-
-def loaders_of(trainer: Trainer) -> list[Any]:
-    loaders = trainer.train_dataloader
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
 
 
 def continue_epoch(trainer: Trainer, module: LightningModule, states: list[Any]) -> None:
@@ -213,7 +216,8 @@ def continue_epoch(trainer: Trainer, module: LightningModule, states: list[Any])
     module.on_train_epoch_start()
     # it gives loaders no states where `configure_optimizers` has read `trainer.estimated_stepping_batches` (issue
     # 20550); a DataLoader keeps the iterator that it was asked for before
-    for loader, state in zip(loaders_of(trainer), states, strict=True):
+    loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+    for loader, state in zip(loaders, states, strict=True):
         if not isinstance(loader, DataLoader):
             loader.load_state_dict(state)
 
@@ -248,10 +252,12 @@ def configured_hparams(trainer: Trainer, module: LightningModule) -> dict[str, A
     }
 
 
-def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    def is_plain(value: Any) -> bool:
-        return isinstance(value, PLAIN) or (isinstance(value, list) and all(map(is_plain, value)))
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a plain number, string, boolean, None or a list of them."""
+    return all(map(is_plain, value)) if isinstance(value, list) else type(value) in PLAIN
 
+
+def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return {key: value for key, value in listed.items() if key != "params" and is_plain(value)}
 
@@ -282,7 +288,7 @@ def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str
 
     Only what differs from what the saved run was configured with is set: what a schedule or a callback changes in
     training stays as it was. A rate under a schedule is multiplied by as much as its highest; under LambdaLR, which is
-    a function of the step, it is computed anew.
+    a function of the step, it is computed anew; so is a rate of 0 that a product would never leave.
     """
     if before["parameters"] != now["parameters"]:  # torch takes the states of others, as long as there are as many
         raise ValueError("the optimizers had other parameters, or the same ones in another order")
@@ -303,4 +309,7 @@ def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str
             for group, base, factor in parts:
                 if not getattr(factor, "__dict__", None):  # an object with a state would count one call more
                     group["lr"] = base * factor(scheduler.last_epoch)
+        elif changed and hasattr(scheduler, "_get_closed_form_lr") and not any(scheduler.get_last_lr()):
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr(), strict=True):
+                group["lr"] = rate
     return differs

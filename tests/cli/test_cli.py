@@ -1,6 +1,8 @@
 """fit, validate and test from the command line: what they write, which settings they run with, and what they refuse."""
 
+import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -327,3 +329,40 @@ def test_the_first_line_comes_before_torch(flags: list[str], said: str) -> None:
     code += f"; main({['fit', *flags]})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout[:7] == said
+
+
+STOPPING = "EarlyStopping --trainer.callbacks.monitor val/loss --trainer.callbacks.min_delta 9"
+
+
+@pytest.mark.parametrize(
+    ("flags", "stopped"),
+    [
+        ("--trainer.max_epochs 9999 --trainer.max_time 00:00:00:01", "trainer.max_time is used up"),
+        (
+            "--trainer.max_epochs 9999 --trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:01",
+            "the Timer is",
+        ),
+        (f"--trainer.max_epochs 9 --trainer.callbacks {STOPPING} --trainer.callbacks.patience 1", "val/loss did not"),
+        ("--trainer.max_steps 14", ""),
+    ],
+)
+def test_what_ended_a_run_and_how_it_is_trained_longer(
+    command: Command, capsys: Capsys, flags: str, stopped: str
+) -> None:
+    assert command("fit", *TINY, *flags.split()) == 0
+    for _ in range(2):  # the second time there is nothing to train
+        out = capsys.readouterr().out
+        assert [stopped in line for line in out.splitlines() if line.startswith("stopped: ")] == [True] * bool(stopped)
+        assert command("fit", "--ckpt_path", "last") == 0
+    steps, longer = results()["fit"]["steps"], shlex.split(re.findall("python -m lit_mnist (fit .+)", out)[-1])
+    assert command(*longer) == 0
+    assert results()["fit"]["steps"] > steps
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_a_profiler_prints_its_report(
+    command: Command, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, profiler: str
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pytorch_lightning.profilers"), "handlers", [caplog.handler])
+    assert command("fit", *TINY, "--trainer.profiler", profiler, "--trainer.max_epochs", "1") == 0
+    assert "run_training_batch" in caplog.text

@@ -67,6 +67,16 @@ def test_a_state_is_for_its_epoch() -> None:
     assert len(order(loader)) == 10
 
 
+def test_a_fixed_order_is_that_of_the_first_epoch() -> None:
+    loader, whole = batches(), order(batches())
+    loader.fixed = True
+    for done in (0, 1):
+        loader.load_state_dict({"epoch": 4, "batches_done": done})
+        loader.sampler.set_epoch(4)
+        assert order(loader) == whole[4 * done :]
+        assert loader.position[0] == 0
+
+
 def test_seeds_are_mixed() -> None:
     keys = [(1, 2), (2, 1), (1, 2, 0), (1, 3), (0,), (1,)]
     draws = {tuple(torch.randint(0, 2**31, (2,), generator=seeded_generator(*key)).tolist()) for key in keys}

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY, Command
 
 from lit_mnist.data.batches import TensorBatches
-from lit_mnist.data.datamodule import MNISTDataModule, stratified_split
+from lit_mnist.data.datamodule import Batch, MNISTDataModule, stratified_split
 from lit_mnist.exact.console import UserError
+from lit_mnist.module import LitMNIST
 
 
 def ready(root: Path, stage: str, **settings: int) -> MNISTDataModule:
@@ -86,3 +88,20 @@ def test_augmentation_is_a_function_of_seed_epoch_and_step(tiny_root: Path) -> N
     data = ready(tiny_root, "fit", val_size=0, shift=0)
     images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     assert data.augment(images, torch.zeros(2))[0] is images
+
+
+@pytest.mark.parametrize("limit", [[], ["--trainer.max_steps", "6"]])
+def test_overfit_batches_are_the_same_in_each_epoch(
+    command: Command, monkeypatch: pytest.MonkeyPatch, limit: list[str]
+) -> None:
+    original, seen = LitMNIST.training_step, list[torch.Tensor]()
+
+    def training_step(self: LitMNIST, batch: Batch, batch_idx: int) -> torch.Tensor:
+        seen.append(batch[0])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitMNIST, "training_step", training_step)
+    assert command("fit", *TINY, "--data.val_size", "0", "--trainer.overfit_batches", "0.3") == 0
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", *limit) == 0
+    assert len(seen) == 6
+    assert torch.equal(torch.stack(seen[:2] * 3), torch.stack(seen))

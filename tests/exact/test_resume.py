@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and resumed is, bit for bit, the run that was not."""
 
+import math
 import os
 import re
 import shutil
@@ -226,6 +227,17 @@ def draw(module: LitMNIST) -> None:
     torch.rand(5)
 
 
+def cosine(module: LitMNIST) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, module.trainer.max_epochs or 0)]
+
+
+def fixed(module: LitMNIST) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 14))
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
 @pytest.mark.parametrize("step", [1, 4, 7, 8, 14])
 @pytest.mark.parametrize(
     ("hook", "function"),
@@ -413,6 +425,41 @@ def test_the_batch_size_within_an_epoch(lab: Lab) -> None:
     assert "data.batch_size was 50" in lab.refused(*RESUME, "--data.batch_size", "25")
     assert lab.fit(*RESUME) == 0
     assert lab.fit(*LONGER, "--data.batch_size", "25") == 0
+
+
+@pytest.mark.parametrize("ema_decay", ["0", "0.9"])
+def test_steps_after_an_ended_epoch(lab: Lab, ema_decay: str) -> None:
+    constant = [*SETTINGS, "--model.schedule", "constant", "--model.warmup", "0", "--model.ema_decay", ema_decay]
+    uninterrupted = lab.finished(*constant, "--trainer.max_steps", "10")
+    assert lab.fit(*constant, "--trainer.max_epochs", "1") == 0
+    assert lab.fit(*RESUME, "--trainer.max_epochs", "2", "--trainer.max_steps", "10") == 0
+    assert_same(state(RUN), state(uninterrupted))
+    # the epoch that a limit has cut short is over, and the next one is whole
+    assert lab.fit(*LONGER, "--trainer.max_steps", "15") == 0
+    assert [step for step, _ in curve(RUN)["train/loss"]] == [6, 9, 14]
+
+
+@pytest.mark.parametrize(("flag", "steps"), [("trainer.limit_train_batches 2", 16), ("data.batch_size 25", 28)])
+def test_a_schedule_ends_where_the_run_does(lab: Lab, flag: str, steps: int) -> None:
+    lab.copy()
+    flags = [*LONGER, *f"--{flag}".split()]
+    lab.kill(flags, 2)
+    assert lab.fit("--ckpt_path", "last") == 0
+    assert load()["global_step"] == steps
+    rate, warm = curve(RUN)["train/learning_rate"][-1][1], 0.2 * steps
+    assert rate == pytest.approx(0.025 * (1 + math.cos(math.pi * (steps - 1 - warm) / (steps - warm))))
+    assert load()["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+
+
+def test_a_schedule_that_has_ended(lab: Lab, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(LitMNIST, "configure_optimizers", fixed)
+    lab.finished(name="fixed")
+    shutil.copytree(UNINTERRUPTED["fixed"], RUN)
+    assert "schedule" in lab.refused(*LONGER)
+    shutil.rmtree(RUN)
+    monkeypatch.setattr(LitMNIST, "configure_optimizers", cosine)
+    assert lab.fit(*SETTINGS) == lab.fit(*LONGER) == 0
+    assert curve(RUN)["train/learning_rate"][-1][1] == pytest.approx(0.0125)
 
 
 def test_one_process_a_run(lab: Lab) -> None:
