@@ -42,7 +42,7 @@ class Residual(nn.Sequential):
     """Layers whose input is added to their output."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + super().forward(input)
+        return input + super().forward(input)  # type: ignore[no-untyped-call]  # torch 2.15
 
 
 class DigitNet(nn.Module):

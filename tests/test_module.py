@@ -1,5 +1,4 @@
 import math
-from functools import reduce
 from typing import Any
 
 import pytest
@@ -117,6 +116,8 @@ def test_averaged_weights_are_the_ones_that_are_kept(decay: float, decays: list[
     for module in (plain, averaged):
         trainer().fit(module, some_batches())  # 8 steps
     for name, values in weights.items():
-        expected = reduce(lambda mean, new: new[0] * mean + (1 - new[0]) * new[1], zip(decays, values, strict=True), 0)
+        expected = torch.zeros(())
+        for share, value in zip(decays, values, strict=True):
+            expected = share * expected + (1 - share) * value
         assert_close(averaged.network.state_dict()[name], expected)
     assert averaged.network.state_dict()["features.2.num_batches_tracked"] == 8
