@@ -42,10 +42,7 @@ class Residual(nn.Sequential):
     """Layers whose input is added to their output."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output = input
-        for layer in self:
-            output = layer(output)
-        return input + output
+        return input + super().forward(input)  # type: ignore[no-untyped-call]  # torch 2.15
 
 
 class DigitNet(nn.Module):
@@ -124,9 +121,7 @@ class DigitNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron on raw pixels, the example of another network: `layers` are the widths of its hidden
-    layers, such as `128 64`, each followed by layer norm, the activation and dropout.
-    """
+    """A multilayer perceptron: `layers` are widths such as `128 64`, each followed by layer norm and the activation."""
 
     def __init__(self, layers: str, dropout: float = 0.0, activation: Activation = "relu", classes: int = 10) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 # 7 batches of 50 an epoch, and whatever has a state
 TINY = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", "--trainer.enable_model_summary", "false"]
-TINY += ["--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05", "--model.ema_decay", "0.9"]
+TINY += ["--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05", "--model.ema_decay", "0.5"]
 TINY += ["--model.label_smoothing", "0.1", "--data.batch_size", "50", "--data.val_size", "50"]
 TINY += ["--data.rotation", "8", "--data.scale", "0.1", "--data.augmented", "0.7", "--board.every_n_epochs", "0"]
 BOARD = "--board.every_n_epochs", "1"

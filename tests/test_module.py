@@ -1,5 +1,4 @@
 import math
-from functools import reduce
 from typing import Any
 
 import pytest
@@ -97,15 +96,28 @@ def test_label_smoothing_is_torchs() -> None:
     assert_close(module.training_step((images, targets), 0), expected)
 
 
-def test_averaged_weights_are_the_ones_that_are_kept() -> None:
-    plain, averaged = small(lr=0.05), small(lr=0.05, ema_decay=0.9)
-    weights: list[torch.Tensor] = []
+@pytest.mark.parametrize(
+    ("decay", "decays"),
+    [
+        (0.5, [0, 0, 0, 1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14]),  # an average over 2 steps begins behind them
+        (0.1, [0, 0, 8 / 89, *[0.1] * 5]),
+        (0.99, [0] * 8),  # 8 steps of an average over 100
+    ],
+)
+def test_averaged_weights_are_the_ones_that_are_kept(decay: float, decays: list[float]) -> None:
+    plain, averaged = small(lr=0.05), small(lr=0.05, ema_decay=decay)
+    weights: dict[str, list[torch.Tensor]] = {"head.weight": [], "features.2.running_var": []}
 
     def record(module: LitMNIST) -> None:
-        weights.append(module.network.state_dict()["head.weight"].clone())
+        for name, values in weights.items():
+            values.append(module.network.state_dict()[name].clone())
 
     plain.on_train_batch_end = lambda *args: record(plain)  # type: ignore[method-assign]
     for module in (plain, averaged):
-        trainer(max_epochs=1).fit(module, some_batches())
-    expected = reduce(lambda mean, weight: 0.9 * mean + 0.1 * weight, weights)
-    assert_close(averaged.network.state_dict()["head.weight"], expected)
+        trainer().fit(module, some_batches())  # 8 steps
+    for name, values in weights.items():
+        expected = torch.zeros(())
+        for share, value in zip(decays, values, strict=True):
+            expected = share * expected + (1 - share) * value
+        assert_close(averaged.network.state_dict()[name], expected)
+    assert averaged.network.state_dict()["features.2.num_batches_tracked"] == 8

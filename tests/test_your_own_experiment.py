@@ -133,6 +133,10 @@ def test_another_data_set(copy: Path) -> None:
     run(copy, command)
     run(copy, ["test", "--ckpt_path", "best", "--data.root", "digits"])
     assert results(copy)["test"]["samples"] == 297
+    # as the page has it, with the default recipe
+    (documented,) = re.findall(r"^    python -m lit_mnist (.+)$", SECTIONS["Another data set"], re.M)
+    run(copy, shlex.split(documented))
+    assert json.loads((version(copy, 1) / "results.json").read_text())["fit"]["metrics"]["val/accuracy"] >= 0.97
 
 
 @pytest.mark.parametrize("copy", ["Another logger"], indirect=True)

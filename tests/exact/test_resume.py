@@ -27,7 +27,7 @@ from lit_mnist.module import LitMNIST
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false"]
 SMALL = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", "--checkpoint.every_n_steps", "1"]
 SETTINGS = [*QUIET, *SMALL, "--model.layers", "4x5/2 8/2", "--model.dropout", "0.1", "--model.lr", "0.05"]
-SETTINGS += ["--model.ema_decay", "0.9", "--model.activation", "relu", "--model.schedule", "cosine"]
+SETTINGS += ["--model.ema_decay", "0.5", "--model.activation", "relu", "--model.schedule", "cosine"]
 SETTINGS += ["--data.batch_size", "50", "--data.val_size", "50", "--board.every_n_epochs", "0"]
 RARELY = ["--checkpoint.every_n_steps", "0", "--checkpoint.every_seconds", "1000"]
 RESUME = ["--ckpt_path", "last"]
