@@ -163,13 +163,13 @@ def print_summary(trainer: Trainer, run: Run, folder: Path, root: str) -> None:
         print(FINISHED)
     print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")
     if any(isinstance(logger, RunLogger) for logger in trainer.loggers):
-        print(f"Look at it: tensorboard --logdir {shown(folder.parent)}")
+        print(f"Look at it: tensorboard --logdir {quote(shown(folder.parent))}")
     if last := (keeper and keeper.last_path) or run.checkpoint:
-        by_steps = 0 < trainer.max_steps <= steps
-        longer = f"max_steps {2 * trainer.max_steps}" if by_steps else f"max_epochs {2 * max(1, epochs)}"
+        by_steps, most = 0 < trainer.max_steps <= steps, max(1, epochs, trainer.max_epochs or 0)
+        longer = f"max_steps {2 * trainer.max_steps}" if by_steps else f"max_epochs {2 * most}"
         tested, place = (keeper and keeper.best_path) or last, "" if root == "data" else f" --data.root {quote(root)}"
-        print(f"Test it:    python -m {PROGRAM} test --ckpt_path {shown(tested)}{place}")
-        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {shown(last)} --trainer.{longer}")
+        print(f"Test it:    python -m {PROGRAM} test --ckpt_path {quote(shown(tested))}{place}")
+        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} --trainer.{longer}")
 
 
 @contextmanager
