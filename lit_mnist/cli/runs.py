@@ -65,8 +65,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         state = "interrupted"  # the process was killed and could not write it
     best, metrics = section(fit, "best"), section(fit, "metrics")
     last = {name: metrics[name] for name in metrics if not (best and name.startswith("val/"))}  # which are the best's
-    values = {**read_settings(fit), **last, **best}
-    values |= {name: value for name, value in test.items() if name.startswith("test/")}
+    values = {**read_settings(fit), **last, **test, **best}
     values |= {"run": folder.name, "state": state, "seconds": fit.get("train_seconds")}
     values |= {name: fit.get(name) for name in ("recipe", "parameters", "epochs")}
     values |= {f"{part}_accuracy": values.get(f"{part}/accuracy") for part in ("val", "test")}

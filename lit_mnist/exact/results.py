@@ -18,10 +18,7 @@ KEY = ("checkpoint", "step", "test_set", "samples")  # of an evaluation
 
 
 class Results(Callback):
-    """Keeps results.json: of a fit from its start and of a test at its end.
-
-    `progress` times the fit and counts the samples of the test; the other arguments are those of `make_callbacks`.
-    """
+    """Keeps results.json: of a fit from its start and of a test at its end; for the arguments see `make_callbacks`."""
 
     def __init__(
         self,
