@@ -141,8 +141,8 @@ class CheckpointKeeper(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
-        best = {"name": self.best_path and self.best_path.name, "score": self.best_score, "loss": self._best_loss}
-        best["values"] = self.best_values
+        best: dict[str, Any] = {"name": self.best_path and self.best_path.name, "values": self.best_values}
+        best |= {"score": self.best_score, "loss": self._best_loss}
         by = [self.best.monitor, self.best.mode] if self.best else []
         return {"epoch": self._epoch, "score": self._score, "by": by, "best": best}
 

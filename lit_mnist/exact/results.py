@@ -59,7 +59,7 @@ class Results(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scored = None if self.run.started else self.run.checkpoint  # after a fit in this process it is not known
-        loaders = trainer.test_dataloaders
+        loaders: Any = trainer.test_dataloaders
         sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
         data = getattr(trainer.datamodule, "test_set", None)  # type: ignore[attr-defined]
         of = scored and scored.name, self.run.loaded.get("global_step") if scored else None, data, self.progress.samples
