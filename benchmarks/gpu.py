@@ -183,7 +183,7 @@ def runs(options: Options) -> Iterator[Record]:
             flags += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--data.val_size", "0"]
         with redirect_stdout(StringIO()):
             results = results_of(recipe, options.root, "cpu" if options.cpu else "gpu", *flags, test=True)
-        fit, seconds, accuracy = results["fit"], Watch.marks[-1] - Watch.marks[0], results["test"]["test/accuracy"]
+        fit, seconds, accuracy = results["fit"], Watch.marks[-1] - Watch.marks[0], results["test"][-1]["test/accuracy"]
         print(f"{recipe:<8} seed {seed}: {fit['steps']:,} steps, {seconds:.2f} s, {100 * accuracy:.2f} %", flush=True)
         record = {key: fit[key] for key in ("epochs", "steps", "parameters", "train_seconds", "validation_seconds")}
         record |= {"precision": fit["settings"]["trainer.precision"], "test_accuracy": accuracy}

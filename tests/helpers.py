@@ -80,7 +80,7 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
     return dict(torch.load(last, weights_only=True))
 
 
-def results(run: Path = RUN) -> dict[str, dict[str, Any]]:
+def results(run: Path = RUN) -> dict[str, Any]:
     return dict(json.loads((run / "results.json").read_text()))
 
 

@@ -111,7 +111,7 @@ def test_a_change_of_the_model(copy: Path, request: pytest.FixtureRequest) -> No
     if section == "Another metric":
         assert {"train/f1", "val/f1"} <= results(copy)["fit"]["metrics"].keys()
         assert "f1 0." in printed[0]
-        assert float(printed[1].split()[-1]) == pytest.approx(results(copy)["test"]["test/f1"], rel=1e-3)
+        assert float(printed[1].split()[-1]) == pytest.approx(results(copy)["test"][-1]["test/f1"], rel=1e-3)
 
 
 @pytest.mark.parametrize("copy", ["Mixup, and whatever else mixes the images of a batch"], indirect=True)
@@ -132,7 +132,7 @@ def test_another_data_set(copy: Path) -> None:
     (command,) = commands("Another data set")
     run(copy, command)
     run(copy, ["test", "--ckpt_path", "best", "--data.root", "digits"])
-    assert results(copy)["test"]["samples"] == 297
+    assert results(copy)["test"][-1]["samples"] == 297
     # as the page has it, with the default recipe
     (documented,) = re.findall(r"^    python -m lit_mnist (.+)$", SECTIONS["Another data set"], re.M)
     run(copy, shlex.split(documented))

@@ -175,12 +175,12 @@ def print_summary(trainer: Trainer, run: Run, folder: Path, root: str, longer: d
         print(f"{FINISHED} {' and '.join(longer)}.")
     print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")
     if any(isinstance(logger, RunLogger) for logger in trainer.loggers):
-        print(f"Look at it: tensorboard --logdir {shown(folder.parent)}")
+        print(f"Look at it: tensorboard --logdir {quote(shown(folder.parent))}")
     if last := (keeper and keeper.last_path) or run.checkpoint:
         tested, place = (keeper and keeper.best_path) or last, "" if root == "data" else f" --data.root {quote(root)}"
         flags = " ".join(f"--{name} {value}" for name, value in longer.items())
-        print(f"Test it:    python -m {PROGRAM} test --ckpt_path {shown(tested)}{place}")
-        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {shown(last)} {flags}")
+        print(f"Test it:    python -m {PROGRAM} test --ckpt_path {quote(shown(tested))}{place}")
+        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} {flags}")
 
 
 def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from lit_mnist.exact.console import PROGRAM, number, shortened, shown
@@ -42,7 +43,7 @@ def one_line(error: object) -> str:
 
 def resume_command(checkpoint: Path | None) -> str:
     """Return what to do after a training that was stopped; config.yaml has all the settings."""
-    command = f"to resume: python -m {PROGRAM} fit --ckpt_path {shown(checkpoint)}" if checkpoint else ""
+    command = f"to resume: python -m {PROGRAM} fit --ckpt_path {quote(shown(checkpoint))}" if checkpoint else ""
     return command or "there is no checkpoint yet, start again"
 
 

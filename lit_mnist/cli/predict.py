@@ -13,7 +13,7 @@ from lit_mnist.cli.console import OneLineParser
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.reader import find_and_read
-from lit_mnist.exact.runs import run_folder
+from lit_mnist.exact.runs import checkpoint_lines, run_folder
 from lit_mnist.network import load_network
 from lit_mnist.pictures import report
 
@@ -35,7 +35,7 @@ def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
         network = load_network(checkpoint)
     except UserError as error:
         raise UserError(f"--ckpt_path {found}{error}") from error
-    print(f"Checkpoint: {path}", flush=True)
+    print(*checkpoint_lines(options.ckpt_path, path, options.root_dir / "lightning_logs"), sep="\n", flush=True)
     return path, checkpoint, network
 
 

@@ -176,7 +176,7 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     folder = runs.run_folder(path)
     last = runs.newest(folder) if folder else None
     settings.continues = last is not None and last.resolve() == path.resolve()
-    settings.lines.append(f"Checkpoint: {path}")
+    settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
     hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)

@@ -1,6 +1,8 @@
 """MNISTDataModule: the splits, and one loader factory."""
 
 import math
+import zlib
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,6 +93,13 @@ class MNISTDataModule(LightningDataModule):
     def classes(self) -> int:
         """How many classes the data has, which the network must have too; UserError if the labels cannot be read."""
         return datasets.classes(self.root, self.hparams["name"])
+
+    @cached_property
+    def test_set(self) -> str:
+        """What a test score is of: the data's name, and of a user's own files a checksum too."""
+        name = str(self.hparams["name"])
+        own = [part.numpy().tobytes() for part in datasets.load(self.root, False, name)] if name == "idx" else []
+        return f"{name} {zlib.crc32(b''.join(own)):08x}" if own else name
 
     def prepare_data(self) -> None:
         datasets.prepare(self.root, self.download, self.hparams["name"])

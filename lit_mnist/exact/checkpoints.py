@@ -126,15 +126,17 @@ class CheckpointKeeper(Checkpoint):
         self.stop_signal = 0  # set from outside: save after this step, then stop
         self.on_start: Callable[[], None] | None = None  # called when the training starts
         self._save = save
+        self.best_values: dict[str, float] = {}  # all that its validation logged, and the step
         self._best_loss: float | None = None
-        self._score: float | None = None  # the latest
+        self._score: float | None = None  # the latest of this epoch
         self._epoch = self._step = self._agreed_step = 0
         self._agreed_signal = 0  # that all processes know of, and act on
         self._saved_at = monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
-        best = {"name": self.best_path and self.best_path.name, "score": self.best_score, "loss": self._best_loss}
+        best: dict[str, Any] = {"name": self.best_path and self.best_path.name, "values": self.best_values}
+        best |= {"score": self.best_score, "loss": self._best_loss}
         by = [self.best.monitor, self.best.mode] if self.best else []
         return {"epoch": self._epoch, "score": self._score, "by": by, "best": best}
 
@@ -147,6 +149,7 @@ class CheckpointKeeper(Checkpoint):
         if gather_all(before is not None and before.is_file())[0]:
             self.best_path = self._folder / Path(best["name"]).name
             self.best_score, self._best_loss = float(best["score"]), best["loss"]
+            self.best_values = dict(best.get("values", {}))
 
     @property
     def _folder(self) -> Path:
@@ -169,6 +172,9 @@ class CheckpointKeeper(Checkpoint):
                 shutil.copyfile(self._of_origin(self.best_path.name) or "", partial)
         self._step = self._agreed_step = trainer.global_step
         self.save(trainer)  # at no moment is there nothing to resume
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._score = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -257,6 +263,8 @@ class CheckpointKeeper(Checkpoint):
             better = not isnan(score) and (before is None or (score > before) == (best.mode == "max"))
         if better:
             self.best_score, self._best_loss = score, loss
+            values = {name: value for name, value in scores.items() if not name.startswith("train/")}
+            self.best_values = values | {"step": trainer.global_step}
         return better
 
 

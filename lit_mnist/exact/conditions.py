@@ -13,8 +13,6 @@ import torch
 
 from .console import PROGRAM
 
-PACKAGES = (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard")
-
 
 @cache  # the code that runs is that of the start
 def commit() -> str | None:
@@ -38,7 +36,7 @@ def processor() -> str:
 def conditions(device: torch.device) -> dict[str, Any]:
     """Return the versions, the hardware and the commit that a figure depends on."""
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     hardware = {

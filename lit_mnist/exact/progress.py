@@ -33,9 +33,13 @@ class Progress(Callback):
         self._keeper: CheckpointKeeper | None = None
         self._best: Path | None = None
         self._ended = False  # an epoch, whose line is not printed yet
+        self._validated = False  # in this epoch
+        self.metrics: dict[str, float] = {}  # that the latest epoch computed
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "validated": self._validated,
+            "metrics": self.metrics,
             "train_seconds": self.train_seconds + (perf_counter() - self._started if self._started else 0),
             "validation_seconds": self.validation_seconds,
             "samples_seen": self.samples_seen,
@@ -44,6 +48,7 @@ class Progress(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("train_seconds", "validation_seconds", "samples_seen"):
             setattr(self, name, state_dict[name])
+        self._validated, self.metrics = state_dict.get("validated", True), state_dict.get("metrics", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keeper = callback_of(trainer, CheckpointKeeper)
@@ -52,7 +57,7 @@ class Progress(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_epoch(trainer)
-        self.epoch_seconds = 0.0
+        self.epoch_seconds, self._validated = 0.0, False
         self._start_timer()
 
     def _start_timer(self) -> None:
@@ -107,6 +112,7 @@ class Progress(Callback):
         if trainer.state.fn != "fit":
             self._print_evaluation(trainer, "Validation set")
         elif not trainer.sanity_checking:
+            self._validated = True
             if not trainer.is_last_batch:
                 metrics = epoch_metrics(trainer)
                 values = {name: metrics[name] for name in metrics if not name.startswith("train/")}
@@ -134,8 +140,10 @@ class Progress(Callback):
 
     def _print_epoch(self, trainer: Trainer) -> None:
         if self._ended:
-            metrics, best = epoch_metrics(trainer), self._keeper.best_path if self._keeper else None
-            values = {name: metrics[name] for name in metrics if not name.startswith("train/") or name == "train/loss"}
+            # without a validation Lightning 2.6 still has the values of the one before
+            found, best = epoch_metrics(trainer), self._keeper.best_path if self._keeper else None
+            self.metrics = {k: found[k] for k in found if self._validated or k.startswith("train/")}
+            values = {k: v for k, v in self.metrics.items() if not k.startswith("train/") or k == "train/loss"}
             seconds = f"{self.epoch_seconds:.1f} s{' (best)' if best != self._best else ''}"
             say(trainer, f"Epoch {trainer.current_epoch - 1}: {', '.join(words(values))}, {seconds}")
             self._ended, self._best = False, best

@@ -12,15 +12,14 @@ from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
 from .console import Interrupted
 from .ddp import lost
-from .progress import Progress, epoch_metrics
-from .runs import read_results, replaced, section
+from .progress import Progress, epoch_metrics, say
+from .runs import evaluations, is_test_score, read_results, replaced, section
+
+KEY = ("checkpoint", "step", "test_set", "samples")  # of an evaluation
 
 
 class Results(Callback):
-    """Keeps results.json: of a fit from its start and of a test at its end.
-
-    `progress` times the fit and counts the samples of the test; the other arguments are those of `make_callbacks`.
-    """
+    """Keeps results.json: of a fit from its start and of a test at its end; for the arguments see `make_callbacks`."""
 
     def __init__(
         self,
@@ -61,14 +60,20 @@ class Results(Callback):
                 self._write_fit(trainer, pl_module, "interrupted" if stopped else "failed")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        checkpoint = self.run.checkpoint.name if self.run.checkpoint else None
-        test = {**epoch_metrics(trainer), "samples": self.progress.samples}
-        self._write(trainer, pl_module, "test", test | {"checkpoint": checkpoint})
+        scored = None if self.run.started else self.run.checkpoint  # after a fit in this process it is not known
+        loaders: Any = trainer.test_dataloaders
+        sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+        data = getattr(trainer.datamodule, "test_set", None)  # type: ignore[attr-defined]
+        of = scored and scored.name, self.run.loaded.get("global_step") if scored else None, data, self.progress.samples
+        test = {**dict(zip(KEY, of, strict=True)), "whole": trainer.num_test_batches == sizes, **epoch_metrics(trainer)}
+        self._write(trainer, pl_module, "test", test)
+        if self.run.folder and not is_test_score(section(read_results(self.run.folder), "fit"), test):
+            say(trainer, f"Not counted as the run's test score: {of[0]}, {of[3]} samples of {data}")
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         keeper, best = callback_of(trainer, CheckpointKeeper), None
         if keeper and keeper.best and keeper.best_path:
-            best = {"checkpoint": keeper.best_path.name, keeper.best.monitor: keeper.best_score}
+            best = {**keeper.best_values, keeper.best.monitor: keeper.best_score, "checkpoint": keeper.best_path.name}
         timer = self.progress.state_dict()
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
         fit = {
@@ -78,22 +83,25 @@ class Results(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
-            "metrics": epoch_metrics(trainer),
+            "metrics": self.progress.metrics,
             "best": best,
             "train_seconds": round(seconds, 3),
             "validation_seconds": round(timer["validation_seconds"], 3),
             "samples_per_second": round(timer["samples_seen"] / seconds, 1) if seconds else None,
             "model": dict(pl_module.hparams),
             "data": dict(data.hparams) if data else {},
+            "test_set": getattr(data, "test_set", None),
             "settings": self.settings,
             "loggers": [logger.version for logger in trainer.loggers],
         }
         self._write(trainer, pl_module, "fit", fit)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str, section: dict[str, Any]) -> None:
-        """Put a section into results.json, leaving the others as they are."""
+    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str, entry: dict[str, Any]) -> None:
+        """Put a fit, or one more evaluation, into results.json, leaving the others as they are."""
         if trainer.is_global_zero and self.run.folder:
-            section |= {"processes": trainer.world_size, **conditions(pl_module.device)}
+            entry |= {"processes": trainer.world_size, **conditions(pl_module.device)}
+            results = read_results(self.run.folder)
+            others = [old for old in evaluations(results) if any(old.get(key) != entry.get(key) for key in KEY)]
+            results[name] = entry if name == "fit" else [*others, entry]
             with replaced(self.run.folder / "results.json") as partial:
-                results = {**read_results(self.run.folder), name: section}
                 partial.write_text(json.dumps(results, indent=2, default=str) + "\n")

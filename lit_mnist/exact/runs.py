@@ -125,3 +125,36 @@ def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None where it lies somewhere else."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" and is_run(folder.parent) else None
+
+
+def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what results.json has of `test`: one for each checkpoint, data and number of samples, the latest last."""
+    found = results.get("test")  # of an older version the latest alone
+    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
+
+
+def is_test_score(fit: Mapping[str, Any], test: Mapping[str, Any]) -> bool:
+    """Say whether an evaluation is of the best state of a run, or the last if none is, on all of its own test set."""
+    step = section(fit, "best").get("step") if fit.get("best") else fit.get("steps")
+    of = {"step": step, "test_set": fit.get("test_set"), "whole": True}
+    return None not in of.values() and of.items() <= test.items()
+
+
+def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the evaluation that is the test score of a run; empty if there is none."""
+    fit = section(results, "fit")
+    return next((test for test in evaluations(results) if is_test_score(fit, test)), {})
+
+
+def checkpoint_lines(wanted: str, path: Path, runs: Path) -> list[str]:
+    """Return what is printed of a checkpoint: of `best` its accuracy too, and any run's that is higher on its data."""
+    found: dict[Path, Any] = {}
+    for run in versions(runs) if wanted == "best" else []:
+        fit, best = section(read_results(run), "fit"), newest(run, "best")
+        if best and isinstance(accuracy := section(fit, "best").get("val/accuracy"), float):
+            found[best] = fit.get("test_set"), accuracy
+    if path not in found:
+        return [f"Checkpoint: {path}"]
+    best = max((one for one in found if found[one][0] == found[path][0]), key=lambda one: float(found[one][1]))
+    shown = {"Checkpoint": path, **({"More accurate": best} if found[best] > found[path] else {})}
+    return [f"{title}: {one} (val accuracy {100 * found[one][1]:.2f} %)" for title, one in shown.items()]

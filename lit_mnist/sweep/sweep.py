@@ -4,6 +4,7 @@ import io
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from lit_mnist.cli.console import complain
 from lit_mnist.cli.runs import read_settings
 from lit_mnist.cli.settings import Parser, Settings, configs_first
 from lit_mnist.exact.checkpoints import callback_of
-from lit_mnist.exact.console import Interrupted, TrainingFailed, shortened
+from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shortened, shown
 from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
@@ -201,7 +202,8 @@ class Worker:
             if checkpoint.is_file() and run["host"] == platform.node():
                 with redirect_stdout(self.log):
                     MNISTCLI(["test", *self.places, "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"])
-                scores = {name: x for name, x in read_results(folder)["test"].items() if name.startswith("test/")}
+                latest = read_results(folder)["test"][-1].items()
+                scores = {name: x for name, x in latest if name.startswith("test/")}
                 self.study.set_user_attr(f"test {best['sample']} {run['seed']}", scores)
             else:
                 missing.append(f"{run['run']} (seed {run['seed']}, trained on {run['host']})")
@@ -292,5 +294,11 @@ def run(plan: Study, options: Any, args: list[str]) -> None:
         raise TrainingFailed("the sweep is not complete, and no worker is left; run the same command to continue it")
     if settled and found["reason"].notna().all():
         raise TrainingFailed("all configurations were pruned or failed; --retry tries them again")
+    if settled:
+        choose = min if plan.direction == "minimize" else max
+        best = choose(found.iloc[0]["trials"], key=lambda run: run["value"])
+        if (path := worker.runs / best["run"] / "checkpoints" / best["checkpoint"]).is_file():
+            command = shlex.join(["test", "--ckpt_path", shown(path), worker.places[0]])
+            print(f"Best run:   {shown(path)}\nTest it:    python -m {PROGRAM} {command}")
     if missing:
         raise TrainingFailed(f"--test found no checkpoint here of {', '.join(missing)}")

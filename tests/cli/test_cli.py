@@ -44,7 +44,7 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     assert last.name == f"last-epoch=01-step=000014-accuracy={accuracies[1]:.4f}.ckpt"
     fit = results()["fit"]
     assert (fit["epochs"], fit["steps"], fit["parameters"]) == (2, 14, 100 + 8 + 288 + 16 + 90)
-    assert fit["best"] == {"checkpoint": best.name, "val/accuracy": pytest.approx(max(accuracies))}
+    assert (fit["best"]["checkpoint"], fit["best"]["val/accuracy"]) == (best.name, pytest.approx(max(accuracies)))
     assert fit["settings"]["trainer.max_epochs"] == 2
     board = scalars(RUN)
     assert [step for step, _ in board["train/loss_step"]] == [1, 3, 5, 7, 9, 11, 13]
@@ -58,7 +58,7 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     assert command("test", "--ckpt_path", "last", "--trainer.accelerator", "cpu") == 0
     tested = re.search(r"^Test set: average loss \d\.\d{4}, accuracy (\d+)/100 ", capsys.readouterr().out, re.M)
     assert tested
-    test = results()["test"]
+    test = results()["test"][-1]
     assert (test["test/accuracy"], test["checkpoint"]) == (int(tested[1]) / 100, last.name)
     ((step, value),) = scalars(RUN)["test/accuracy"]
     assert step == 14

@@ -1,13 +1,17 @@
 """A reader of the output that stops early, and a disk that fills up."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import RUN, Capsys, Command, fails
+from helpers import RUN, TINY, Capsys, Command, fails, results, scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from lit_mnist.__main__ import main
+from lit_mnist.cli.console import resume_command
 
 LONGER = ["--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
 LONGER += ["--trainer.enable_model_summary", "false"]
@@ -54,3 +58,32 @@ def test_unwritable_results(command: Command, trained: Path, monkeypatch: pytest
         assert "results.json" in fails(capsys, "test", "--ckpt_path", "last", run=command, status=3)
     assert (RUN / "results.json").read_bytes() == before
     assert not list(RUN.rglob("*.tmp"))
+
+
+def test_an_epoch_shows_only_what_it_computed(command: Command, capsys: Capsys) -> None:
+    flags = [
+        *TINY,
+        "--trainer.max_epochs",
+        "3",
+        "--trainer.check_val_every_n_epoch",
+        "2",
+        "--checkpoint.every_n_steps",
+        "1",
+    ]
+    assert command("fit", *flags) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch")]
+    assert ["val loss" in line for line in lines] == [False, True, False]
+    assert results()["fit"]["metrics"].keys() == {"train/loss", "train/accuracy"}
+    assert next(RUN.glob("checkpoints/last-*")).name == "last-epoch=02-step=000021.ckpt"
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
+    assert "Epoch 3: train loss" in (out := capsys.readouterr().out)
+    assert results()["fit"]["metrics"]["val/loss"] == pytest.approx(scalars(RUN)["val/loss"][-1][1], rel=1e-6)
+    assert f"val loss {results()['fit']['metrics']['val/loss']:.4f}" in out
+
+
+def test_printed_commands_can_be_copied(command: Command, capsys: Capsys) -> None:
+    assert command("fit", *TINY, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "a folder") == 0
+    lines = [shlex.split(line.partition(": ")[2]) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert lines[0] == ["tensorboard", "--logdir", "a folder/lightning_logs"]
+    assert [main(line[3:]) for line in lines[1:]] == [0, 0]
+    assert shlex.split(resume_command(Path("a folder/last.ckpt")))[-1] == "a folder/last.ckpt"

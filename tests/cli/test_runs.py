@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import Capsys, fails
+from helpers import RUN, Capsys, Command, fails, results, scalars, write_tiny_mnist
+from torch import nn
 
 from lit_mnist.__main__ import main
+from lit_mnist.data import datamodule
 from lit_mnist.exact import runs
 from lit_mnist.exact.reader import find_checkpoint
 from lit_mnist.exact.runs import only_process
@@ -46,16 +48,22 @@ def root(tmp_path: Path) -> Path:
     """The folder of four runs: finished, in training or interrupted, failed, without results."""
     fit = {"recipe": "tiny", "parameters": 7976, "epochs": 3, "train_seconds": 12.34, "metrics": {"val/accuracy": 0.5}}
     same = {"layers": "8", "momentum": 0.9}
-    best = {"best": {"val/accuracy": 0.75}, "model": {"lr": 0.1, **same}, "settings": {"trainer.max_epochs": 2}}
-    for number, results in {
-        2: {"fit": fit | {"state": "finished", **best}, "test": {"test/accuracy": 0.625}},
-        10: {"fit": fit | {"state": "running", "best": None, "recipe": "seed", "model": {"lr": 0.4, **same}}},
+    best = {"best": {"step": 9, "val/accuracy": 0.75, "val/loss": 1.5}, "settings": {"trainer.max_epochs": 2}}
+    best |= {"model": {"lr": 0.1, **same}, "test_set": "mnist", "metrics": {"val/accuracy": 0.5, "val/loss": 2.5}}
+    test = {"step": 9, "test_set": "mnist", "whole": True, "test/accuracy": 0.625}
+    others = [{**test, "test/accuracy": 0.9, **of} for of in ({"step": 8}, {"test_set": "idx"}, {"whole": False})]
+    for number, content in {
+        2: {"fit": fit | {"state": "finished", **best}, "test": [*others, test, *others]},
+        10: {
+            "fit": fit | {"state": "running", "best": None, "recipe": "seed", "model": {"lr": 0.4, **same}},
+            "test": {"test/accuracy": 0.9},  # of an older version, which did not say of what
+        },
         11: {"fit": fit | {"state": "failed", "metrics": {}, "parameters": 500}},
         12: "half a fi",
     }.items():
         folder = tmp_path / "lightning_logs" / f"version_{number}"
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps(content))
     return tmp_path
 
 
@@ -63,10 +71,19 @@ def test_table(root: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(root)
     assert main(["runs"]) == 0
     header, first, *_, last = (line.split() for line in capsys.readouterr().out.splitlines())
-    columns = ["run", "recipe", "parameters", "epochs", "val_accuracy", "test_accuracy", "seconds", "state"]
-    assert header == [*columns, "model.lr"]  # the one setting in which they differ
-    assert first == ["version_2", "tiny", "7,976", "3", "75.00%", "62.50%", "12.3", "finished", "0.1"]
-    assert last == ["version_12", *"------", "unknown", "-"]
+    columns = ["run", "val_accuracy", "test_accuracy", "state", "model.lr"]  # the one setting in which they differ
+    assert header == [*columns, "epochs", "seconds", "recipe", "parameters"]
+    assert first == ["version_2", "75.00%", "62.50%", "finished", "0.1", "3", "12.3", "tiny", "7,976"]
+    assert last == ["version_12", "-", "-", "unknown", *"-----"]
+
+
+def test_a_narrow_terminal(root: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["runs", "--root_dir", str(root)]) == 0
+    header, *rows, note = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "val_accuracy", "test_accuracy", "state", "model.lr", "epochs"]
+    assert max(map(len, [header, *rows])) <= 70
+    assert "seconds, recipe, parameters" in note
 
 
 def test_states_and_values(root: Path, capsys: Capsys) -> None:
@@ -80,7 +97,8 @@ def test_states_and_values(root: Path, capsys: Capsys) -> None:
     rows = table()
     assert [row["state"] for row in rows] == ["finished", "interrupted", "failed", "unknown"]
     assert [row["val_accuracy"] for row in rows] == [0.75, 0.5, None, None]
-    assert rows[0] == rows[0] | {"parameters": 7976, "epochs": 3, "seconds": 12.34, "test_accuracy": 0.625}
+    assert [row["test_accuracy"] for row in rows] == [0.625, None, None, None]
+    assert rows[0] == rows[0] | {"parameters": 7976, "epochs": 3, "seconds": 12.34}
 
 
 def test_columns_and_order(root: Path, capsys: Capsys) -> None:
@@ -88,10 +106,13 @@ def test_columns_and_order(root: Path, capsys: Capsys) -> None:
     assert main(["runs", *where, "--sort", "parameters"]) == 0
     rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
     assert [row["parameters"] for row in rows] == ["", "500", "7976", "7976"]
-    assert main(["runs", *where, "--columns", "run, model.layers,val/accuracy", "--sort", "model.lr"]) == 0
+    columns = ["--columns", "run, model.layers,val/accuracy,val/loss", "--sort", "model.lr"]
+    assert main(["runs", *where, *columns]) == main(["runs", *where, *columns, "--descending"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run,model.layers,val/accuracy"
-    assert lines[-2:] == ["version_2,8,0.5", "version_10,8,0.5"]
+    assert lines[0] == "run,model.layers,val/accuracy,val/loss"
+    assert lines[3:5] == lines[7:5:-1] == ["version_2,8,0.75,1.5", "version_10,8,0.5,"]  # of one checkpoint
+    assert main(["runs", *where, "--descending", "--columns", "run"]) == 0
+    assert capsys.readouterr().out.split()[1:3] == ["version_12", "version_11"]
 
 
 @pytest.mark.parametrize(
@@ -100,3 +121,47 @@ def test_columns_and_order(root: Path, capsys: Capsys) -> None:
 def test_bad_flags(root: Path, flags: tuple[str, ...], capsys: Capsys) -> None:
     error = fails(capsys, "runs", "--root_dir", str(root), *flags)
     assert [part for part in flags if part not in error] == []
+
+
+def test_every_evaluation_is_kept_and_one_is_the_test_score(
+    command: Command, trained: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score() -> object:
+        capsys.readouterr()
+        assert main(["runs", "--format", "json"]) == 0
+        return json.loads(capsys.readouterr().out)[0]["test_accuracy"]
+
+    monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 40)
+    write_tiny_mnist(tmp_path / "other", 100, 60)
+    (best,) = RUN.glob("checkpoints/best-*")
+    test = ["test", "--trainer.accelerator", "cpu", "--ckpt_path", "best"]
+    assert command(*test, "--trainer.limit_test_batches", "1") == 0
+    assert f"score: {best.name}, 40 samples of mnist" in capsys.readouterr().out
+    assert score() is None
+    assert command(*test) == command(*test, "--trainer.limit_test_batches", "2") == 0
+    whole = next(one["test/accuracy"] for one in results()["test"] if one["samples"] == 100)
+    assert main([*test, "--data.name", "idx", "--data.root", str(tmp_path / "other")]) == command(*test) == 0
+    assert score() == whole
+    found = [(one["test_set"].split()[0], one["samples"], one["whole"]) for one in results()["test"]]
+    assert found == [("mnist", 40, False), ("mnist", 80, False), ("idx", 60, True), ("mnist", 100, True)]
+    fit = results()["fit"]
+    assert {one["step"] for one in results()["test"]} == {fit["best"]["step"]}
+    for name in ("val/loss", "val/accuracy"):  # of the best checkpoint
+        assert fit["best"][name] == pytest.approx(dict(scalars(RUN)[name])[fit["best"]["step"] - 1])
+
+
+def test_best_says_which_run_is_more_accurate(network: nn.Module, capsys: Capsys) -> None:
+    logs = Path("lightning_logs")
+    (logs / "version_0").rename(logs / "version_5")
+    for number in (2, 3, 4):
+        checkpoint(logs / f"version_{number}", "best-epoch=00-accuracy=0.1000.ckpt")
+    for number, accuracy, data in ((5, 0.1, "mnist"), (4, 0.8, "mnist"), (3, 0.9, "mnist"), (2, 0.99, "kmnist")):
+        content = {"fit": {"best": {"val/accuracy": accuracy}, "test_set": data}}
+        (logs / f"version_{number}" / "results.json").write_text(json.dumps(content))
+    demo = ["demo", "--port", "99999", "--ckpt_path"]
+    for wanted, expected in (
+        ("best", ["version_5", "version_3"]),
+        (str(next(logs.glob("*_5/*/best-*"))), ["version_5"]),
+    ):
+        assert main([*demo, wanted]) == 2
+        assert [line.partition(": ")[2].split("/")[1] for line in capsys.readouterr().out.splitlines()] == expected

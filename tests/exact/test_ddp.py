@@ -102,7 +102,7 @@ def test_every_image_is_scored_once(run: Run, alone: Command) -> None:
         assert first.status == 0
         assert f"/{100} (" in first.out
         assert [other.out for other in others] == [""] * (processes - 1)
-        test = read_results(RUN)["test"]
+        test = read_results(RUN)["test"][-1]
         assert (test["processes"], test["samples"]) == (processes, 100)
         scores.add((test["test/accuracy"], first.out))
         losses.append(test["test/loss"])

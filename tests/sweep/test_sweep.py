@@ -1,6 +1,7 @@
 import csv
 import math
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import several
 from helpers import REPOSITORY
 
+from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import TrainingFailed
 from lit_mnist.exact.runs import read_results
@@ -83,7 +85,7 @@ def sweep_in(
     return [one.status for one in ended]
 
 
-def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, command: Command) -> None:
+def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, command: Command, capsys: Output) -> None:
     assert study() == 0
     assert runs() == ["version_0", "version_1", "version_2", "version_3"]
     values: dict[float, dict[int, float]] = {0.05: {}, 0.2: {}}
@@ -112,9 +114,13 @@ def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, co
         assert trial.value == pytest.approx(row["mean"])
         assert trial.intermediate_values == pytest.approx({0: first, 1: (first + second) / 2})
 
+    capsys.readouterr()
     assert study() == 0
     assert len(runs()) == 4  # nothing is trained again
-    assert command("test", "--ckpt_path", "best") == 0
+    printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    winner = max(table[0]["trials"], key=lambda trial: trial["value"])
+    assert Path(printed[-2]).match(f"{winner['run']}/checkpoints/best-*")
+    assert main(printed[printed.index("test") :]) == command("test", "--ckpt_path", "best") == 0
 
 
 RANGES = "{model.lr: {low: 0.01, high: 0.5, log: true}, data.batch_size: {low: 40, high: 60}}"
@@ -275,7 +281,7 @@ def test_the_test_set_is_scored_for_the_chosen_configuration_alone(study: Comman
     assert study(STUDY, "--test", "--output", "figures") == 0
     table = read_results(Path("figures"))["settings_tried"]
     found = {run: read_results(Path("lightning_logs", run)) for run in runs()}
-    tested = {run: found[run]["test"]["test/accuracy"] for run in found if "test" in found[run]}
+    tested = {run: found[run]["test"][-1]["test/accuracy"] for run in found if "test" in found[run]}
     assert {trial["run"]: trial["test/accuracy"] for trial in table[0]["trials"]} == tested
     assert table[0]["test/accuracy"] == pytest.approx(statistics.mean(tested.values()))
     assert table[1]["test/accuracy"] is None
