@@ -39,10 +39,10 @@ def complain(message: str, status: int, everywhere: bool = True) -> int:
 
 def one_line(error: object) -> str:
     """Return an error's message on one line; of jsonargparse 4.53's only the setting and the reasons."""
-    text = re.sub(r"(?s)Does not validate against any of the Union subtypes.*?Errors:(.*)Given value type:.*", r"\1", str(error))
-    if text != str(error):
-        text = re.sub(r"(?m)^ *- (Expected a|Not a valid subclass) .*\n|^ *Subclass types expect.*\n(    - .*\n)*", "", text)
-        text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)':|(?m:^ *- )", r"\1", text)
+    text, wrapped = re.subn(r"(?s)Does not validate against any .*?Errors:(.*)Given value type:.*", r"\1", str(error))
+    if wrapped:
+        text = re.sub(r"(?m)^ *- (Expected a|Not a valid sub|a class path|a dict) ?.*$|^ *Subclass types .*$", "", text)
+        text = re.sub(r"(?m)^ *- ", "", re.sub(r"Problem with given class_path '(?:\w+\.)*(?:Run)?(\w+)'", r"\1", text))
     return shortened(" ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", text).split()), 300)
 
 

@@ -185,7 +185,7 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
 
 
 class RunMLFlowLogger(MLFlowLogger):
-    """MLFlowLogger whose run may be resumed with other settings: MLflow 3.17 has one value for each, so they are tags."""
+    """MLFlowLogger whose run may be resumed: settings that differ become tags, as MLflow 3.17 keeps the first value."""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         if is_first():
