@@ -3,25 +3,36 @@
 Nothing here changes the training: what it draws from is computed anyway.
 """
 
+import json
+import shutil
 import warnings
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import indent
+from time import time
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_summary.model_summary import ModelSummary
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import custom_scalars
+from torch.utils.tensorboard.summary import text as text_summary
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from lit_mnist.exact.checkpoints import callback_of
+from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.ddp import gather_in_order
-from lit_mnist.exact.loggers import RunLogger
+from lit_mnist.exact.loggers import TEXTS, RunLogger, write_events
+from lit_mnist.exact.results import Results
 from lit_mnist.module import Batch
 
 # The tab "custom scalars": what belongs together on one chart.
@@ -34,8 +45,6 @@ CHARTS = {
     "each digit": {"validation accuracy": "val_class_accuracy/.*"},
 }
 LAYOUT = {group: {name: ["Multiline", [tags]] for name, tags in charts.items()} for group, charts in CHARTS.items()}
-# The columns of the tab "hparams": each run's latest values of these scalars.
-HPARAM_METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/loss")
 
 
 class Board(Callback):
@@ -51,16 +60,19 @@ class Board(Callback):
             raise ValueError(f"board.every_n_epochs must be an integer from 0, got {every_n_epochs}")
         self.every_n_epochs = every_n_epochs
         self.histograms = histograms
-        self.texts: dict[str, str] = {}  # of a new run, by title
         self._batches: list[tuple[Tensor, ...]] = []  # of an evaluation: images, what the network made of them, targets
         self._features: Tensor | None = None  # that the last layer was given for the latest batch
 
     def callbacks(self) -> list[Callback]:
         return [self] if self.every_n_epochs else []
 
-    def writer(self, trainer: Trainer) -> SummaryWriter | None:
+    def logger(self, trainer: Trainer) -> RunLogger | None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
-        return loggers[0].experiment if loggers and trainer.is_global_zero else None
+        return loggers[0] if loggers and trainer.is_global_zero else None
+
+    def writer(self, trainer: Trainer) -> SummaryWriter | None:
+        logger = self.logger(trainer)
+        return logger.experiment if logger else None
 
     def due(self, trainer: Trainer) -> bool:
         """Return whether this epoch's pictures are to be written."""
@@ -68,10 +80,15 @@ class Board(Callback):
         return turn and trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.texts and (writer := self.writer(trainer)):
-            writer.add_custom_scalars(LAYOUT)
-            for title, text in {**self.texts, "model": str(ModelSummary(pl_module, max_depth=-1))}.items():
-                writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))
+        if not (logger := self.logger(trainer)):
+            return
+        results, described = callback_of(trainer, Results), json.dumps(conditions(pl_module.device), indent=4)
+        commands = results.state_dict()["commands"] if results else []
+        texts = {"command": "\n".join(f"python -m lit_mnist {command}" for command in commands)}
+        texts |= {"conditions": described, "model": str(ModelSummary(pl_module, max_depth=-1))}
+        parts = [text_summary(title, indent(texts[title], "    ")) for title in texts]
+        events = [Event(wall_time=time(), summary=part) for part in (custom_scalars(LAYOUT), *parts)]
+        write_events(Path(logger.log_dir, TEXTS), events)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if batch_idx == 0 and self.due(trainer) and shows_pictures(batch) and (writer := self.writer(trainer)):
@@ -137,11 +154,15 @@ class Board(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for hook in self._hooks:
             hook.remove()
-        answers, writer = self._gather(), self.writer(trainer)
-        step = getattr(trainer.logger, "tested_step", None) or 0
-        if writer and answers and not Path(writer.log_dir, f"{step:05d}", "test").exists():  # from an earlier test
-            images, features, targets = answers
-            writer.add_embedding(features, [str(int(target)) for target in targets], images / 255, step, "test")
+        answers, logger = self._gather(), self.logger(trainer)
+        step = (logger and logger.tested_step) or 0
+        if not (logger and answers) or Path(logger.log_dir, f"{step:05d}", "test").exists():  # from an earlier test
+            return
+        images, features, targets = answers
+        with TemporaryDirectory() as folder:
+            with SummaryWriter(folder) as writer:
+                writer.add_embedding(features, [str(int(target)) for target in targets], images / 255, step, "test")
+            shutil.copytree(folder, logger.log_dir, ignore=shutil.ignore_patterns("events*"), dirs_exist_ok=True)
 
     def _gather(self) -> list[Tensor]:
         """Return what was kept of all batches on all processes, in the order of the images; on the first one alone."""

@@ -119,7 +119,9 @@ class MNISTCLI(LightningCLI):
         except (ValueError, TypeError, LookupError, ImportError, RuntimeError, MisconfigurationException) as error:
             # what was configured cannot be made; jsonargparse 4.53 wraps the error of a link
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-            raise UserError(one_line(cause)) from cause
+            parts = self.settings.own["trainer"].items()
+            key = next((f"trainer.{key}: " for key, part in parts if str(error).endswith(f"Given value: {part}")), "")
+            raise UserError(key + one_line(cause)) from cause
 
     def after_instantiate_classes(self) -> None:
         if not self.trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -38,7 +39,12 @@ def complain(message: str, status: int, everywhere: bool = True) -> int:
 
 
 def one_line(error: object) -> str:
-    return shortened(" ".join(str(error).split()), 300)
+    """Return an error's message on one line; of jsonargparse 4.53's only the setting and the reasons."""
+    text, wrapped = re.subn(r"(?s)Does not validate against any .*?Errors:(.*)Given value type:.*", r"\1", str(error))
+    if wrapped:
+        text = re.sub(r"(?m)^ *- (Expected a|Not a valid sub|a class path|a dict) ?.*$|^ *Subclass types .*$", "", text)
+        text = re.sub(r"(?m)^ *- ", "", re.sub(r"Problem with given class_path '(?:\w+\.)*(?:Run)?(\w+)'", r"\1", text))
+    return shortened(" ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", text).split()), 300)
 
 
 def resume_command(checkpoint: Path | None) -> str:

@@ -1,6 +1,5 @@
 """Which run and which parts of a Trainer each command gets."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,21 +9,19 @@ from functools import partial
 from math import inf
 from typing import Any, Literal
 
-import torch
 from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
-from lit_mnist.board import HPARAM_METRICS
 from lit_mnist.cli.settings import MACHINE, Settings
 from lit_mnist.exact.assembly import make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoints import Run, callback_of
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.ddp import ExactDDP, launched
-from lit_mnist.exact.loggers import TEST_SUFFIX, RunLogger
+from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, say
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
@@ -118,16 +115,13 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
         callbacks = [callback for callback in callbacks if not isinstance(callback, lightning.Timer)]
     if command == "fit":
-        board, parts, now = made["board"], ("trainer.", "checkpoint.", "best.", "board."), settings.plain
-        if not run.origin:  # a resumed run has its texts
-            described = json.dumps(conditions(torch.device("cpu")), indent=4)
-            board.texts = {"command": f"python -m lit_mnist {shlex.join(settings.args)}", "conditions": described}
+        parts, now = ("trainer.", "checkpoint.", "best.", "board."), settings.plain
         callbacks = make_callbacks(
             run,
             made["checkpoint"] if keeps else None,
             made["best"] if keeps and now["data.val_size"] > 0 else None,
             own=callbacks,
-            board=board.callbacks(),
+            board=made["board"].callbacks(),
             settings={key: value for key, value in now.items() if key.startswith(parts) and key not in MACHINE},
             config=settings.text,
             recipe=settings.recipe,
@@ -157,17 +151,27 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
         given = None
         if settings.command == "fit" and not settings.own["trainer.fast_dev_run"]:
             given = make_logger(run)
-        elif settings.command == "test" and run.folder:
-            given = make_logger(run, filename_suffix=TEST_SUFFIX)
+        elif settings.command == "test" and run.folder and tests_all(settings):
+            given = make_logger(run)
             given.tested_step = settings.loaded["global_step"]
-    now, defaults = settings.plain, settings.parser.get_defaults()
-    first = {"recipe": settings.recipe, "lr": now["model.lr"], "layers": now["model.layers"]}
-    others = {key.partition(".")[2]: now[key] for key in now if key.startswith(SHOWN) and now[key] != defaults[key]}
-    for logger in as_list(given):
-        if isinstance(logger, RunLogger) and settings.command == "fit":
-            logger.shown = {**first, "seed": now["seed_everything"], **others}
-            logger.shown_metrics = HPARAM_METRICS
+    if settings.command == "fit":
+        now, defaults = settings.plain, settings.parser.get_defaults()
+        shown = {"recipe": settings.recipe, "seed": now["seed_everything"]}
+        for key in sorted(now.keys() - MACHINE):
+            if key.startswith(SHOWN):  # one type in all runs: TensorBoard 2.21 compares no text with a number
+                number = type(defaults[key]) in (int, float) and type(now[key]) in (int, float)
+                shown[key.partition(".")[2]] = now[key] if number else str(now[key])
+        for logger in as_list(given):
+            if isinstance(logger, RunLogger):
+                logger.shown = shown
     return given
+
+
+def tests_all(settings: Settings) -> bool:
+    """Return whether a test scores the whole test set of its run, and so is a point on the curve."""
+    limit, data = settings.own["trainer.limit_test_batches"], settings.loaded["datamodule_hyper_parameters"]
+    all_of_it = limit is None or (isinstance(limit, float) and limit == 1)  # an integer is a number of batches
+    return all_of_it and not settings.own["trainer.fast_dev_run"] and settings.own["data.name"] == data.get("name")
 
 
 def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:

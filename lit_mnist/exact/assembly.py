@@ -11,7 +11,7 @@ from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
 from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of, stop_on_signals
 from .console import UserError
-from .loggers import FILE_LOGGERS, RunLogger
+from .loggers import FILE_LOGGERS, MLFLOW, RunLogger, RunMLFlowLogger
 from .progress import Progress
 from .results import Results
 from .resume import ExactResume
@@ -77,10 +77,10 @@ def make_plugins(run: Run, sync_batchnorm: bool = True) -> list[Any]:
     return [DurableCheckpointIO(loaded), *([SynchronizedBatchNorm()] if sync_batchnorm else [])]
 
 
-def make_logger(run: Run, **settings: Any) -> RunLogger:
+def make_logger(run: Run) -> RunLogger:
     """Return a logger of TensorBoard's events in the run's folder."""
     folder = run.folder or Path()  # of the other processes, which write nothing
-    return RunLogger(folder.parent, name="", version=folder.name, default_hp_metric=False, **settings)
+    return RunLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
 
 
 def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
@@ -89,12 +89,16 @@ def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
     In a resumed run the place is the one that it had; in a new one it is the run's folder, if the logger writes files
     and would write them among the runs.
     """
-    if not (run.folder and "class_path" in logger and "version" in logger["init_args"]):
+    settings = logger["init_args"]
+    # what names a logger's run; the last two are MLFlowLogger's and CometLogger's
+    name = next((name for name in ("version", "run_id", "experiment_key") if name in settings), None)
+    if not (run.folder and "class_path" in logger and name):
         return
-    settings, given = logger["init_args"], logger["init_args"]["version"]
-    if given is None and run.continues:  # not from the checkpoint: it becomes a folder's name
+    if (given := settings[name]) is None and run.continues:  # not from the checkpoint: it becomes a folder's name
         kept = section(read_results(run.folder), "fit").get("loggers")
-        settings["version"] = kept[number] if isinstance(kept, list) and number < len(kept) else None
+        settings[name] = kept[number] if isinstance(kept, list) and number < len(kept) else None
+    if logger["class_path"] in MLFLOW:
+        logger["class_path"] = f"{RunMLFlowLogger.__module__}.{RunMLFlowLogger.__qualname__}"
     if ours := FILE_LOGGERS.get(logger["class_path"]):
         logger["class_path"] = f"{ours.__module__}.{ours.__qualname__}"
         root = Path(settings["save_dir"] or ".", settings["name"] or "")

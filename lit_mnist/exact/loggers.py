@@ -4,21 +4,29 @@ import csv
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from time import time
 from typing import Any
 
 from pytorch_lightning import Trainer
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams, scalar
 
 from .checkpoints import Run
 from .console import UserError, shortened
 from .ddp import is_first
 from .runs import replaced
 
-TEST_SUFFIX = ".test"  # of the event files that `test` writes beside those of the training
+EVENTS = "events.out.tfevents."  # how the names of TensorBoard's files begin
+# Replaced by each `fit`. TensorBoard 2.21 reads a folder's files in the order of their names, and keeps the first
+# settings that it finds.
+SETTINGS, TEXTS = f"{EVENTS}0000000000.settings", f"{EVENTS}0000000000.texts"
+TEST_SUFFIX = ".test"  # of the file with the scores of all tests, replaced by each `test`
 
 
 class RewindableLogger(Logger):
@@ -50,42 +58,85 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
     Each metric of an epoch is there twice: against the step, and as `by_epoch/...` against the epoch.
     """
 
-    shown: Mapping[str, Any] = {}  # the settings in the tab HParams, the first ones first
-    shown_metrics: tuple[str, ...] = ()  # and the metrics beside them
+    shown: Mapping[str, int | float | str] = {}  # the settings in the tab HParams
     tested_step: int | None = None  # of the checkpoint that `test` scores; Lightning 2.6 would log its metrics at 0
+
+    @property
+    def experiment(self) -> Any:
+        made, folder = self._experiment, Path(self.log_dir)
+        writer = super().experiment
+        if made is None and self._experiment is not None:
+            # TensorBoard reads a file that sorts before an older one first, and then drops its steps; the clock may be
+            # behind. The writer of tensorboard 2.21 opens the file by this name each time.
+            events = writer.file_writer.event_writer
+            own = Path(events._file_name)
+            latest = max(path.name for path in folder.glob("*tfevents*"))
+            if latest != own.name:
+                events._general_file_writer.filename = os.fsencode(own.rename(folder / f"{latest}.1"))
+        return writer
 
     def state_dict(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in event_files(Path(self.log_dir))}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, run: Run) -> None:
+        folder = Path(self.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         for path in event_files(run.origin) if run.origin and state is not None else []:
-            size, target = (state or {}).get(path.name), Path(self.log_dir, path.name)
+            size, target = (state or {}).get(path.name), folder / path.name
             if type(size) is int and size >= 0:
                 if not run.continues:
-                    target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
                 os.truncate(target, min(size, target.stat().st_size))
             elif run.continues and run.checkpoint and path.stat().st_mtime_ns >= run.checkpoint.stat().st_mtime_ns:
                 path.unlink()  # of a process that was killed before it could save
-        self.opened = True
+        if run.continues:  # TensorBoardLogger 2.6 would leave it as it is
+            (folder / self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         if self.shown:
-            # TensorBoardLogger 2.6 either invents a metric of -1, which then is what the tab shows, or writes nothing
-            plain = {key: value for key, value in self.shown.items() if type(value) in (int, float, str, bool)}
-            for summary in hparams(plain, dict.fromkeys(self.shown_metrics, 0.0))[:2]:
-                self.experiment.file_writer.add_summary(summary)
+            # TensorBoardLogger 2.6 writes nothing without a metric. Without a list of columns, the first summary,
+            # TensorBoard has one for each setting of any run, those that differ first.
+            write_events(folder / SETTINGS, [Event(wall_time=time(), summary=hparams(dict(self.shown), {})[1])])
+        self.opened = True
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self.tested_step is not None:
-            self.opened, step = True, self.tested_step
+            self._add_test({name: metrics[name] for name in metrics if name != "epoch"}, self.tested_step)
+            return
         super().log_metrics(metrics, step)
         if "epoch" in metrics:
             names = [name for name in metrics if name.startswith(("train/", "val/")) and not name.endswith("_step")]
             super().log_metrics({f"by_epoch/{name}": metrics[name] for name in names}, int(metrics["epoch"]))
 
+    def _add_test(self, metrics: Mapping[str, float], step: int) -> None:
+        """Put the scores of a checkpoint of this step, in the place of older ones, beside those of other steps."""
+        if not is_first():
+            return
+        # a new name: a TensorBoard that is running reads no file again
+        folder, target = Path(self.log_dir), f"{EVENTS}{int(time()):010d}{TEST_SUFFIX}"
+        before = sorted(folder.glob(f"*tfevents*{TEST_SUFFIX}"))
+        events = [event for path in before for event in LegacyEventFileLoader(str(path)).Load()]
+        events += [Event(wall_time=time(), step=step, summary=scalar(*metric)) for metric in metrics.items()]
+        points = {(event.step, event.summary.value[0].tag): event for event in events if event.summary.value}
+        # TensorBoard drops the higher steps of a metric where it reads a lower one
+        write_events(folder / target, [points[key] for key in sorted(points) if key[1] in metrics])
+        for path in before:
+            if path.name != target:
+                path.unlink()
+
 
 def event_files(folder: Path) -> list[Path]:
-    """Return the event files of a run's training; those of `test` are left out."""
-    return [path for path in folder.glob("events.out.tfevents.*") if not path.name.endswith(TEST_SUFFIX)]
+    """Return the event files of a run's training; those that are replaced as a whole are left out."""
+    found = folder.glob(f"{EVENTS}*")
+    return [path for path in found if path.name not in (SETTINGS, TEXTS) and not path.name.endswith(TEST_SUFFIX)]
+
+
+def write_events(path: Path, events: Iterable[Event]) -> None:
+    """Write an event file, or replace it as a whole."""
+    # the name of the other is not one that TensorBoard reads
+    with (partial := path.with_name(f".{os.getpid()}.tmp")).open("wb") as file:
+        writer = RecordWriter(file)
+        for event in (Event(file_version="brain.Event:2"), *events):
+            writer.write(event.SerializeToString())
+    partial.replace(path)
 
 
 class _KeepingWriter(ExperimentWriter):
@@ -133,6 +184,20 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
         super().save()
 
 
+class RunMLFlowLogger(MLFlowLogger):
+    """MLFlowLogger whose run may be resumed: settings that differ become tags, as MLflow 3.17 keeps the first value."""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        if is_first():
+            settings = dict(params if isinstance(params, dict) else vars(params))
+            before = self.experiment.get_run(self.run_id).data.params
+            for name in settings.keys() & before.keys():
+                if (value := str(settings.pop(name))[:250]) != before[name]:
+                    self.experiment.set_tag(self.run_id, name, value)
+            super().log_hyperparams(settings)
+
+
+MLFLOW = [f"pytorch_lightning.loggers.{module}MLFlowLogger" for module in ("", "mlflow.")]
 # of those that a user may name, the ones that are replaced
 FILE_LOGGERS: dict[str, type[RewindableLogger]] = {
     f"pytorch_lightning.loggers.{module}{name}": ours

@@ -282,7 +282,7 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
         assert last_checkpoint(Path(run))["global_step"] == 54
     scored = ["test", "--config", f"{renamed}/config.yaml", "--trainer.accelerator", "cpu", "--ckpt_path"]
     assert command(*scored, str(renamed)) == 0
-    assert results(renamed)["test"]["checkpoint"].startswith("best-")
+    assert results(renamed)["test"][-1]["checkpoint"].startswith("best-")
     Path("typo.yaml").write_text("best: {}\nbord: {x: 1}\n")
     assert "bord" in fails(capsys, *scored, "last", "--config", "typo.yaml", run=command)
 

@@ -4,8 +4,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
-from helpers import RUN, TINY, Command
+from helpers import RUN, TINY, Capsys, Command, fails
 from pytorch_lightning.loggers import Logger
 
 LONGER = ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
@@ -42,6 +43,25 @@ def test_a_remote_logger(command: Command) -> None:
     assert {path.name for path in RUN.iterdir()} == {"checkpoints", "config.yaml", "results.json", ".lock"}
     # config.yaml repeats the run, and does not continue its log
     assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["version"] is None
+
+
+def test_mlflow_continues_in_its_run(command: Command) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    logger = '{"class_path": "MLFlowLogger", "init_args": {"tracking_uri": "sqlite:///ml.db"}}'
+    assert command("fit", *TINY, "--board.every_n_epochs", "0", "--trainer.logger", logger) == 0
+    assert command("fit", *LONGER, "--model.lr", "0.1") == 0
+    client = mlflow.MlflowClient("sqlite:///ml.db")
+    (experiment,) = [part.experiment_id for part in client.search_experiments(filter_string="name = 'lightning_logs'")]
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [6, 13, 20]
+    assert (run.data.params["lr"], run.data.tags["lr"]) == ("0.05", "0.1")
+
+
+def test_a_logger_that_cannot_be_made(command: Command, capsys: Capsys) -> None:
+    error = fails(capsys, "fit", *TINY, "--trainer.logger", "WandbLogger", run=command)
+    assert "trainer.logger: WandbLogger: Requirement 'wandb" in error
+    assert not Path("lightning_logs").exists()
 
 
 def test_several_loggers_and_the_board(command: Command) -> None:

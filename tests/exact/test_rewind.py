@@ -103,3 +103,19 @@ def test_nothing_is_written_before_it_is_restored(tmp_path: Path) -> None:
         logger.save()
         assert not hasattr(logger, "experiment")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["9999999999.host.1.0", "by hand"])
+def test_a_new_event_file_is_read_last(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "version_0"
+    made = begin(run)
+    log(made, 0, 1)
+    end(made)
+    (old,) = event_files(run)
+    old.rename(run / f"events.out.tfevents.{name}")  # as by a clock that was ahead
+    saved = [*logger_states(loggers(run)[:1]), {"rows": 2}]
+    made = begin(run, saved, run)
+    log(made, 2)
+    end(made)
+    assert [path.name.startswith(f"events.out.tfevents.{name}") for path in sorted(event_files(run))] == [True, True]
+    assert logged(run) == ([0, 1, 2], ["0", "1", "2"])
