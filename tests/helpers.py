@@ -5,10 +5,11 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.
 TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
 Command = Callable[..., int]
 Capsys = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 LONGEST = 120  # seconds: a test must fail, not hang
 CONTEXT = multiprocessing.get_context("forkserver")  # one process imports everything once, the others are its forks
 CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
@@ -75,8 +77,31 @@ def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
         assert ours == theirs, path
 
 
-def last_checkpoint(run: Path) -> dict[str, Any]:
-    (last,) = run.glob("checkpoints/last-*.ckpt")
+class Killed(BaseException):
+    """Stands for kill -9 in process. Lightning's own way out is still taken; benchmarks/kill.py kills for real."""
+
+
+def fail(error: BaseException, *_: Any, **__: Any) -> NoReturn:
+    raise error
+
+
+@contextmanager
+def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Iterator[None]:
+    """Let a function act in its n-th call, counted from 1, before it does what it did."""
+    original, calls = getattr(owner, name), count(1)
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, hooked)
+        yield
+
+
+def last_checkpoint(run: Path = RUN) -> dict[str, Any]:
+    (last,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
     return dict(torch.load(last, weights_only=True))
 
 
