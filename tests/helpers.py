@@ -65,16 +65,13 @@ def fails(capsys: Capsys, *args: str, run: Command | None = None, status: int = 
 def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
     """Compare two trees of a checkpoint bit for bit, types included."""
     assert type(ours) is type(theirs), path
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
-    elif isinstance(ours, dict):
+    if isinstance(ours, dict | list):
+        ours, theirs = (each if isinstance(each, dict) else dict(enumerate(each)) for each in (ours, theirs))
         assert ours.keys() == theirs.keys(), path
         for key in ours:
             assert_same(ours[key], theirs[key], f"{path}/{key}")
-    elif isinstance(ours, list):
-        assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), path)
     else:
-        assert ours == theirs, path
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, path
 
 
 class Killed(BaseException):
@@ -110,11 +107,14 @@ def results(run: Path = RUN) -> dict[str, dict[str, Any]]:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read what `fit` logged for TensorBoard, but for timings: a step and a value each, by tag."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    """Read what `fit` logged for TensorBoard, but for timings: steps with values (a picture its size) by tag."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
-    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
+    values = {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
+    for tag in events.Tags()["images"]:
+        values[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in events.Images(tag))
+    return values
 
 
 def in_processes(
