@@ -1,5 +1,3 @@
-"""The fixtures: a tiny MNIST that a network learns in seconds, the real one, a finished run, a browser, no network."""
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each of the test processes has one core

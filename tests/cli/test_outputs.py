@@ -1,5 +1,3 @@
-"""A reader of the output that stops early, and a disk that fills up."""
-
 import subprocess
 import sys
 from pathlib import Path

@@ -149,7 +149,7 @@ def test_an_empty_root_is_filled(empty: Path, contents: Contents, mirror: Mirror
     assert [name for name, _ in torchvision_datasets.MNIST.resources] == [f"{name}.gz" for name in NAMES]
 
 
-@pytest.mark.parametrize("wrong", ["portal", "other", "cut", "absent", "truncate", "reset", "silent"])
+@pytest.mark.parametrize("wrong", ["portal", "other", "cut", "absent", "truncate", "silent"])
 def test_wrong_content_goes_to_the_next_mirror(
     wrong: str, empty: Path, contents: Contents, mirror: Mirror, monkeypatch: Patch
 ) -> None:

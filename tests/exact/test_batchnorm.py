@@ -1,5 +1,3 @@
-"""Synchronised batch norm on a CPU, on one process; test_ddp.py has several."""
-
 import pytest
 import torch
 from several import free_port

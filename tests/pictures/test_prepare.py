@@ -76,7 +76,6 @@ def light_and_place() -> dict[str, Pixels]:
 
 
 def surroundings() -> dict[str, Pixels]:
-    """What is not the digit's."""
     names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch")
     variants = {name: 0.85 - 0.65 * drawn() for name in names}
     framed = variants["box"]
