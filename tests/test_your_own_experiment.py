@@ -1,6 +1,5 @@
 """docs/your-own-experiment.md: each diff is applied to a copy of the package, and the commands under it are run."""
 
-import json
 import os
 import re
 import shlex
@@ -14,6 +13,8 @@ from typing import Any
 import pytest
 import several
 from helpers import REPOSITORY, assert_same, in_processes, kill_before, last_checkpoint, scalars, write_tiny_mnist
+
+from lit_mnist.exact.runs import read_results
 
 pytestmark = pytest.mark.slow
 PAGE = (REPOSITORY / "docs" / "your-own-experiment.md").read_text()
@@ -71,12 +72,9 @@ def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> 
 
 def run(home: Path, args: list[str], kill_at: int = 0, processes: int = 1) -> str:
     """Run a command in a copy, on all processes, and give what the first prints."""
-    calls: list[tuple[Any, ...]] = [(args, kill_at, {})]
-    if processes > 1:
-        shared = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(several.free_port())}
-        args = [*args, "--trainer.devices", str(processes)]
-        calls = [(args, kill_at, {**shared, "LOCAL_RANK": str(rank)}) for rank in range(processes)]
-    outcomes = in_processes(home, main_of_copy, *calls)
+    args = [*args, "--trainer.devices", str(processes)] if processes > 1 else args
+    places = several.environments(processes) if processes > 1 else [{}]
+    outcomes = in_processes(home, main_of_copy, *((args, kill_at, each) for each in places))
     assert {outcome.status for outcome in outcomes} == {-signal.SIGKILL if kill_at else 0}, outcomes[0].err
     return outcomes[0].out
 
@@ -86,7 +84,7 @@ def version(home: Path, number: int) -> Path:
 
 
 def results(home: Path) -> dict[str, Any]:
-    return dict(json.loads((version(home, 0) / "results.json").read_text()))
+    return read_results(version(home, 0))
 
 
 def kill_and_compare(home: Path, command: list[str]) -> None:
