@@ -1,18 +1,16 @@
-"""The fixtures: a tiny MNIST that a network learns in seconds, the real one, a finished run, a browser, no network."""
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each of the test processes has one core
 
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, write_tiny_mnist
+from helpers import REPOSITORY, Command, Patch, write_tiny_mnist
 from torch import nn
 
 from lit_mnist import DigitNet
@@ -20,19 +18,16 @@ from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
 
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
-
 
 @pytest.fixture
-def tiny_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_root(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A data root with 400 training and 100 test images, which `mnist` takes for the real ones."""
     monkeypatch.setattr(datasets, "FILES", write_tiny_mnist(tmp_path / "tiny" / "MNIST" / "raw"))
     return tmp_path / "tiny"
 
 
 @pytest.fixture
-def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def command(tiny_root: Path, tmp_path: Path, monkeypatch: Patch) -> Command:
     """Run a command with the tiny data set, from an empty folder."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -40,7 +35,7 @@ def command(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def network(tmp_path: Path, monkeypatch: Patch) -> nn.Module:
     """An untrained network of 502 parameters, and in the current folder the checkpoint that Lightning would write."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -57,6 +52,19 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return network
 
 
+@pytest.fixture
+def no_group() -> Iterator[None]:
+    """Leave a process group that torch keeps from an earlier run, and this test's: another's may be of another kind."""
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    leave()
+    yield
+    leave()
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of a folder in which `fit` has trained once, for `trained` to copy."""
@@ -71,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def trained(finished: Path, command: Callable[..., int]) -> Path:
+def trained(finished: Path, command: Command) -> Path:
     """A finished run of two epochs of 18 steps: `lightning_logs/version_0` in the folder of `command`."""
     return shutil.copytree(finished, Path.cwd() / "lightning_logs") / "version_0"
 
@@ -88,12 +96,12 @@ def real_root() -> Path:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator["Chrome"]:
+def browser(tmp_path: Path) -> Iterator[Any]:
     """Chromium without a window, which keeps a log of its requests."""
     programs = shutil.which("chromium"), shutil.which("chromedriver")
     if not all(programs):
         pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
-    from selenium import webdriver
+    from selenium import webdriver  # takes a while, and few tests need it
 
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0] or ""
@@ -107,7 +115,7 @@ def browser(tmp_path: Path) -> Iterator["Chrome"]:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_network(monkeypatch: Patch) -> None:
     """Stop a test that asks another machine. `real_root` has asked before: session fixtures are made first."""
     resolve = socket.getaddrinfo
 

@@ -42,18 +42,13 @@ class FakeTensor(Tensor):
         made.raw = raw
         return made
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"{self.raw!r} on {DEVICE}"
-
     def __format__(self, format_spec: str) -> str:
-        return format(self.item() if not self.dim() else repr(self), format_spec)
+        return format(self.item() if not self.dim() else repr(self.raw), format_spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied: Tensor = FakeTensor(self.raw.detach().clone())
-        if isinstance(self, torch.nn.Parameter):
-            copied = torch.nn.Parameter(copied, self.requires_grad)
-        memo[id(self)] = copied
-        return copied
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        return memo.setdefault(id(self), torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the processor's, as a checkpoint of a GPU's run is read where there is none."""

@@ -6,6 +6,7 @@ Nothing here is of lit_mnist. tests/exact/test_lifted.py copies both to a folder
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -70,37 +71,33 @@ class Shuffled:
     """A loader with a state of its own: a generator that goes on from epoch to epoch, and how far it has come."""
 
     def __init__(self, samples: list[dict[str, Tensor]], batch_size: int, shuffle: bool) -> None:
-        self.samples, self.batch_size = samples, batch_size
-        self.generator = torch.Generator().manual_seed(3) if shuffle else None
-        self.begun, self.done, self.resumed = torch.zeros(0, dtype=torch.uint8), 0, False
+        self.samples, self.batch_size, self.shuffle = samples, batch_size, shuffle
+        self.generator = torch.Generator().manual_seed(3)
+        self.begun, self.first, self.done = self.generator.get_state(), 0, 0
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order = torch.arange(len(self.samples))
-        if self.generator:
-            if self.resumed:
-                self.generator.set_state(self.begun)
-            self.begun = self.generator.get_state()
-            order = torch.randperm(len(self.samples), generator=self.generator)
-        if not self.resumed:
-            self.done = 0
-        self.resumed = False
-        while self.done < len(self):
+        if self.first:
+            self.generator.set_state(self.begun)
+        self.begun = self.generator.get_state()
+        order = (
+            torch.randperm(len(self.samples), generator=self.generator) if self.shuffle else range(len(self.samples))
+        )
+        batches = [order[start : start + self.batch_size] for start in range(0, len(self.samples), self.batch_size)]
+        self.done, self.first = self.first, 0
+        for batch in batches[self.done :]:
             self.done += 1
-            chosen = [self.samples[i] for i in order[(self.done - 1) * self.batch_size : self.done * self.batch_size]]
-            yield {key: torch.stack([sample[key] for sample in chosen]) for key in chosen[0]}
+            yield {key: torch.stack([self.samples[i][key] for i in batch]) for key in self.samples[0]}
 
     def state_dict(self) -> dict[str, Any]:
-        now = self.generator.get_state() if self.generator else self.begun
-        return {"begun": self.begun, "done": self.done, "now": now}
+        return {"begun": self.begun, "done": self.done, "now": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begun, self.done = state["begun"], state["done"]
-        self.resumed = 0 < self.done < len(self)
-        if self.generator:
-            self.generator.set_state(state["now"])
+        self.first = self.done % len(self)
+        self.generator.set_state(state["now"])
 
 
 class Numbers(LightningDataModule):
@@ -111,9 +108,8 @@ class Numbers(LightningDataModule):
         self.samples = [{"inputs": x, "values": y} for x, y in zip(inputs, values, strict=True)]
 
     def train_dataloader(self) -> Shuffled:
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        own = self.samples[rank::processes]
-        return Shuffled(own, 8 // processes, shuffle=True)
+        processes = self.trainer.world_size  # type: ignore[union-attr]
+        return Shuffled(self.samples[self.trainer.global_rank :: processes], 8 // processes, shuffle=True)  # type: ignore[union-attr]
 
     def val_dataloader(self) -> Shuffled:
         return Shuffled(self.samples[:20], 10, shuffle=False)
@@ -125,11 +121,10 @@ def fit(folder: str, devices: int = 1) -> None:
     seed_everything(5)
     checkpoint = newest(runs / "version_0")
     run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run.new(runs)
-    table: Any = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": folder, "name": ""}}
-    table["init_args"]["version"] = None
-    place_logger(run, table, 1, runs)
-    module, _, name = table["class_path"].rpartition(".")
-    own = getattr(__import__(module, fromlist=[name]), name)(**table["init_args"])
+    arguments: dict[str, Any] = {"save_dir": folder, "name": "", "version": None}
+    own: Any = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": arguments}
+    place_logger(run, own, 1, runs)
+    own_logger: Any = locate(own["class_path"])
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -147,7 +142,7 @@ def fit(folder: str, devices: int = 1) -> None:
             config="a: 1\n",
         ),
         plugins=make_plugins(run),
-        logger=[make_logger(run), own],
+        logger=[make_logger(run), own_logger(**arguments)],
     )
     with hold(run, trainer):
         trainer.fit(Regression(), datamodule=Numbers(), ckpt_path=checkpoint, weights_only=True)

@@ -5,10 +5,11 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ TINY = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.
 TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size", "50", "--data.val_size", "50"]
 Command = Callable[..., int]
 Capsys = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 LONGEST = 120  # seconds: a test must fail, not hang
 CONTEXT = multiprocessing.get_context("forkserver")  # one process imports everything once, the others are its forks
 CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
@@ -63,20 +65,40 @@ def fails(capsys: Capsys, *args: str, run: Command | None = None, status: int = 
 def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
     """Compare two trees of a checkpoint bit for bit, types included."""
     assert type(ours) is type(theirs), path
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
-    elif isinstance(ours, dict):
+    if isinstance(ours, dict | list):
+        ours, theirs = (each if isinstance(each, dict) else dict(enumerate(each)) for each in (ours, theirs))
         assert ours.keys() == theirs.keys(), path
         for key in ours:
             assert_same(ours[key], theirs[key], f"{path}/{key}")
-    elif isinstance(ours, list):
-        assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), path)
     else:
-        assert ours == theirs, path
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, path
 
 
-def last_checkpoint(run: Path) -> dict[str, Any]:
-    (last,) = run.glob("checkpoints/last-*.ckpt")
+class Killed(BaseException):
+    """Stands for kill -9 in process. Lightning's own way out is still taken; benchmarks/kill.py kills for real."""
+
+
+def fail(error: BaseException, *_: Any, **__: Any) -> NoReturn:
+    raise error
+
+
+@contextmanager
+def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Iterator[None]:
+    """Let a function act in its n-th call, counted from 1, before it does what it did."""
+    original, calls = getattr(owner, name), count(1)
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, hooked)
+        yield
+
+
+def last_checkpoint(run: Path = RUN) -> dict[str, Any]:
+    (last,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
     return dict(torch.load(last, weights_only=True))
 
 
@@ -85,11 +107,14 @@ def results(run: Path = RUN) -> dict[str, Any]:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read what `fit` logged for TensorBoard, but for timings: a step and a value each, by tag."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    """Read what `fit` logged for TensorBoard, but for timings: steps with values (a picture its size) by tag."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
-    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
+    values = {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
+    for tag in events.Tags()["images"]:
+        values[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in events.Images(tag))
+    return values
 
 
 def in_processes(

@@ -1,8 +1,4 @@
-"""A source of data for the tests."""
-
 import gzip
-import socket
-import struct
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +9,6 @@ from lit_mnist.data.datasets import LOCK
 
 
 def held(folder: Path) -> dict[str, object]:
-    """What a folder holds, the lock aside."""
     paths = [path for path in folder.iterdir() if path.name != LOCK]
     return {p.name: p.readlink() if p.is_symlink() else p.is_dir() or p.read_bytes() for p in paths}
 
@@ -21,8 +16,8 @@ def held(folder: Path) -> dict[str, object]:
 class Mirror:
     """A web server on this machine, with the contents as .gz files or what a test puts in their place.
 
-    `fault` is what it does to a file: "truncate" and "reset" end in the middle of it, "silent" sends
-    nothing after the headers, "marked" says that it is compressed in transit.
+    `fault` is what it does to a file: "truncate" ends in the middle of it, "silent" sends nothing after the headers,
+    "marked" says that it is compressed in transit.
     """
 
     def __init__(self, contents: dict[str, bytes]) -> None:
@@ -44,9 +39,7 @@ class Mirror:
                 self.end_headers()
                 if fault == "silent":
                     time.sleep(1)
-                self.wfile.write(content[: len(content) // 2] if fault in ("truncate", "reset") else content)
-                if fault == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
                 self.connection.close()
 
             def log_message(self, *_: object) -> None: ...

@@ -1,7 +1,5 @@
 """Commands on several processes at once, which tests start without a launcher: seconds instead of tens of seconds."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -30,6 +28,12 @@ def free_port() -> int:
         return port
 
 
+def environments(processes: int, own: Sequence[dict[str, str]] | None = None) -> list[dict[str, str]]:
+    """Return what each process finds in its environment: that it is one of several, unless its own says else."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [common | each for each in own or [{"LOCAL_RANK": str(n), "NODE_RANK": "0"} for n in range(processes)]]
+
+
 def run(
     processes: int,
     arguments: Sequence[str],
@@ -40,12 +44,9 @@ def run(
     longest: float = LONGEST,
 ) -> list[Outcome]:
     """Run `main(arguments)` in the folder on each of the processes, and return how each ended."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     flags = [*arguments, *(["--trainer.devices", str(processes)] if environment is None else [])]
-    calls = []
-    for rank in range(processes):
-        own = {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if environment is None else environment[rank]
-        calls.append((rank, flags, files, {**common, **own}, death if death and death.rank == rank else None))
+    own = enumerate(environments(processes, environment))
+    calls = [(rank, flags, files, each, death if death and death.rank == rank else None) for rank, each in own]
     return in_processes(folder, _command, *calls, longest=longest)
 
 

@@ -2,24 +2,22 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import RUN, TINY, Command, assert_same, last_checkpoint
+from selenium.webdriver import Chrome
+from selenium.webdriver.support.ui import WebDriverWait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torchvision.io import decode_image
 
 from lit_mnist import MNISTDataModule, board
 from lit_mnist.__main__ import main
-
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
 
 
 def events(run: Path) -> EventAccumulator:
@@ -142,55 +140,42 @@ def test_grid() -> None:
 def test_confusion_and_wrong_digits() -> None:
     counts = torch.zeros(10, 10, dtype=torch.int64)
     counts[3, 3], counts[3, 5], counts[7, 7] = 9, 1, 4
-    picture, cell = board.confusion(counts), 44
+    colours = board.confusion(counts)[:, 2 + 2 * 44 :: 44, 2 + 44 :: 44]  # rows are the truth, columns the answers
+    assert colours[2, 3, 3] == 255 > colours[0, 3, 3]  # right: blue
+    assert colours[0, 3, 5] == 255 > colours[2, 3, 5]  # wrong: red
+    assert colours[:, 5, 3].tolist() == [255, 255, 255]
 
-    def colour(truth: int, answer: int) -> list[int]:
-        return picture[:, cell * (truth + 2) + 2, cell * (answer + 1) + 2].tolist()
-
-    assert colour(3, 3)[2] == 255 > colour(3, 3)[0]  # right: blue
-    assert colour(3, 5)[0] == 255 > colour(3, 5)[2]  # wrong: red
-    assert colour(5, 3) == [255, 255, 255]
-
-    images = torch.stack([torch.full((1, 28, 28), level, dtype=torch.uint8) for level in (10, 20, 30, 40)])
-    targets = torch.tensor([0, 1, 2, 3])
-    probabilities = torch.zeros(4, 10)
-    probabilities[0, 0], probabilities[1, 7], probabilities[2, 7], probabilities[3, 3] = 0.9, 0.6, 0.8, 0.9
+    images = torch.tensor([10, 20, 30, 40], dtype=torch.uint8)[:, None, None, None].expand(4, 1, 28, 28)
+    probabilities, targets = torch.zeros(4, 10), torch.arange(4)
+    probabilities[range(4), [0, 7, 7, 3]] = torch.tensor([0.9, 0.6, 0.8, 0.9])
     drawn = board.wrong_digits(images, probabilities, targets)
-    # two are wrong; the surest one first
-    assert drawn[0, 60, [60, 210]].tolist() == [30, 20]
+    assert drawn[0, 60, [60, 210]].tolist() == [30, 20]  # two are wrong; the surest one first
     assert drawn.shape == (3, 184, 332)
     assert board.wrong_digits(images[:1], probabilities[:1], targets[:1]).float().mean() > 240
 
 
+# every node of a page, those in the shadow of another too
 WALK = r"""
-let text = '', images = 0;
-function walk(node) {
-  if (node.nodeType == Node.TEXT_NODE) text += node.textContent + ' ';
-  if (node.nodeName == 'STYLE' || node.nodeName == 'SCRIPT') return;
-  images += node.nodeName == 'IMG' && node.naturalWidth > 0;
-  if (node.shadowRoot) walk(node.shadowRoot);
-  node.childNodes.forEach(walk);
-}
-walk(document.body);
-return [text.replace(/\s+/g, ' '), images, document.querySelectorAll('card-view').length];
+const walk = (node) => [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes].flatMap(
+  (each) => /STYLE|SCRIPT/.test(each.nodeName) ? [] : [each, ...walk(each)]);
+const nodes = walk(document.body), texts = nodes.filter((node) => node.nodeType == Node.TEXT_NODE);
+return [texts.map((node) => node.textContent).join(' ').replace(/\s+/g, ' '),
+        nodes.filter((node) => node.naturalWidth > 0).length, document.querySelectorAll('card-view').length];
 """
 
 
-@pytest.fixture
-def address(run: EventAccumulator) -> Iterator[str]:
-    """Where TensorBoard serves the run."""
-    program = [sys.executable, "-m", "tensorboard.main", "--logdir", "lightning_logs", "--port", "0"]
-    server = subprocess.Popen([*program, "--load_fast", "false"], stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stderr
-        yield next(match[0] for line in server.stderr if (match := re.search(r"http://localhost:\d+", line)))
-    finally:
-        server.kill()
-        server.communicate()
+def shows(words: list[str], images: int, cards: int, browser: Chrome) -> bool:
+    found = browser.execute_script(WALK)
+    return all(word in found[0] for word in words) and found[1] >= images and found[2] >= cards
 
 
 @pytest.mark.slow
-def test_in_a_browser(run: EventAccumulator, address: str, browser: "Chrome") -> None:
+def test_in_a_browser(run: EventAccumulator, browser: Chrome, request: pytest.FixtureRequest) -> None:
+    program = [sys.executable, "-m", "tensorboard.main", "--logdir", "lightning_logs", "--port", "0"]
+    server = subprocess.Popen([*program, "--load_fast", "false"], stderr=subprocess.PIPE, text=True)
+    request.addfinalizer(server.kill)
+    assert server.stderr
+    address = next(match[0] for line in server.stderr if (match := re.search(r"http://localhost:\d+", line)))
     accuracy = f"{run.Scalars('val/accuracy')[-1].value:#.5g}"
     pictures = ["answers/confusion matrix", "answers/most confident errors", "filters/first layer", "step 13"]
     tabs: dict[str, tuple[list[str], int, int]] = {  # the words, pictures and cards of each
@@ -199,14 +184,7 @@ def test_in_a_browser(run: EventAccumulator, address: str, browser: "Chrome") ->
         "images": (pictures, 2, 0),
         "hparams": (["Trial ID", "version_0", "batch_size", "val/accuracy", accuracy], 0, 0),
     }
-    for tab, (words, least_images, least_cards) in tabs.items():
+    for tab, wanted in tabs.items():
         browser.get("about:blank")
         browser.get(f"{address}/#{tab}")
-        end = time.monotonic() + 60
-        while True:
-            text, images, cards = browser.execute_script(WALK)
-            missing = [word for word in words if word not in text]
-            if not missing and images >= least_images and cards >= least_cards:
-                break
-            assert time.monotonic() < end, (tab, missing, images, cards)
-            time.sleep(0.5)
+        WebDriverWait(browser, 60).until(partial(shows, *wanted), tab)

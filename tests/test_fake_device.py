@@ -1,20 +1,17 @@
 """What would fail or wait on a GPU, found without one."""
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from fake_device import DEVICE, DeviceError, FakeTensor, fake_device
-from helpers import last_checkpoint
+from helpers import RUN, Command, Patch, at_call, fail, last_checkpoint, results
 from torch import Tensor
 
 from lit_mnist.module import LitMNIST
 
-Command = Callable[..., int]
-Patch = pytest.MonkeyPatch
 TINY = ["--trainer.max_epochs", "2", "--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05"]
 TINY += ["--data.batch_size", "20", "--data.val_size", "100", "--data.rotation", "5", "--data.augmented", "0.5"]
 TINY += ["--model.label_smoothing", "0.1", "--trainer.log_every_n_steps", "1000"]
@@ -27,7 +24,7 @@ def device() -> Iterator[list[str]]:
 
 
 def weights(version: int) -> Any:
-    return last_checkpoint(Path(f"lightning_logs/version_{version}"))["state_dict"]
+    return last_checkpoint(RUN.with_name(f"version_{version}"))["state_dict"]
 
 
 def test_tensors_know_their_device(device: list[str]) -> None:
@@ -50,28 +47,20 @@ def test_a_fit_and_the_scores_are_those_of_the_processor(command: Command, devic
         assert command("fit", *TINY, "--trainer.accelerator", "cpu", *flags) == 0
         for name in ("validate", "test"):
             assert command(name, "--ckpt_path", "last", "--trainer.accelerator", "cpu", *flags) == 0
-        results = json.loads(Path(f"lightning_logs/version_{version}/results.json").read_text())
-        metrics = results["fit"]["metrics"] | results["test"][-1]
+        found = results(RUN.with_name(f"version_{version}"))
+        metrics = found["fit"]["metrics"] | found["test"][-1]
         scores.append({name: value for name, value in metrics.items() if "/" in name})
-    assert results["fit"]["hardware"]["device"] == DEVICE.type
+    assert found["fit"]["hardware"]["device"] == DEVICE.type
     assert {"train/loss", "val/accuracy", "test/loss", "test/accuracy"} <= scores[0].keys()
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
     torch.testing.assert_close(weights(1), weights(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [7, pytest.param(16, marks=pytest.mark.slow)])  # an epoch has 15
-def test_a_run_that_is_cut_short_is_resumed(command: Command, device: list[str], monkeypatch: Patch, step: int) -> None:
-    original = LitMNIST.training_step
+def test_a_run_that_is_cut_short_is_resumed(command: Command, device: list[str], step: int) -> None:
     flags = [*TINY, *device, "--checkpoint.every_n_steps", "1000"]
-
-    def training_step(self: LitMNIST, batch: Any, batch_idx: int) -> Tensor:
-        if self.global_step == step:
-            raise KeyboardInterrupt
-        return original(self, batch, batch_idx)
-
     assert command("fit", *flags) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(LitMNIST, "training_step", training_step)
+    with at_call(step + 1, partial(fail, KeyboardInterrupt()), LitMNIST, "training_step"):
         assert command("fit", *flags) == 130
     assert command("fit", "--ckpt_path", "last", *device) == 0
     torch.testing.assert_close(weights(1), weights(0), rtol=0, atol=0)

@@ -1,20 +1,18 @@
 """What must hold on a GPU. Each test runs on the processor too; `pytest -m gpu` runs those on the GPU alone."""
 
-import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import last_checkpoint
+from helpers import Capsys, Command, Killed, Patch, at_call, fail, last_checkpoint, results
 from torch import Tensor
 from torch.testing import assert_close
 
 from lit_mnist import LitMNIST, MNISTDataModule
-from lit_mnist.exact.runs import read_results
 
 # torch reads it once in a process, at the first matrix product; Lightning sets it when it makes a deterministic Trainer
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,29 +26,11 @@ TINY += ["--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05
 TINY += ["--model.label_smoothing", "0.1", "--data.batch_size", "50", "--data.val_size", "50"]
 TINY += ["--data.rotation", "8", "--data.scale", "0.1", "--data.augmented", "0.7", "--board.every_n_epochs", "0"]
 BOARD = "--board.every_n_epochs", "1"
-Command = Callable[..., int]
-Patch = pytest.MonkeyPatch
-Output = pytest.CaptureFixture[str]
 Watcher = Callable[[LitMNIST, tuple[Tensor, Tensor]], None]
-
-
-class Killed(BaseException):
-    """Stands for kill -9."""
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Raise RuntimeError where something waits for the GPU; tests/test_fake_device.py looks for it without one."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
-    """The type of the device to run on."""
     return str(request.param)
 
 
@@ -68,10 +48,6 @@ def watch(monkeypatch: Patch, watcher: Watcher) -> None:
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(LitMNIST, "training_step", watched)
-
-
-def results() -> Any:
-    return read_results(Path("lightning_logs/version_0"))
 
 
 def last_state(version: int) -> dict[str, Any]:
@@ -113,41 +89,33 @@ def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root:
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Patch) -> None:
-    with pytest.raises(RuntimeError, match="synchronizing"), no_synchronisation():
+def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Patch, request: Any) -> None:
+    """test_fake_device.py looks for it without a GPU."""
+    mode, steps = torch.cuda.set_sync_debug_mode, []
+    request.addfinalizer(lambda: mode("default"))
+    mode("error")
+    with pytest.raises(RuntimeError, match="synchronizing"):
         torch.ones(3, device=device).sum().item()
-    steps = [0]
-    with ExitStack() as stack:
+    mode("default")
 
-        def look(*_: Any) -> None:
-            steps[0] += 1
-            if steps[0] == 2:
-                stack.enter_context(no_synchronisation())
-            elif steps[0] == 102:
-                stack.close()
+    def look(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) in (2, 102):
+            mode("error" if len(steps) == 2 else "default")
 
-        watch(monkeypatch, look)
-        seldom = ["--trainer.log_every_n_steps", "1000", "--checkpoint.every_seconds", "3600"]
-        assert fit(*seldom, *BOARD, "--data.batch_size", "3", "--trainer.max_epochs", "1") == 0
-    assert steps[0] == 117
+    watch(monkeypatch, look)
+    seldom = ["--trainer.log_every_n_steps", "1000", "--checkpoint.every_seconds", "3600"]
+    assert fit(*seldom, *BOARD, "--data.batch_size", "3", "--trainer.max_epochs", "1") == 0
+    assert len(steps) == 117
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_run_that_is_cut_short_is_resumed(
-    command: Command, fit: Command, device: str, monkeypatch: Patch, precision: str
-) -> None:
+def test_a_run_that_is_cut_short_is_resumed(command: Command, fit: Command, device: str, precision: str) -> None:
     flags = ["--trainer.deterministic", "true", "--trainer.precision", precision, "--model.dropout", "0.1"]
     flags += ["--checkpoint.every_n_steps", "1"]
     assert fit(*flags) == 0
-
-    def kill(module: LitMNIST, _: Any) -> None:
-        if module.global_step == 9:  # within the second epoch
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        watch(patch, kill)
-        with pytest.raises(Killed):
-            fit(*flags)
+    with at_call(10, partial(fail, Killed()), LitMNIST, "training_step"), pytest.raises(Killed):
+        fit(*flags)  # which stops within the second epoch
     torch.rand(3, device=device)  # another process has another random state
     assert command("fit", "--ckpt_path", "last", "--trainer.accelerator", ACCELERATORS[device]) == 0
     uninterrupted, ours = last_state(0), last_state(1)
@@ -155,52 +123,28 @@ def test_a_run_that_is_cut_short_is_resumed(
     assert_close(ours, uninterrupted, rtol=0, atol=0)
 
 
-def leave_processes() -> None:
-    """Leave the group of this process's first run, which torch keeps: another device's is of another kind."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
+@pytest.mark.usefixtures("no_group")
 def test_ddp_of_one_process_is_a_run_without(fit: Command, device: str, monkeypatch: Patch) -> None:
     flags = ["--trainer.deterministic", "true", "--trainer.precision", "32-true"]
     assert fit(*flags) == 0
     backends = set()
     watch(monkeypatch, lambda *_: backends.add(torch.distributed.get_backend()))
-    leave_processes()
-    try:
-        assert fit(*flags, "--trainer.strategy", "ddp", "--trainer.devices", "1") == 0
-    finally:
-        leave_processes()
+    assert fit(*flags, "--trainer.strategy", "ddp", "--trainer.devices", "1") == 0
     assert backends == {{"cpu": "gloo", "cuda": "nccl"}[device]}
     assert_close(last_state(1)["state_dict"], last_state(0)["state_dict"], rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_trains(fit: Command, device: str, monkeypatch: Patch) -> None:
-    seen = set()
-
-    def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
-        with torch.no_grad():
-            module.eval()  # its answer here must not move the statistics
-            seen.add((module(batch[0]).dtype, next(module.parameters()).dtype))
-            module.train()
-
-    watch(monkeypatch, look)
-    assert fit("--trainer.precision", "bf16-mixed", "--trainer.max_epochs", "4", "--model.label_smoothing", "0") == 0
-    assert seen == {(torch.bfloat16, torch.float32)}
-    assert 0 < results()["fit"]["metrics"]["train/loss"] < math.log(10)
-
-
 @pytest.mark.parametrize("device", [CUDA])
-def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: Output, device: str) -> None:
+def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: Capsys, device: str) -> None:
     units = torch.cuda.is_bf16_supported(including_emulation=False)
     assert fit("--trainer.precision", "auto", "--trainer.max_epochs", "1") == 0
-    chosen = "bf16-mixed" if units else "32-true"
-    assert f"Precision: {chosen}, as {torch.cuda.get_device_name()} has " in capsys.readouterr().out
-    assert results()["fit"]["settings"]["trainer.precision"] == chosen
-    assert results()["fit"]["hardware"]["device"] == torch.cuda.get_device_name()
+    chosen, name, fit_results = "bf16-mixed" if units else "32-true", torch.cuda.get_device_name(), results()["fit"]
+    assert f"Precision: {chosen}, as {name} has " in capsys.readouterr().out
+    assert fit_results["settings"]["trainer.precision"] == chosen
+    assert fit_results["hardware"]["device"] == name
 
 
-def test_a_checkpoint_serves_every_device(command: Command, fit: Command, device: str, capsys: Output) -> None:
+def test_a_checkpoint_serves_every_device(command: Command, fit: Command, device: str, capsys: Capsys) -> None:
     assert fit(*BOARD) == 0
     losses = []
     for accelerator in {"cpu", ACCELERATORS[device]}:

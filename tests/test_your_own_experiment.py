@@ -1,6 +1,5 @@
 """docs/your-own-experiment.md: each diff is applied to a copy of the package, and the commands under it are run."""
 
-import json
 import os
 import re
 import shlex
@@ -14,6 +13,8 @@ from typing import Any
 import pytest
 import several
 from helpers import REPOSITORY, assert_same, in_processes, kill_before, last_checkpoint, scalars, write_tiny_mnist
+
+from lit_mnist.exact.runs import read_results
 
 pytestmark = pytest.mark.slow
 PAGE = (REPOSITORY / "docs" / "your-own-experiment.md").read_text()
@@ -71,12 +72,9 @@ def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> 
 
 def run(home: Path, args: list[str], kill_at: int = 0, processes: int = 1) -> str:
     """Run a command in a copy, on all processes, and give what the first prints."""
-    calls: list[tuple[Any, ...]] = [(args, kill_at, {})]
-    if processes > 1:
-        shared = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(several.free_port())}
-        args = [*args, "--trainer.devices", str(processes)]
-        calls = [(args, kill_at, {**shared, "LOCAL_RANK": str(rank)}) for rank in range(processes)]
-    outcomes = in_processes(home, main_of_copy, *calls)
+    args = [*args, "--trainer.devices", str(processes)] if processes > 1 else args
+    places = several.environments(processes) if processes > 1 else [{}]
+    outcomes = in_processes(home, main_of_copy, *((args, kill_at, each) for each in places))
     assert {outcome.status for outcome in outcomes} == {-signal.SIGKILL if kill_at else 0}, outcomes[0].err
     return outcomes[0].out
 
@@ -85,8 +83,8 @@ def version(home: Path, number: int) -> Path:
     return home / "lightning_logs" / f"version_{number}"
 
 
-def results(home: Path) -> dict[str, Any]:
-    return dict(json.loads((version(home, 0) / "results.json").read_text()))
+def results(home: Path, number: int = 0) -> dict[str, Any]:
+    return read_results(version(home, number))
 
 
 def kill_and_compare(home: Path, command: list[str]) -> None:
@@ -136,7 +134,7 @@ def test_another_data_set(copy: Path) -> None:
     # as the page has it, with the default recipe
     (documented,) = re.findall(r"^    python -m lit_mnist (.+)$", SECTIONS["Another data set"], re.M)
     run(copy, shlex.split(documented))
-    assert json.loads((version(copy, 1) / "results.json").read_text())["fit"]["metrics"]["val/accuracy"] >= 0.97
+    assert results(copy, 1)["fit"]["metrics"]["val/accuracy"] >= 0.97
 
 
 @pytest.mark.parametrize("copy", ["Another logger"], indirect=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import REPOSITORY, RUN, TINY, Capsys, Command, assert_same, fails, last_checkpoint, results, scalars
+from helpers import RUN, TINY, Capsys, Command, assert_same, fails, last_checkpoint, results, scalars
 
 from lit_mnist import __version__
 from lit_mnist.__main__ import main
@@ -21,12 +21,21 @@ from lit_mnist.cli.trainer import Bar
 from lit_mnist.exact.reader import find_checkpoint
 from lit_mnist.exact.runs import claim_folder
 
-CONFIGS, RUNS = REPOSITORY / "configs", RUN.parent
+RUNS = RUN.parent
 
 
 def only(pattern: str) -> Path:
     (path,) = Path().glob(pattern)
     return path
+
+
+def run_without(packages: list[str], flags: list[str], status: int) -> str:
+    """Run a command in a new interpreter, which must not import these packages, and return its output."""
+    code = f"import sys; from lit_mnist.__main__ import main; assert main({flags}) == {status}"
+    code += f"; assert not set({packages}) & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def config(run: Path = RUN) -> dict[str, Any]:
@@ -110,40 +119,26 @@ def test_without_its_config_a_checkpoint_gives_its_settings(command: Command, tr
     assert "no config.yaml" in capsys.readouterr().out
     assert [path.name for path in RUNS.iterdir()] == ["version_0"]
     assert (config()["data"]["batch_size"], last_checkpoint(RUN)["global_step"]) == (20, 54)
-    shutil.copy(only(f"{RUN}/checkpoints/last-*"), "copy.ckpt")
-    assert command("fit", "--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "4", "--trainer.accelerator", "cpu") == 0
-    assert (last_checkpoint(RUN)["global_step"], last_checkpoint(RUNS / "version_1")["global_step"]) == (54, 72)
-
-
-def test_an_earlier_checkpoint_begins_a_new_run(command: Command, trained: Path) -> None:
-    first = shutil.copy(only(f"{RUN}/checkpoints/last-*"), RUN / "checkpoints/first.ckpt")
-    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
-    assert command("fit", "--ckpt_path", str(first), "--trainer.max_epochs", "4") == 0
-    assert (last_checkpoint(RUN)["global_step"], last_checkpoint(RUNS / "version_1")["global_step"]) == (54, 72)
-    assert config(RUNS / "version_1")["data"]["batch_size"] == 20
 
 
 OTHER = ["fit --model.network mlp", "fit --model.optimizer adamw", "fit --model.dropout 0.1", "fit --model.ema_decay 0"]
 OTHER += ["fit --data.name kmnist", "fit --data.val_size 50", "fit --seed_everything 2", "validate --data.split_seed 7"]
+OTHER += ["fit --model.activation relu", "fit --model.layers 8/2", "test --model.layers 8/2", "fit --data.split_seed 7"]
 
 
-@pytest.mark.parametrize("line", [*OTHER, "test --model.layers 8/2"])
+@pytest.mark.parametrize("line", OTHER)
 def test_what_would_be_another_run_is_refused(command: Command, trained: Path, capsys: Capsys, line: str) -> None:
     before = {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()}
     args = line.split()
-    assert f"{args[1][2:]} was " in fails(capsys, *args, "--ckpt_path", "last", run=command)
+    error = fails(capsys, *args, "--ckpt_path", "last", run=command)
+    assert f"{args[1][2:]} was " in error
+    assert args[2] in error
     assert {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()} == before
 
 
 def test_only_plain_settings_come_from_a_checkpoint() -> None:
     hostile = {"lr": 0.1, "name": "x", "flag": True, "_class_path": ["os.system"], "init": {"class_path": "os.system"}}
     assert plain_settings("model", hostile) == {"model.lr": 0.1, "model.name": "x", "model.flag": True}
-
-
-def test_weights_alone_are_not_resumed(command: Command, trained: Path, capsys: Capsys) -> None:
-    weights = {key: value for key, value in last_checkpoint(RUN).items() if key not in ("loops", "optimizer_states")}
-    torch.save(weights, only(f"{RUN}/checkpoints/last-*"))
-    assert "weights alone" in fails(capsys, "fit", "--ckpt_path", "last", run=command)
 
 
 def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,22 +218,6 @@ def test_a_training_that_fails(command: Command, trained: Path, capsys: Capsys, 
     assert {path: path.read_bytes() for path in kept} == kept
 
 
-def test_a_bug_shows_its_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def training_step(*_: object) -> None:
-        raise ValueError("of the experiment's own code")
-
-    monkeypatch.setattr("lit_mnist.module.LitMNIST.training_step", training_step)
-    with pytest.raises(ValueError, match="own code"):
-        command("fit", *TINY)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configurations(command: Command, path: Path) -> None:
-    quick = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.accelerator", "cpu"]
-    assert command("fit", "--config", str(path), *quick, "--data.val_size", "50") == 0
-    assert only(f"{RUN}/checkpoints/last-*.ckpt").is_file()
-
-
 @pytest.mark.parametrize(
     ("flags", "status", "said"),
     [
@@ -250,10 +229,7 @@ def test_shipped_configurations(command: Command, path: Path) -> None:
     ],
 )
 def test_some_answers_do_without_torch(flags: list[str], status: int, said: str) -> None:
-    code = f"import sys; from lit_mnist.__main__ import main; assert main({flags!r}) == {status}"
-    code += "; assert not {'torch', 'pandas'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said in done.stdout + done.stderr
+    assert said in run_without(["torch", "pandas"], flags, status)
 
 
 def printed(capsys: Capsys, *args: str) -> dict[str, Any]:

@@ -7,34 +7,29 @@ import sys
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from helpers import Capsys, fails
 from PIL import Image, ImageDraw
+from selenium.webdriver import ActionChains, Chrome
+from selenium.webdriver.support.ui import WebDriverWait
 from test_predict import picture
 from torch import Tensor, nn
 
 from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels
 from lit_mnist.pictures.report import classify
 
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
-
 Server = tuple[subprocess.Popen[str], str, int]  # its process, and where it listens
 
 
-def draw(browser: "Chrome", corners: list[tuple[float, float]]) -> None:
-    """Draw a line through corners given in shares of the sheet's side, and wait for the answer to it."""
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.support.ui import WebDriverWait
-
+def draw(browser: Chrome) -> None:
+    """Draw a seven, and wait for the answer to it."""
     sheet = browser.find_element("id", "sheet")
     WebDriverWait(browser, 60).until(lambda _: not browser.find_element("id", "state").text)
     pointer = ActionChains(browser, duration=50)
-    for number, place in enumerate(corners):
+    for number, place in enumerate([(0.3, 0.2), (0.7, 0.2), (0.45, 0.8)]):  # in shares of the sheet's side
         across, down = (round((share - 0.5) * sheet.size["width"]) for share in place)
         pointer.move_to_element_with_offset(sheet, across, down)
         if not number:
@@ -43,22 +38,22 @@ def draw(browser: "Chrome", corners: list[tuple[float, float]]) -> None:
     WebDriverWait(browser, 60).until(lambda _: bars(browser) and browser.execute_script("return !busy"))
 
 
-def bars(browser: "Chrome") -> list[float]:
-    """The percentages that a page shows."""
+def bars(browser: Chrome) -> list[float]:
     script = "return Array.from(document.querySelectorAll('#bars b'), (bar) => parseFloat(bar.textContent))"
     return [float(percentage) for percentage in browser.execute_script(script)]  # all at one moment
 
 
-def pixels(browser: "Chrome") -> Tensor:
+def pixels(browser: Chrome) -> Tensor:
     """What a page's network sees, uint8 (1, 1, 28, 28)."""
     script = "return Array.from(byId('seen').getContext('2d').getImageData(0, 0, 28, 28).data)"
     levels: list[int] = browser.execute_script(script)
     return torch.tensor(levels[::4], dtype=torch.uint8).view(1, 1, 28, 28)
 
 
-def requests(browser: "Chrome") -> set[str]:
+def stray_requests(browser: Chrome, *allowed: str) -> list[str]:
     entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return {each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"}
+    sent = {each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"}
+    return [url for url in sent if not url.startswith(("data:", "chrome:", *allowed))]
 
 
 @pytest.fixture
@@ -104,28 +99,21 @@ def test_answers_and_refusals(server: Server, tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-def drawing(strokes: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Ink of random strokes, (256, 256), with smooth edges."""
-    sheet = Image.new("L", (1024, 1024))
-    corners = [(float(x), float(y)) for x, y in np.random.default_rng(strokes).uniform(150, 850, (strokes + 1, 2))]
-    ImageDraw.Draw(sheet).line(corners, 255, 80, joint="curve")
-    return np.array(sheet.resize((256, 256), Image.Resampling.BOX))
-
-
-def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp_path: Path) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
+def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_path: Path) -> None:
     _, host, port = server
     address = f"http://{host}:{port}/"
     browser.get(address)
     sheet, state = browser.find_element("id", "sheet"), browser.find_element("id", "state")
     for strokes in range(1, 9):  # what an exported page does by itself
-        ink = drawing(strokes)
+        drawing = Image.new("L", (1024, 1024))
+        corners = np.random.default_rng(strokes).uniform(150, 850, (strokes + 1, 2)).flatten().tolist()
+        ImageDraw.Draw(drawing).line(corners, 255, 80, joint="curve")
+        ink = np.array(drawing.resize((256, 256), Image.Resampling.BOX))  # with smooth edges
         prepared = browser.execute_script("return Array.from(prepare(arguments[0]))", ink.flatten().tolist())
         difference = np.abs(np.array(prepared).reshape(1, 28, 28) - digit(1 - ink / np.float32(255)).int().numpy())
         assert difference.max() <= 3
         assert difference.mean() < 0.2
-    draw(browser, [(0.3, 0.2), (0.7, 0.2), (0.45, 0.8)])
+    draw(browser)
     ink = browser.execute_script("return Array.from(pen.getImageData(0, 0, 256, 256).data)")
     levels = 1 - np.array(ink, np.float32).reshape(256, 256, 4)[:, :, 3] / 255
     assert (pixels(browser)[0].int() - digit(levels).int()).abs().max() <= 2
@@ -143,8 +131,7 @@ def test_in_a_browser(browser: "Chrome", network: nn.Module, server: Server, tmp
     (tmp_path / "letter.png").write_bytes(b"no picture")
     choose.send_keys(str(tmp_path / "letter.png"))
     WebDriverWait(browser, 60).until(lambda _: state.text == NO_PICTURE)
-    allowed = (address, f"blob:{address}", "data:", "chrome:")
-    assert not [url for url in requests(browser) if not url.startswith(allowed)]
+    assert not stray_requests(browser, address, f"blob:{address}")
 
     phone = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)

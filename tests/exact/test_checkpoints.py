@@ -1,5 +1,3 @@
-"""Which checkpoints are kept, how they are written, found and read."""
-
 import os
 import pickle
 from pathlib import Path
@@ -50,16 +48,14 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_finding_checkpoints(tmp_path: Path) -> None:
-    for name in ("version_2/checkpoints/best-epoch=00-accuracy=0.5000.ckpt", "version_10/checkpoints"):
-        (tmp_path / name).parent.mkdir(parents=True)
-    old, folder = tmp_path / "version_2/checkpoints/best-epoch=00-accuracy=0.5000.ckpt", tmp_path / "version_10"
-    torch.save(checkpoint(), old)
-    (folder / "checkpoints").mkdir()
-    os.mkfifo(pipe := folder / "checkpoints/best-epoch=00-accuracy=0.6000.ckpt")  # a pipe would be waited for
-    (folder / "checkpoints/last-mine.ckpt").write_bytes(b"")
-    (folder / "checkpoints/last-epoch=01-step=000014.ckpt").write_bytes(b"")
-    assert find_checkpoint("best", tmp_path) == old
-    assert find_checkpoint("last", tmp_path).parent.parent == folder
+    first, second = (tmp_path / f"version_{number}/checkpoints" for number in (2, 10))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    torch.save(checkpoint(), old := first / "best-epoch=00-accuracy=0.5000.ckpt")
+    os.mkfifo(pipe := second / "best-epoch=00-accuracy=0.6000.ckpt")  # a pipe would be waited for
+    for name in ("last-mine.ckpt", "last-epoch=01-step=000014.ckpt"):
+        (second / name).write_bytes(b"")
+    assert find_checkpoint("last", tmp_path).parent == second
     assert find_and_read("best", tmp_path) == (old, read_checkpoint(old))
     with pytest.raises(UserError, match="not an intact checkpoint"):
         find_and_read("last", tmp_path)

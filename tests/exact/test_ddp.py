@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import several
 import torch
-from helpers import REPOSITORY, Outcome, assert_same
+from helpers import REPOSITORY, RUN, Command, Outcome, Patch, assert_same
+from helpers import scalars as curve
 from several import Death, free_port
-from test_resume import RUN, curve, state
+from test_resume import state
 
 from lit_mnist.data import datamodule, datasets
 from lit_mnist.exact.runs import read_results
@@ -28,11 +29,10 @@ SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trai
 EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
 Run = Callable[..., list[Outcome]]
-Command = Callable[..., int]
 
 
 @pytest.fixture
-def alone(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+def alone(command: Command, monkeypatch: Patch) -> Command:
     monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 11)
     return command
 
@@ -48,23 +48,19 @@ def run(command: Command, tiny_root: Path) -> Run:
 
 def slurm(**variables: str) -> list[dict[str, str]]:
     """Return the environments of two processes as srun sets them."""
-    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
-    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", **variables}
+    job = dict.fromkeys(("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"), "2")
+    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", **variables}
     return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
 
 
 def trained(run: Run, processes: int, *flags: str) -> Path:
-    """Return a run that nothing has stopped."""
     assert {outcome.status for outcome in run(processes, "fit", *flags)} == {0}
     return Path(shutil.move("lightning_logs/version_0", "uninterrupted"))
 
 
 def losses(run: Path) -> dict[str, list[float]]:
-    return {
-        tag: [value for _, value in points]
-        for tag, points in curve(run).items()
-        if tag.startswith(("train/loss", "train/accuracy", "val/", "norm/"))
-    }
+    chosen = "train/loss", "train/accuracy", "val/", "norm/"
+    return {tag: [value for _, value in points] for tag, points in curve(run).items() if tag.startswith(chosen)}
 
 
 @pytest.mark.slow
@@ -124,9 +120,11 @@ def test_resume_is_exact(run: Run, processes: int, rank: int, step: int) -> None
     outcomes = run(processes, "fit", *DROPOUT, death=Death(rank, step))
     assert monotonic() - started < 60
     resume = "to resume: python -m lit_mnist fit --ckpt_path lightning_logs/version_0/checkpoints/last"
-    for number, outcome in enumerate(outcomes):
-        assert outcome.status == (-signal.SIGKILL if number == rank else 3)
-        assert number == rank or ("another process of this run was lost" in outcome.err and resume in outcome.err)
+    assert outcomes.pop(rank).status == -signal.SIGKILL
+    for outcome in outcomes:
+        assert outcome.status == 3
+        assert "another process of this run was lost" in outcome.err
+        assert resume in outcome.err
     if rank:  # the first could say so
         assert read_results(RUN)["fit"]["state"] == "interrupted"
     resumed = run(processes, "fit", "--ckpt_path", "last")
@@ -193,7 +191,7 @@ def test_bad_input(run: Run, flags: list[str], message: str) -> None:
     assert not Path("lightning_logs").exists()
 
 
-def test_a_launch_leaves_nothing_in_the_environment(alone: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_leaves_nothing_in_the_environment(alone: Command, monkeypatch: Patch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     names = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"}
     assert alone("fit", *SETTINGS, "--trainer.strategy", "ddp") == 0
@@ -203,17 +201,16 @@ def test_a_launch_leaves_nothing_in_the_environment(alone: Command, monkeypatch:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_real_launchers(real_root: Path, command: Command, launcher: str) -> None:
-    flags = ["-m", "lit_mnist", "fit", "--config", str(REPOSITORY / "configs" / "smoke.yaml")]
-    flags += ["--config", str(REPOSITORY / "configs" / "ddp.yaml"), "--data.root", str(real_root.resolve())]
-    flags += ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4"]
-    program = [sys.executable]
+    flags = ["-m", "lit_mnist", "fit", "--data.root", str(real_root.resolve()), "--trainer.accelerator", "cpu"]
+    flags += [f"--config={REPOSITORY}/configs/{name}.yaml" for name in ("smoke", "ddp")]
+    flags += ["--trainer.limit_train_batches", "4"]
     if launcher == "torchrun":
-        program += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        port = str(free_port())
+        flags = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, *flags]
     else:
         flags += ["--trainer.devices", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([sys.executable, *flags], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Epoch 1: train loss") == 1
     assert read_results(RUN)["fit"]["processes"] == 2

@@ -1,5 +1,3 @@
-"""Loggers continue in the files of their run where a checkpoint was saved."""
-
 import os
 from pathlib import Path
 from types import SimpleNamespace

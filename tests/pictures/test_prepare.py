@@ -14,17 +14,18 @@ from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.prepare import Box, Pixels, digit, grey_levels, split
 from lit_mnist.pictures.report import read
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # by a quarter: a viewer turns it back
+CLOSE = 4  # grey levels of 0..255, on average
+SEVEN = np.zeros((60, 40), np.float32)  # white on black, tight in its frame: its bar on top, an upright on the right
+SEVEN[:8] = SEVEN[:, -8:] = 1
 
-def seven(height: int = 60, width: int = 40, line: int = 8) -> Pixels:
-    """A seven in white on black, tight in its frame: its bar on top and an upright on the right."""
+
+def drawn(*places: tuple[int, int], height: int = 200, width: int = 200) -> Pixels:
+    """Sevens of 40x60 pixels with their left upper corners at (x, y), white on black."""
     levels = np.zeros((height, width), np.float32)
-    levels[:line] = levels[:, width - line :] = 1
-    return levels
-
-
-def drawn(above: int = 30, left: int = 90, canvas: int = 200) -> Pixels:
-    levels = np.zeros((canvas, canvas), np.float32)
-    levels[above : above + 60, left : left + 40] = seven()
+    for x, y in places or [(90, 30)]:
+        levels[y : y + 60, x : x + 40] = SEVEN
     return levels
 
 
@@ -34,24 +35,14 @@ def box(seen: Tensor) -> tuple[int, int, int, int]:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """In grey levels of 0..255, at the best of all shifts by a pixel: a centre of mass may be rounded either way."""
+    """At the best of all shifts by a pixel: a centre of mass may be rounded either way."""
     shifts = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
     return min(float((ours.roll(shift, (1, 2)).float() - theirs.float()).abs().mean()) for shift in shifts)
-
-
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    return difference(ours, theirs) < 4
 
 
 def save(path: Path, levels: Pixels, mode: str = "L", **options: Any) -> Path:
     Image.fromarray((levels * 255).round().astype(np.uint8)).convert(mode).save(path, **options)
     return path
-
-
-def grid(height: int, width: int) -> tuple[Pixels, Pixels]:
-    """The coordinates y and x of each pixel, from -1 to 1."""
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    return y, x
 
 
 def test_form_of_mnist() -> None:
@@ -73,19 +64,18 @@ def light_and_place() -> dict[str, Pixels]:
     specks = 1 - drawn()
     specks[180:183, 10:13] = 0
     return {
-        "place": drawn(5, 150),
+        "place": drawn((150, 5)),
         "dark on light": 1 - drawn(),
         "a pencil's grey": 0.9 - 0.3 * drawn(),
         "size": drawn().repeat(3, 0).repeat(3, 1),
         "uneven light": uneven * (1 - 0.7 * drawn()),
         "paper": 0.8 - 0.6 * drawn() + 0.02 * np.random.default_rng(0).standard_normal((200, 200)),
-        "tight frame": np.pad(seven(), 6),
+        "tight frame": np.pad(SEVEN, 6),
         "specks": specks,
     }
 
 
 def surroundings() -> dict[str, Pixels]:
-    """What is not the digit's."""
     names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch")
     variants = {name: 0.85 - 0.65 * drawn() for name in names}
     framed = variants["box"]
@@ -103,22 +93,20 @@ def surroundings() -> dict[str, Pixels]:
     return variants
 
 
-@pytest.mark.parametrize("variants", [light_and_place(), surroundings()], ids=["light and place", "surroundings"])
-def test_what_does_not_matter(variants: dict[str, Pixels]) -> None:
-    differences = {
-        name: difference(digit(levels.astype(np.float32)), digit(drawn())) for name, levels in variants.items()
-    }
-    assert {name: value for name, value in differences.items() if value >= 4} == {}
+def test_what_does_not_matter() -> None:
+    variants, expected = light_and_place() | surroundings(), digit(drawn())
+    differences = {name: difference(digit(each.astype(np.float32)), expected) for name, each in variants.items()}
+    assert {name: value for name, value in differences.items() if value >= CLOSE} == {}
 
 
 def test_digits_that_look_like_boxes() -> None:
     """A nought is no box, even with a speck in it; a box with nothing in it is read as it is."""
-    y, x = grid(200, 200)
+    y, x = np.mgrid[-1:1:200j, -1:1:200j]
     distance = (2 * x) ** 2 + y * y
     nought = ((distance < 0.6) & (distance > 0.4)).astype(np.float32)
     speck = nought.copy()
     speck[96:104, 96:104] = 1
-    assert close(digit(speck), digit(nought))
+    assert difference(digit(speck), digit(nought)) < CLOSE
     hollow = np.zeros((200, 200), np.float32)
     hollow[50:150, 60:140] = 1
     hollow[56:144, 66:134] = 0
@@ -127,14 +115,13 @@ def test_digits_that_look_like_boxes() -> None:
 
 def test_cut_close_and_far_away() -> None:
     """More ink than paper in the frame; a digit so small that reducing the picture would leave nothing of it."""
-    y, x = grid(60, 40)
+    y, x = np.mgrid[-1:1:60j, -1:1:40j]
     bold = ((x * x + y * y < 1) & (x * x + y * y > 0.4)).astype(np.float32)  # a bold nought
     expected = digit(np.pad(bold, 60))
-    assert close(digit(bold), expected)
-    assert close(digit(0.9 - 0.5 * bold), expected)
-    far = np.zeros((900, 1200), np.float32)
-    far[700:760, 300:340] = seven()
-    assert close(digit(1 - far), digit(drawn()))
+    for seen in (bold, 0.9 - 0.5 * bold):
+        assert difference(digit(seen), expected) < CLOSE
+    far = drawn((300, 700), height=900, width=1200)
+    assert difference(digit(1 - far), digit(drawn())) < CLOSE
     noise = np.random.default_rng(0).standard_normal((200, 200)).astype(np.float32)
     with pytest.raises(UserError, match="nothing stands out"):
         digit((0.8 + 0.03 * noise).clip(0, 1))
@@ -162,11 +149,9 @@ def test_files(tmp_path: Path) -> None:
     for number, picture in enumerate(pictures):
         files.append(tmp_path / f"{number}.png")
         picture.save(files[-1])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter: a viewer turns it back
-    files.append(save(tmp_path / "turned.jpg", np.rot90(1 - drawn()), exif=exif))
+    files.append(save(tmp_path / "turned.jpg", np.rot90(1 - drawn()), exif=TURNED))
     for file in files:
-        assert close(digit(grey_levels(file)), expected), file.name
+        assert difference(digit(grey_levels(file)), expected) < CLOSE, file.name
 
 
 def test_files_that_show_nothing(tmp_path: Path) -> None:
@@ -188,15 +173,7 @@ def test_files_that_show_nothing(tmp_path: Path) -> None:
 
 
 def sheet(places: list[tuple[int, int]], height: int = 300, width: int = 500) -> Pixels:
-    """Sevens of 40x60 pixels, dark on light."""
-    levels = np.zeros((height, width), np.float32)
-    for x, y in places:
-        levels[y : y + 60, x : x + 40] = seven()
-    return 0.9 - 0.7 * levels
-
-
-def boxes(levels: Pixels) -> list[Box]:
-    return [box for box, _ in split(levels)]
+    return 0.9 - 0.7 * drawn(*places, height=height, width=width)
 
 
 def near(found: list[Box], places: list[tuple[int, int]]) -> bool:
@@ -205,13 +182,13 @@ def near(found: list[Box], places: list[tuple[int, int]]) -> bool:
 
 
 def test_order_of_reading() -> None:
-    """Two lines, each not quite level; given in another order than they are read in."""
+    """Two lines, each not quite level."""
     places = [(40, 30), (120, 45), (300, 25), (30, 190), (200, 175)]
-    found = split(sheet([places[index] for index in (3, 2, 0, 4, 1)]))
+    found = split(sheet(places))
     assert near([box for box, _ in found], places)
     for _, seen in found:
         assert (seen.shape, seen.dtype) == ((1, 28, 28), torch.uint8)
-        assert close(seen, digit(drawn()))
+        assert difference(seen, digit(drawn())) < CLOSE
 
 
 def test_strokes_of_one_digit() -> None:
@@ -219,7 +196,7 @@ def test_strokes_of_one_digit() -> None:
     levels = np.zeros((200, 300), np.float32)
     for x in (60, 180):
         levels[60:68, x + 8 : x + 45] = levels[72:120, x : x + 8] = levels[112:120, x : x + 40] = 1
-    assert [box[:1] + box[2:3] for box in boxes(1 - levels)] == [(60, 45), (180, 45)]
+    assert [(x, width) for (x, _, width, _), _ in split(1 - levels)] == [(60, 45), (180, 45)]
 
 
 def test_what_is_no_digit() -> None:
@@ -230,7 +207,7 @@ def test_what_is_no_digit() -> None:
         levels[80:180, x : x + 3] = 0.2
     levels[80:83, 40:333] = levels[177:180, 40:333] = levels[150:156, 400:406] = 0.2
     levels[:, :8] = 0.1
-    assert near(boxes(levels), places)
+    assert near([box for box, _ in split(levels)], places)
 
 
 def test_nothing_is_dropped_from_a_sheet_that_has_too_much() -> None:
@@ -247,12 +224,9 @@ def test_boxes_in_the_files_own_pixels(tmp_path: Path) -> None:
     """A large photograph is read at a fraction of its size, and turned as its camera was."""
     places = [(40, 60), (200, 60)]
     large = sheet(places).repeat(6, 0).repeat(6, 1)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer turns it by a quarter
-    network = Mean()
-    found = read(network, save(tmp_path / "large.jpg", np.rot90(large), exif=exif), several=True)
+    found = read(Mean(), save(tmp_path / "large.jpg", np.rot90(large), exif=TURNED), several=True)
     assert [picture.number for picture in found] == [1, 2]
     for picture, (x, y) in zip(found, places, strict=True):
         assert picture.box == pytest.approx((6 * x, 6 * y, 240, 360), abs=15)
-    (nothing,) = read(network, save(tmp_path / "blank.png", np.ones((50, 50))), several=True)
+    (nothing,) = read(Mean(), save(tmp_path / "blank.png", np.ones((50, 50))), several=True)
     assert (nothing.digit, nothing.problem) == (None, "nothing stands out from the background")

@@ -1,22 +1,22 @@
-import csv
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
-import postgres
 import pytest
 import several
-from helpers import REPOSITORY
+from helpers import REPOSITORY, Capsys, Command, Patch, at_call, fails
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
@@ -33,9 +33,7 @@ checkpoint: {every_n_steps: 1}
 """
 STUDY = "base: base.yaml\nsettings:\n  model.lr: [0.05, 0.2]\nseeds: 2\nheartbeat: 1\n"
 STEPS = 30  # of a run
-Command = Callable[..., int]
-Patch = pytest.MonkeyPatch
-Output = pytest.CaptureFixture[str]
+RUNS = Path("lightning_logs")
 
 
 @pytest.fixture
@@ -50,18 +48,21 @@ def study(command: Command) -> Command:
     return run
 
 
-def results(name: str = "study", folder: Path = Path()) -> Any:
-    return read_results(folder / "lightning_logs" / "sweeps" / name)
+def tried(name: str = "study", folder: Path = Path()) -> list[dict[str, Any]]:
+    return list(read_results(folder / RUNS / "sweeps" / name)["settings_tried"])
+
+
+def numbers(name: str = "study") -> list[int]:
+    """Of each row its number of seeds that were trained."""
+    return [row["n"] for row in tried(name)]
 
 
 def rows(name: str = "study", folder: Path = Path()) -> list[dict[str, Any]]:
     """The table without times and places: what must not depend on kills and workers."""
-    unlike = "sample", "seconds", "run", "host", "hardware", "versions", "commit"
-    lines = results(name, folder)["settings_tried"]
-    for line in lines:
-        for part in (line, *line["trials"]):
-            for key in unlike:
-                part.pop(key, None)
+    lines = tried(name, folder)
+    for part in [*lines, *(trial for line in lines for trial in line["trials"])]:
+        for key in ("sample", "seconds", "run", "host", "hardware", "versions", "commit"):
+            part.pop(key, None)
     return lines
 
 
@@ -69,30 +70,25 @@ def runs(folder: Path = Path()) -> list[str]:
     return sorted(path.name for path in folder.glob("lightning_logs/version_*"))
 
 
-def fit_of(run: str) -> Any:
-    return read_results(Path("lightning_logs", run))["fit"]
-
-
-def sweep_in(
-    folder: Path, root: Path, processes: int = 1, death: several.Death | None = None, storage: str = ""
-) -> list[int | None]:
+def sweep_in(folder: Path, root: Path, *flags: str, processes: int = 1, death: Any = None) -> list[int | None]:
     """Start the study in a folder as several commands at once, and return how they ended."""
     folder.mkdir(exist_ok=True)
     for name in ("base.yaml", "study.yaml"):
         (folder / name).write_bytes(Path(name).read_bytes())
-    flags = ["sweep", "--config=study.yaml", "--data.root", str(root), *([f"--storage={storage}"] if storage else [])]
+    flags = ("sweep", "--config=study.yaml", "--data.root", str(root), *flags)
     ended = several.run(processes, flags, folder, datasets.FILES, death, environment=[{}] * processes)
     return [one.status for one in ended]
 
 
-def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, command: Command, capsys: Output) -> None:
+def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, command: Command, capsys: Capsys) -> None:
     assert study() == 0
     assert runs() == ["version_0", "version_1", "version_2", "version_3"]
     values: dict[float, dict[int, float]] = {0.05: {}, 0.2: {}}
-    for fit in map(fit_of, runs()):
+    for name in runs():
+        fit = read_results(RUNS / name)["fit"]
         assert fit["state"] == "finished"
         values[fit["model"]["lr"]][fit["data"]["seed"]] = fit["best"]["val/accuracy"]
-    table = results()["settings_tried"]
+    table = tried()
     for row in table:
         expected = values[row["model.lr"]]
         assert {trial["seed"]: trial["value"] for trial in row["trials"]} == expected
@@ -103,9 +99,8 @@ def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, co
         assert row["parameters"] == 8 * 25 + 16 + 16 * 72 + 32 + 170
     means = [row["mean"] for row in table]
     assert means == sorted(means, reverse=True)
-    folder = Path("lightning_logs", "sweeps", "study")
-    with (folder / "settings.csv").open(newline="") as file:
-        assert [float(row["mean"]) for row in csv.DictReader(file)] == means
+    folder = RUNS / "sweeps" / "study"
+    assert pd.read_csv(folder / "settings.csv")["mean"].tolist() == means
     assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("settings", "seconds"))
     trials = optuna.load_study(study_name="study", storage="sqlite:///lightning_logs/sweeps/study/trials.db").trials
     for trial, row in zip(trials, sorted(table, key=lambda row: row["sample"]), strict=True):
@@ -127,14 +122,28 @@ RANGES = "{model.lr: {low: 0.01, high: 0.5, log: true}, data.batch_size: {low: 4
 TPE = f"base: base.yaml\nsettings: {RANGES}\nseeds: 1\nsampler: tpe\nsamples: 3\nheartbeat: 1\n"
 
 
+@contextmanager
+def database() -> Iterator[list[str]]:
+    """Start a PostgreSQL server for the length of a test, and give the flag of a study in it."""
+    if not shutil.which("pg_virtualenv"):
+        pytest.skip("there is no PostgreSQL here (Debian's package postgresql)")
+    code = "echo --storage=postgresql+psycopg://$PGUSER:$PGPASSWORD@$PGHOST:$PGPORT/postgres; exec cat"
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(["pg_virtualenv", "-t", "sh", "-c", code], text=True, **pipes)
+    try:
+        yield [next(line.strip() for line in server.stdout or [] if line.startswith("--storage"))]
+    finally:
+        server.communicate(timeout=60)  # cat ends with its input, and the server with cat
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "workers", "deaths", "storage"),
     [
-        (STUDY, 1, (5, 12), nullcontext("")),
-        (TPE, 1, (5, 12), nullcontext("")),
-        (STUDY, 2, (STEPS // 2,), nullcontext("")),
-        (STUDY.replace("0.2]", "0.1, 0.2]"), 3, (STEPS // 2,), postgres.server()),
+        (STUDY, 1, (5, 12), nullcontext([])),
+        (TPE, 1, (5, 12), nullcontext([])),
+        (STUDY, 2, (STEPS // 2,), nullcontext([])),
+        (STUDY.replace("0.2]", "0.1, 0.2]"), 3, (STEPS // 2,), database()),
     ],
     ids=["grid", "tpe", "workers", "database"],
 )
@@ -142,10 +151,11 @@ def test_a_killed_study_ends_as_one_that_was_not(
     study: Command, tiny_root: Path, tmp_path: Path, text: str, workers: int, deaths: Any, storage: Any
 ) -> None:
     Path("study.yaml").write_text(text)
-    with storage as url:
+    with storage as where:
         assert sweep_in(tmp_path / "whole", tiny_root) == [0]
         for step in deaths:
-            ended = sweep_in(tmp_path / "killed", tiny_root, workers, several.Death(workers - 1, step), url)
+            death = several.Death(workers - 1, step)
+            ended = sweep_in(tmp_path / "killed", tiny_root, *where, processes=workers, death=death)
             assert ended == [0] * (workers - 1) + [-signal.SIGKILL]
     if workers == 1:  # otherwise another has resumed the trial
         assert sweep_in(tmp_path / "killed", tiny_root) == [0]
@@ -159,12 +169,12 @@ def test_a_killed_study_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_workers_are_started_and_watched(study: Command, tiny_root: Path, monkeypatch: Patch, capfd: Output) -> None:
+def test_workers_are_started_and_watched(study: Command, tiny_root: Path, monkeypatch: Patch, capfd: Capsys) -> None:
     # other processes know nothing of the tiny set
     Path("base.yaml").write_text(BASE.replace("data: {", "data: {name: idx, "))
     raw = str(tiny_root / "MNIST" / "raw")
     assert study(STUDY, "--workers", "2", "--data.root", raw) == 0
-    assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
+    assert numbers() == [2, 2]
     assert len(runs()) == 4
     assert capfd.readouterr().out.count(" s\n") == 4
     broken = Path("broken")
@@ -175,58 +185,43 @@ def test_workers_are_started_and_watched(study: Command, tiny_root: Path, monkey
     assert "worker 1 ended with status 7" in capfd.readouterr().out
 
 
-def interrupt(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+def stop(status: int) -> None:
+    if status == 3:
+        raise TrainingFailed("no space left") from OSError(28, "No space left on device")
+    os.kill(os.getpid(), status - 128)
 
 
-def terminate(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def fill_the_disk(*_: Any) -> None:
-    raise TrainingFailed("no space left") from OSError(28, "No space left on device")
-
-
-BATCH = sweep.Watch, "on_train_batch_end"
+BATCH, SAY = (sweep.Watch, "on_train_batch_end"), (sweep.Worker, "say")
 
 
 @pytest.mark.parametrize(
-    ("cause", "moment", "status"),
-    [
-        (terminate, BATCH, 143),
-        pytest.param(interrupt, BATCH, 130, marks=pytest.mark.slow),
-        pytest.param(terminate, (sweep.Worker, "say"), 143, marks=pytest.mark.slow),
-        pytest.param(fill_the_disk, BATCH, 3, marks=pytest.mark.slow),
-    ],
+    ("moment", "status"),
+    [(BATCH, 143), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((BATCH, 130), (SAY, 143), (BATCH, 3)))],
 )
-def test_a_sweep_that_is_stopped_is_continued_by_the_same_command(
-    study: Command, monkeypatch: Patch, cause: Any, moment: tuple[type, str], status: int
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(*moment, cause)
+def test_the_same_command_continues_a_sweep(study: Command, moment: Any, status: int) -> None:
+    with at_call(1, partial(stop, status), *moment):
         assert study() == status
     assert study() == 0
-    assert [(row["n"], row["reason"]) for row in results()["settings_tried"]] == [(2, None)] * 2
+    assert [(row["n"], row["reason"]) for row in tried()] == [(2, None)] * 2
     assert len(runs()) == 4
 
 
 @pytest.mark.slow
-def test_a_reassigned_trial_is_left_to_the_other_worker(study: Command, monkeypatch: Patch, capsys: Output) -> None:
-    original, calls = sweep.Worker.train_run, []
+def test_a_reassigned_trial_is_left_to_the_other_worker(study: Command, capsys: Capsys) -> None:
+    original, patch = sweep.Worker.train_run, Patch()
 
     def reassign(self: sweep.Worker, trial: optuna.Trial, seed: str, flags: list[str]) -> None:
+        patch.undo()
         original(self, trial, seed, flags)
-        calls.append(seed)
-        if len(calls) == 1:
-            frozen = self.study.get_trials()[trial.number]
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            retry(self.study, frozen)
+        frozen = self.study.get_trials()[trial.number]
+        self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        retry(self.study, frozen)
 
-    monkeypatch.setattr(sweep.Worker, "train_run", reassign)
+    patch.setattr(sweep.Worker, "train_run", reassign)
     assert study() == 0
     assert "This trial was reassigned" in capsys.readouterr().out
     assert len(runs()) == 4
-    assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
+    assert numbers() == [2, 2]
 
 
 @pytest.mark.slow
@@ -234,7 +229,7 @@ def test_a_setting_that_is_drawn_again_is_not_trained_again(study: Command) -> N
     text = "base: base.yaml\nsettings: {model.lr: [0.1, 0.2]}\nseeds: 1\nsampler: random\nsamples: 8\n"
     assert study(text) == 0
     assert len(runs()) == 2
-    assert sorted(str(row["reason"]) for row in results()["settings_tried"]) == ["None"] * 2 + ["drawn before"] * 6
+    assert sorted(str(row["reason"]) for row in tried()) == ["None"] * 2 + ["drawn before"] * 6
 
 
 @pytest.mark.slow
@@ -242,14 +237,14 @@ def test_poor_configurations_are_pruned_or_fail(study: Command) -> None:
     lrs = [0.1, 0.12, 0.14, 0.16, 0.18, 1e-6, 1e20]
     text = f"base: base.yaml\nsettings:\n  model.lr: {lrs}\n  model.layers: [8x5/2, 64x5/2]\n"
     assert study(text + "seeds: 2\npruner: median\nmax_parameters: 1000\nkeep: best\n") == 0
-    table = results()["settings_tried"]
+    table = tried()
     found = {(row["model.lr"], row["model.layers"]): row for row in table}
     assert all(found[lr, "8x5/2"]["n"] == 2 for lr in lrs[:5])
     assert (found[1e-6, "8x5/2"]["reason"], found[1e-6, "8x5/2"]["n"]) == ("pruned after seed 1", 1)
     assert "training failed at step" in found[1e20, "8x5/2"]["reason"]
     assert {found[lr, "64x5/2"]["reason"] for lr in lrs} == {"2,378 parameters are more than 1,000"}
     assert [bool(row["reason"]) for row in table] == [False] * 5 + [True] * 9
-    kept = {path.parents[1].name for path in Path("lightning_logs").glob("*/checkpoints/*.ckpt")}
+    kept = {path.parents[1].name for path in RUNS.glob("*/checkpoints/*.ckpt")}
     assert kept == {trial["run"] for trial in table[0]["trials"]}
 
 
@@ -257,73 +252,70 @@ def test_poor_configurations_are_pruned_or_fail(study: Command) -> None:
 def test_a_configuration_that_takes_too_long_fails_until_it_is_tried_again(study: Command, monkeypatch: Patch) -> None:
     text = STUDY + "max_seconds: 1.0e-9\n"
     assert study(text) == 3
-    assert {row["reason"] for row in results()["settings_tried"]} == {"took more than 1e-09 s"}
-    assert not results()["difference"]
-    monkeypatch.setattr(sweep.Watch, "on_train_batch_end", lambda *_: None)
+    assert {row["reason"] for row in tried()} == {"took more than 1e-09 s"}
+    assert not read_results(RUNS / "sweeps" / "study")["difference"]
+    monkeypatch.setattr(*BATCH, lambda *_: None)
     assert study(text, "--retry") == 0
-    assert [row["n"] for row in results()["settings_tried"]] == [2, 2]
+    assert numbers() == [2, 2]
 
 
 @pytest.mark.slow
 def test_what_only_the_trainer_refuses_fails(study: Command) -> None:
     text = "base: base.yaml\nsettings: {trainer.val_check_interval: [2, 1000]}\nseeds: 1\n"
     assert study(text) == 0
-    found = {row["trainer.val_check_interval"]: row for row in results()["settings_tried"]}
+    found = {row["trainer.val_check_interval"]: row for row in tried()}
     assert found[2]["n"] == 1
     assert "val_check_interval" in found[1000]["reason"]
     assert study("base: base.yaml\nseeds: 1\ncompare: val/f1\nmode: max\nof: last\n", "--name", "f1") == 3
-    assert results("f1")["settings_tried"][0]["reason"].startswith("val/f1 was not logged, but ")
+    assert tried("f1")[0]["reason"].startswith("val/f1 was not logged, but ")
 
 
 @pytest.mark.slow
-def test_the_test_set_is_scored_for_the_chosen_configuration_alone(study: Command, capsys: Output) -> None:
+def test_the_test_set_is_scored_for_the_chosen_configuration_alone(study: Command, capsys: Capsys) -> None:
     assert study() == 0
     assert study(STUDY, "--test", "--output", "figures") == 0
     table = read_results(Path("figures"))["settings_tried"]
-    found = {run: read_results(Path("lightning_logs", run)) for run in runs()}
+    found = {run: read_results(RUNS / run) for run in runs()}
     tested = {run: found[run]["test"][-1]["test/accuracy"] for run in found if "test" in found[run]}
     assert {trial["run"]: trial["test/accuracy"] for trial in table[0]["trials"]} == tested
     assert table[0]["test/accuracy"] == pytest.approx(statistics.mean(tested.values()))
     assert table[1]["test/accuracy"] is None
     assert "Test set, test/accuracy: " in capsys.readouterr().out
-    for path in Path("lightning_logs").glob("version_*/checkpoints/*"):
+    for path in RUNS.glob("version_*/checkpoints/*"):
         path.unlink()
     assert study(STUDY, "--test") == 0  # the scores are kept
-    assert study(STUDY.replace("[0.05, 0.2]", "0.2"), "--name", "lost") == 0
-    next(Path("lightning_logs", runs()[-1]).glob("checkpoints/best-*")).unlink()
-    assert study(STUDY.replace("[0.05, 0.2]", "0.2"), "--name", "lost", "--test") == 3
+    lost = STUDY.replace("[0.05, 0.2]", "0.2"), "--name", "lost"
+    assert study(*lost) == 0
+    next(RUNS.glob(f"{runs()[-1]}/checkpoints/best-*")).unlink()
+    assert study(*lost, "--test") == 3
     assert f"{runs()[-1]} (seed 2" in capsys.readouterr().err
 
 
-def test_recipes_are_compared_and_the_study_keeps_its_own(study: Command, monkeypatch: Patch) -> None:
-    original = sweep.Worker.train_run
-
-    def edited(self: sweep.Worker, *args: Any) -> None:
-        original(self, *args)
+def test_recipes_are_compared_and_the_study_keeps_its_own(study: Command) -> None:
+    def lose() -> None:
         for name in ("base.yaml", "other.yaml"):
-            Path(name).unlink(missing_ok=True)
+            Path(name).unlink()
 
-    monkeypatch.setattr(sweep.Worker, "train_run", edited)
     Path("other.yaml").write_text(BASE.replace("8x5", "4x5"))
     text = "settings: {config: [base.yaml, other.yaml], model.lr: 0.1}\nseeds: 1\ncompare: val/loss\nof: last\n"
-    assert study(text) == 0
-    table = results()["settings_tried"]
+    with at_call(2, lose, sweep.Worker, "train_run"):
+        assert study(text) == 0
+    table = tried()
     assert {row["config"]: row["parameters"] for row in table} == {"base.yaml": 1570, "other.yaml": 886}
     losses = [row["mean"] for row in table]
     assert losses == sorted(losses)
     for row in table:
-        fit = fit_of(row["trials"][0]["run"])
+        fit = read_results(RUNS / row["trials"][0]["run"])["fit"]
         assert (fit["model"]["lr"], fit["metrics"]["val/loss"]) == (0.1, row["mean"])
 
 
 @pytest.mark.slow
-def test_a_study_may_grow_and_not_change(study: Command, capsys: Output) -> None:
+def test_a_study_may_grow_and_not_change(study: Command, capsys: Capsys) -> None:
     assert study() == 0
     before = rows()
     fewer, others = STUDY.replace("seeds: 2", "seeds: 1"), STUDY.replace("0.2", "0.3")
     for text, name in ((others, "settings"), (fewer, "seeds"), (STUDY + "compare: val/loss\n", "compare")):
-        assert study(text) == 2
-        assert f"error: {name} changed" in capsys.readouterr().err
+        assert f"error: {name} changed" in fails(capsys, text, run=study)
     assert len(runs()) == 4
     assert study(STUDY.replace("seeds: 2", "seeds: 3\nkeep: best")) == 0
     assert len(runs()) == 6
@@ -331,16 +323,14 @@ def test_a_study_may_grow_and_not_change(study: Command, capsys: Output) -> None
         assert row["n"] == 3
         assert row["trials"][:2] == next(old["trials"] for old in before if old["model.lr"] == row["model.lr"])
     Path("base.yaml").write_text(BASE.replace("max_epochs: 1", "max_epochs: 2"))
-    assert study(STUDY.replace("seeds: 2", "seeds: 3")) == 2
-    assert "recipes changed" in capsys.readouterr().err
+    assert "recipes changed" in fails(capsys, STUDY.replace("seeds: 2", "seeds: 3"), run=study)
 
 
 @pytest.mark.slow
-def test_a_run_that_its_user_trained_on_is_left_alone(study: Command, command: Command, monkeypatch: Patch) -> None:
+def test_a_run_that_its_user_trained_on_is_left_alone(study: Command, command: Command) -> None:
     assert study() == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(*BATCH, interrupt)
-        assert study(STUDY, "--name", "again") == 128 + signal.SIGINT
+    with at_call(1, partial(stop, 130), *BATCH):
+        assert study(STUDY, "--name", "again") == 130
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
     assert study(STUDY, "--name", "again") == 0
     assert rows("again") == rows()
@@ -375,17 +365,12 @@ def test_a_run_that_its_user_trained_on_is_left_alone(study: Command, command: C
         ("--root_dir=base.yaml", "base.yaml"),
     ],
 )
-def test_bad_studies(text: str, named: str, study: Command, capsys: Output) -> None:
-    assert study(*([STUDY, text] if text.startswith("--") else [text])) == 2
-    err = capsys.readouterr().err
+def test_bad_studies(text: str, named: str, study: Command, capsys: Capsys) -> None:
+    err = fails(capsys, *([STUDY, text] if text.startswith("--") else [text]), run=study)
     assert err.startswith("lit_mnist: error: ")
-    assert err.count("\n") == 1
     assert named in err
     assert "secret" not in err
     assert not runs()
-
-
-def test_values_of_a_range() -> None:
     assert values_of({"low": 0.1, "high": 0.3, "step": 0.1}) == [0.1, 0.2, 0.3]
 
 
@@ -406,24 +391,18 @@ def test_the_difference_is_paired() -> None:
     for other in ({1: 0.990}, {1: 0.990, 2: 0.992, 3: 0.994}):
         table = lines({1: 0.991, 2: 0.993, 3: 0.995}, other)
         assert comparison.difference(table.iloc[0], table.iloc[1])["low"] is None
-
-
-@pytest.mark.parametrize(
-    ("second", "compare", "real"),
-    [
-        ({1: 0.98, 2: 0.9815, 3: 0.982}, "val/accuracy", True),
-        ({1: 0.985, 2: 0.985, 3: 1.0}, "val/accuracy", False),
-        ({1: 1.98, 2: 1.9815, 3: 1.982}, "val/loss", True),
-    ],
-)
-def test_a_difference_is_real_if_the_interval_excludes_zero(second: dict[int, float], compare: str, real: bool) -> None:
-    table = lines({1: 0.99, 2: 0.991, 3: 0.992}, second, second)
-    apart = comparison.difference(table.iloc[0], table.iloc[1])
-    plan = Study(compare=compare, settings={"model.lr": [0, 1, 2]})
-    best, words, biased = comparison.in_words(plan, table, apart)
-    assert best == "Best: lr 0"
-    assert ("a real difference" in words) == real
-    assert "biased" in biased
+    for second, compare, real in (
+        ((0.98, 0.9815, 0.982), "val/accuracy", True),
+        ((0.985, 0.985, 1.0), "val/accuracy", False),  # its interval includes zero
+        ((1.98, 1.9815, 1.982), "val/loss", True),
+    ):
+        table = lines({1: 0.99, 2: 0.991, 3: 0.992}, *[dict(enumerate(second, 1))] * 2)
+        apart = comparison.difference(table.iloc[0], table.iloc[1])
+        plan = Study(compare=compare, settings={"model.lr": [0, 1, 2]})
+        best, words, biased = comparison.in_words(plan, table, apart)
+        assert best == "Best: lr 0"
+        assert ("a real difference" in words) == real
+        assert "biased" in biased
 
 
 def test_a_missing_package() -> None:
@@ -436,4 +415,4 @@ def test_a_missing_package() -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "sweeps").iterdir()), ids=lambda path: path.stem)
 def test_the_studies_of_this_repository(path: Path, study: Command, tmp_path: Path) -> None:
     assert study(path.read_text(), "--workers", "0", "--name", path.stem, "--root_dir", str(tmp_path)) == 0
-    assert not results(path.stem, tmp_path)["settled"]
+    assert not read_results(tmp_path / RUNS / "sweeps" / path.stem)["settled"]
