@@ -119,7 +119,7 @@ class MNISTCLI(LightningCLI):
         except (ValueError, TypeError, LookupError, ImportError, RuntimeError, MisconfigurationException) as error:
             # what was configured cannot be made; jsonargparse 4.53 wraps the error of a link
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-            parts = self.settings.own["trainer"].items()
+            parts = vars(self.settings.own["trainer"]).items()
             key = next((f"trainer.{key}: " for key, part in parts if str(error).endswith(f"Given value: {part}")), "")
             raise UserError(key + one_line(cause)) from cause
 

@@ -67,6 +67,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_table(root: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
+    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest-xdist sets
     assert main(["runs"]) == 0
     header, first, *_, last = (line.split() for line in capsys.readouterr().out.splitlines())
     columns = ["run", "val_accuracy", "test_accuracy", "state", "model.lr"]  # the one setting in which they differ

@@ -26,7 +26,8 @@ from lit_mnist.module import LitMNIST
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false"]
 SMALL = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", "--checkpoint.every_n_steps", "1"]
 SETTINGS = [*QUIET, *TINY, *SMALL, "--model.dropout", "0.1", "--model.ema_decay", "0.5", "--model.activation", "relu"]
-SETTINGS += ["--model.schedule", "cosine", "--board.every_n_epochs", "0"]
+SETTINGS += ["--model.schedule", "cosine", "--board.every_n_epochs", "0", "--best.monitor", "val/loss"]
+SETTINGS += ["--best.mode", "max"]  # the first epoch is best
 RARELY = ["--checkpoint.every_n_steps", "0", "--checkpoint.every_seconds", "1000"]
 RESUME = ["--ckpt_path", "last"]
 LONGER = [*RESUME, "--trainer.max_epochs", "3"]
@@ -230,7 +231,7 @@ def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: Capsys) -> Non
     before, new = lab.copy(), Path("lightning_logs/version_1")
     (best,) = RUN.glob("checkpoints/best-epoch=00-*")  # there is a second epoch after it
     lab.kill(["--ckpt_path", str(best)], 1)
-    assert last(new).name.startswith("last-epoch=00-step=000007-accuracy=")
+    assert last(new).name.startswith("last-epoch=00-step=000007-loss=")
     assert lab.fit("--ckpt_path", "last") == 0  # that of the newest run
     assert "A new run: " in capsys.readouterr().out
     assert contents(RUN) == before
