@@ -33,7 +33,7 @@ from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.ddp import gather_in_order
 from lit_mnist.exact.loggers import TEXTS, RunLogger, write_events
 from lit_mnist.exact.results import Results
-from lit_mnist.module import Batch
+from lit_mnist.network import Batch
 
 # The tab "custom scalars": what belongs together on one chart.
 CHARTS = {

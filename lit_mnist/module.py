@@ -12,9 +12,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_mnist.exact.averaging import MovingAverage
-from lit_mnist.network import NETWORKS
-
-Batch = tuple[Tensor, Tensor]
+from lit_mnist.network import NETWORKS, Batch
 
 
 class CrossEntropy(MeanMetric):
@@ -145,8 +143,6 @@ class LitMNIST(LightningModule):
 def check_ranges(hp: Any) -> None:
     """Raise one ValueError for all settings out of range that the network does not check itself."""
     checks = (
-        ("optimizer", "sgd or adamw", hp.optimizer in ("sgd", "adamw")),
-        ("schedule", "constant, linear or cosine", hp.schedule in ("constant", "linear", "cosine")),
         ("lr", "in (0, 1e30]", 0 < hp.lr <= 1e30),
         ("momentum", "in [0, 1)", 0 <= hp.momentum < 1),
         ("nesterov", "false without momentum", not hp.nesterov or hp.momentum > 0 or hp.optimizer != "sgd"),

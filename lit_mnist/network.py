@@ -16,6 +16,7 @@ from lit_mnist.exact.console import UserError, shortened
 # the same, and the norm after the first layer corrects for theirs.
 MEAN, STD = 0.1307, 0.3081
 
+Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 Activation = Literal["relu", "silu"]
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}  # silu: smoother and slower (https://arxiv.org/abs/1702.03118)
 CROP = re.compile(r"crop(?P<pixels>[1-9])")
@@ -31,8 +32,6 @@ def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def nonlinearity(activation: str, dropout: float) -> list[nn.Module]:
     """Return what follows a layer's norm: the activation, and dropout unless it is 0."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"model.activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
     return [ACTIVATIONS[activation](inplace=True), *([nn.Dropout(dropout)] if dropout else [])]

@@ -73,31 +73,25 @@ class Shuffled:
     def __init__(self, samples: list[dict[str, Tensor]], batch_size: int, shuffle: bool) -> None:
         self.samples, self.batch_size, self.shuffle = samples, batch_size, shuffle
         self.generator = torch.Generator().manual_seed(3)
-        self.begun, self.first, self.done = self.generator.get_state(), 0, 0
+        self.done = self.first = 0
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self.first:
-            self.generator.set_state(self.begun)
-        self.begun = self.generator.get_state()
-        order = (
-            torch.randperm(len(self.samples), generator=self.generator) if self.shuffle else range(len(self.samples))
-        )
-        batches = [order[start : start + self.batch_size] for start in range(0, len(self.samples), self.batch_size)]
-        self.done, self.first = self.first, 0
-        for batch in batches[self.done :]:
-            self.done += 1
+        self.begun, first, self.first = self.generator.get_state(), self.first, 0
+        size = len(self.samples)
+        order = torch.randperm(size, generator=self.generator) if self.shuffle else torch.arange(size)
+        for self.done, batch in enumerate(order.split(self.batch_size)[first:], first + 1):  # noqa: B020
             yield {key: torch.stack([self.samples[i][key] for i in batch]) for key in self.samples[0]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": self.begun, "done": self.done, "now": self.generator.get_state()}
+        return {"done": self.done, "generator": self.begun if self.done % len(self) else self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.begun, self.done = state["begun"], state["done"]
-        self.first = self.done % len(self)
-        self.generator.set_state(state["now"])
+        self.done, self.first = state["done"], state["done"] % len(self)
+        self.begun = state["generator"]
+        self.generator.set_state(self.begun)
 
 
 class Numbers(LightningDataModule):

@@ -171,8 +171,8 @@ def print_summary(trainer: Trainer, run: Run, folder: Path, root: str, longer: d
     times, epochs, steps = progress.state_dict(), trainer.current_epoch, trainer.global_step
     trained = f"{epochs} epoch{'s' * (epochs != 1)}, {steps} steps, "
     trained += f"{times['train_seconds'] + times['validation_seconds']:.1f} s"
-    if keeper and keeper.best and keeper.best_score is not None:
-        trained += f"; best {words({keeper.best.monitor: keeper.best_score})[0]}"
+    if keeper and keeper.best and keeper.best_path:
+        trained += f"; best {words({keeper.best.monitor: keeper.best_values[keeper.best.monitor]})[0]}"
     if steps == run.loaded.get("global_step"):
         print(f"{FINISHED} {' and '.join(longer)}.")
     print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")

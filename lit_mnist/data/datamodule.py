@@ -12,8 +12,8 @@ from torch import Tensor
 from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, seeded_generator
 from lit_mnist.exact.console import UserError
+from lit_mnist.network import Batch
 
-Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
 RANGES: dict[str, tuple[float, float]] = {"batch_size": (1, 60_000), "val_size": (0, 59_999)}
 RANGES |= {"split_seed": (0, math.inf), "seed": (0, math.inf)}

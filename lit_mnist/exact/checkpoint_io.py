@@ -2,6 +2,8 @@
 
 import io
 import os
+import pickle
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +37,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()  # in memory first: torch's writer aborts the process on a full disk
         torch.save(checkpoint, content)
         if not self._readable:
-            check_readable(checkpoint)
+            content.seek(0)
+            try:
+                torch.load(content, weights_only=True)
+            except pickle.UnpicklingError as error:
+                kind = " ".join(re.findall(r"GLOBAL (\S+)", str(error))[:1])
+                what = f"it may hold tensors, numbers, strings and booleans alone, and has a {kind or 'Python object'}"
+                raise UserError(f"a checkpoint could not be loaded again: {what}") from error
             self._readable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,19 +63,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         known = self.loaded.get(str(path))
         return dict(known) if known else torch.load(path, map_location=map_location or "cpu", weights_only=True)
-
-
-def check_readable(checkpoint: dict[str, Any]) -> None:
-    """Refuse an entry that could not be loaded again with `weights_only=True`, with a UserError."""
-    for name, value in checkpoint.items():
-        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
-            part = io.BytesIO()
-            torch.save(inner, part)
-            try:
-                torch.load(io.BytesIO(part.getvalue()), weights_only=True)
-            except Exception as error:
-                what = f"in {name}/{key} there is something else than tensors, numbers, strings and booleans"
-                raise UserError(f"a checkpoint could not be loaded again: {what}") from error
 
 
 @contextmanager

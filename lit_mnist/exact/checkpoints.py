@@ -2,10 +2,10 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from math import isnan
+from math import inf, isnan
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -122,12 +122,9 @@ class CheckpointKeeper(Checkpoint):
         self.best = best
         self.last_path: Path | None = None
         self.best_path: Path | None = None
-        self.best_score: float | None = None
-        self.stop_signal = 0  # set from outside: save after this step, then stop
-        self.on_start: Callable[[], None] | None = None  # called when the training starts
-        self._save = save
         self.best_values: dict[str, float] = {}  # all that its validation logged, and the step
-        self._best_loss: float | None = None
+        self._save = save
+        self._signal = 0  # what this process has got: save after this step, then stop
         self._score: float | None = None  # the latest of this epoch
         self._epoch = self._step = self._agreed_step = 0
         self._agreed_signal = 0  # that all processes know of, and act on
@@ -135,8 +132,7 @@ class CheckpointKeeper(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
-        best: dict[str, Any] = {"name": self.best_path and self.best_path.name, "values": self.best_values}
-        best |= {"score": self.best_score, "loss": self._best_loss}
+        best = {"name": self.best_path and self.best_path.name, "values": self.best_values}
         by = [self.best.monitor, self.best.mode] if self.best else []
         return {"epoch": self._epoch, "score": self._score, "by": by, "best": best}
 
@@ -144,32 +140,29 @@ class CheckpointKeeper(Checkpoint):
         self._epoch, self._score, best = int(state_dict["epoch"]), state_dict["score"], state_dict["best"]
         if not (best["name"] and self.best and state_dict["by"] == [self.best.monitor, self.best.mode]):
             return
-        before = self._of_origin(best["name"])
+        before = self.run.origin and self.run.origin / "checkpoints" / Path(best["name"]).name
         # without its file there is no best; the first process decides, as machines may have folders of their own
         if gather_all(before is not None and before.is_file())[0]:
             self.best_path = self._folder / Path(best["name"]).name
-            self.best_score, self._best_loss = float(best["score"]), best["loss"]
-            self.best_values = dict(best.get("values", {}))
+            # of an earlier version these two alone
+            old = {self.best.monitor: best.get("score"), self.best.loss: best.get("loss")}
+            self.best_values = best.get("values") or {name: old[name] for name in old if old[name] is not None}
 
     @property
     def _folder(self) -> Path:
         assert self.run.folder
         return self.run.folder / "checkpoints"
 
-    def _of_origin(self, name: str) -> Path | None:
-        return self.run.origin / "checkpoints" / Path(name).name if self.run.origin else None
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.on_start:
-            self.on_start()
-            # Lightning 2.6 broadcasts SIGTERM to all processes before every step, and waits for the device to do so;
-            # the handlers that are now in place do without
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self.handle_signals()  # again: Lightning 2.6 has put its own in place, which end a validation with status 0
+        # with its own it broadcasts SIGTERM to all processes before every step, and waits for the device to do so
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         # a run that begins with an earlier one's scalars begins with its best, too
         if self.best_path and trainer.is_global_zero and not self.best_path.exists():
+            assert self.run.origin
             self._folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.best_path) as partial:
-                shutil.copyfile(self._of_origin(self.best_path.name) or "", partial)
+                shutil.copyfile(self.run.origin / "checkpoints" / self.best_path.name, partial)
         self._step = self._agreed_step = trainer.global_step
         self.save(trainer)  # at no moment is there nothing to resume
 
@@ -211,7 +204,7 @@ class CheckpointKeeper(Checkpoint):
 
         A signal may come at any moment: `_agreed_signal`, which all processes act on, is set here alone.
         """
-        signum = self.stop_signal
+        signum = self._signal
         if trainer.world_size > 1:
             self._agreed_step = trainer.global_step
             votes = torch.tensor([int(due), signum], device=trainer.strategy.root_device)
@@ -250,39 +243,39 @@ class CheckpointKeeper(Checkpoint):
 
     def _is_best(self, trainer: Trainer, best: BestSettings) -> bool:
         """Read the scores of a validation, and return whether they are the best so far; if so, remember them."""
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if best.monitor not in scores:
-            found = ", ".join(sorted(scores)) or "none"
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if best.monitor not in logged:
+            found = ", ".join(sorted(logged)) or "none"
             raise TrainingFailed(f"training stopped: the module logs no {best.monitor} to choose the best by: {found}")
+        values = {k: v for k, v in logged.items() if k == best.monitor or not k.startswith("train/")}
         # those of the first process: a module may log what each process has found alone
-        self._score, loss = gather_all((scores[best.monitor], scores.get(best.loss)))[0]
-        score, before = self._score, self.best_score
+        values = gather_all(values | {"step": trainer.global_step})[0]
+        score, before = values[best.monitor], self.best_values.get(best.monitor)
+        self._score = score
         if score == before:
-            better = loss is not None and self._best_loss is not None and loss < self._best_loss
+            better = values.get(best.loss, inf) < self.best_values.get(best.loss, inf)
         else:
             better = not isnan(score) and (before is None or (score > before) == (best.mode == "max"))
         if better:
-            self.best_score, self._best_loss = score, loss
-            values = {name: value for name, value in scores.items() if not name.startswith("train/")}
-            self.best_values = values | {"step": trainer.global_step}
+            self.best_values = values
         return better
+
+    def handle_signals(self) -> None:
+        """Let SIGTERM and Ctrl-C end the training after the current step; a second Ctrl-C at once."""
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            self._signal = signum
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, note)
 
 
 @contextmanager
 def stop_on_signals(keeper: CheckpointKeeper) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the training after the current step, with Interrupted; a second Ctrl-C at once."""
+    """Let SIGTERM and Ctrl-C end the training with Interrupted, and put back the handlers that were there."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        keeper.stop_signal = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def install() -> None:
-        for signum in before:
-            signal.signal(signum, stop)
-
-    install()
-    keeper.on_start = install  # again: Lightning 2.6 puts its own before them, which end a validation with status 0
+    keeper.handle_signals()
     try:
         yield
     except SystemExit as stopped:

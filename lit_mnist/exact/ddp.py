@@ -14,7 +14,6 @@ from lightning_fabric.strategies.launchers import subprocess_script
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
@@ -60,13 +59,10 @@ class ExactDDP(DDPStrategy):
         weight = (stop - start) * self.world_size / size
         with paused(self.lightning_module, stop == start):
             output = super().training_step(*args, **kwargs)
-        if isinstance(output, Mapping):
-            return {**output, "loss": weighted(output["loss"], weight)}
-        return output if output is None else weighted(output, weight)
-
-
-def weighted(loss: Tensor, weight: float) -> Tensor:
-    return loss * weight if weight else loss.nan_to_num() * 0  # the mean of no samples is not a number
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is not None:
+            loss = loss * weight if weight else loss.nan_to_num() * 0  # the mean of no samples is not a number
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
 @contextmanager

@@ -52,13 +52,10 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> None:
     """Give a metric its state; where the number of processes has changed, the states of all are merged."""
-    fresh = metric_state(metric)
+    form = {key: getattr(value, "shape", None) for key, value in metric_state(metric).items()}
     for number, state in enumerate(states):
-        if state.keys() != fresh.keys():
+        if form != {key: getattr(value, "shape", None) for key, value in state.items()}:
             raise ValueError(f"{name} has other states than that metric")
-        for key, value in fresh.items():  # one of another shape would be broadcast
-            if isinstance(value, Tensor) and value.shape != state[key].shape:
-                raise ValueError(f"{name}/{key} has the shape {tuple(state[key].shape)}, not {tuple(value.shape)}")
         own = moved(state, metric.device)
         if number:
             metric.merge_state({key: own[key] for key in metric.metric_state})

@@ -72,8 +72,8 @@ class Results(Callback):
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         keeper, best = callback_of(trainer, CheckpointKeeper), None
-        if keeper and keeper.best and keeper.best_path:
-            best = {**keeper.best_values, keeper.best.monitor: keeper.best_score, "checkpoint": keeper.best_path.name}
+        if keeper and keeper.best_path:
+            best = {**keeper.best_values, "checkpoint": keeper.best_path.name}
         timer = self.progress.state_dict()
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
         fit = {

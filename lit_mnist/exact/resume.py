@@ -1,8 +1,6 @@
 """Exact resume: saves and restores the state that Lightning's checkpoints omit, before any file is modified."""
 
-import json
 import random
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +26,6 @@ from .runs import replaced
 # hooks of the module that come after a checkpoint is saved: a resume would leave them out
 TOO_LATE = {"on_train_batch_end": "training_step", "on_validation_end": "on_validation_epoch_end"}
 PLAIN = (int, float, str, bool, type(None))
-PROGRESS = {"last_epoch", "_last_lr", "base_lrs"}  # of a schedule: without them it would silently begin again
 
 
 class ExactResume(Callback):
@@ -74,18 +71,6 @@ class ExactResume(Callback):
         if trainer.is_global_zero:
             checkpoint["curves"] = logger_states(trainer.loggers)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        def form(loop: dict[str, Any]) -> str:
-            return re.sub(r"\b(\d+|true|false)\b", "0", json.dumps({**loop, "state_dict": {}}, sort_keys=True))
-
-        # where a counter or a callback's state is missing, Lightning 2.6 silently begins again
-        if form(trainer.fit_loop.state_dict()) != form(checkpoint["loops"]["fit_loop"]):
-            raise ValueError("loops/fit_loop does not have the form of a loop's progress")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            ours = type(callback).__module__.startswith(f"{__package__}.")
-            if ours and callback.state_dict() and not checkpoint["callbacks"].get(callback.state_key):
-                raise ValueError(f"callbacks/{callback.state_key} is missing")
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._configured = configured_hparams(trainer, pl_module)  # before they are restored
         if trainer.global_rank > 0:  # each process has its own dropout
@@ -130,8 +115,6 @@ class ExactResume(Callback):
     def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
         loaded, rank, device = self.run.loaded, trainer.global_rank, pl_module.device
-        if trainer.global_step != loaded["global_step"]:
-            raise ValueError(f"loops/fit_loop is at step {trainer.global_step}, not {loaded['global_step']}")
         loop: Any = trainer.fit_loop
         epoch, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
         if epoch.current.started == epoch.current.processed:  # the next epoch is whole, also after one that was cut
@@ -145,9 +128,8 @@ class ExactResume(Callback):
         restore_optimizers(trainer, loaded)
         changed = apply_settings(trainer, loaded["configured"], self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
-        if not (parts := loaded["processes"]):
-            raise ValueError("processes is empty")
         # on another number of processes the first has all that was counted
+        parts = loaded["processes"]
         own = [parts[rank]] if len(parts) == trainer.world_size else parts if rank == 0 else []
         for name, metric in find_metrics(pl_module).items():
             restore_metric(metric, list(filter(None, (part["metrics"][name] for part in own))), name)
@@ -263,24 +245,14 @@ def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
-    """Restore what `Optimizer.load_state_dict` of torch 2.15 rounds, and refuse what it and schedules let through."""
+    """Restore what `Optimizer.load_state_dict` of torch 2.15 rounds: NAdam's mu_product, to the parameter's type."""
     for optimizer, saved in zip(trainer.optimizers, loaded["optimizer_states"], strict=True):
-        parameters = [(part, group.get("fused")) for group in optimizer.param_groups for part in group["params"]]
+        parameters = [part for group in optimizer.param_groups for part in group["params"]]
         for number, state in saved["state"].items():
-            parameter, fused = parameters[number]
+            own = optimizer.state[parameters[number]]
             for name, value in state.items():
-                if not isinstance(value, Tensor):
-                    continue
-                # a fused step looks at no form: it would read and write beyond the state
-                whole = not fused or name == "step" or value.shape == parameter.shape
-                if not whole or (fused and value.untyped_storage().nbytes() < value.nbytes):
-                    raise ValueError(f"optimizer_states/state/{number}/{name} does not have the form of its parameter")
-                if parameter.ndim and not value.ndim:  # NAdam's mu_product, cast to the type of the parameter
-                    own = optimizer.state[parameter]
+                if isinstance(value, Tensor) and parameters[number].ndim and not value.ndim:
                     own[name] = value.to(own[name].device, copy=True)
-    for config, state in zip(trainer.lr_scheduler_configs, loaded["lr_schedulers"], strict=True):
-        if missing := PROGRESS & vars(config.scheduler).keys() - state.keys():
-            raise ValueError(f"lr_schedulers/{min(missing)} is missing")
 
 
 def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

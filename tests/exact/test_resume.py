@@ -6,20 +6,19 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, RUN, TINY, Capsys, Command, Killed, Patch, assert_same, at_call, fail, fails
+from helpers import REPOSITORY, RUN, TINY, Capsys, Command, Killed, Patch, assert_same, at_call, fail, fails, results
 from helpers import last_checkpoint as load
 from helpers import scalars as curve
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lit_mnist.data import datamodule
-from lit_mnist.exact.runs import only_process, read_results
+from lit_mnist.exact.runs import only_process
 from lit_mnist.module import LitMNIST
 
 # 7 batches of 50 an epoch, dropout, averaged weights, augmentation: whatever has a state
@@ -102,10 +101,6 @@ def state(run: Path) -> dict[str, Any]:
     names = sorted(path.name for path in run.glob("checkpoints/*"))
     kept = {key: loaded.get(key) for key in KEPT} | {"keeper": loaded["callbacks"]["CheckpointKeeper"]}
     return kept | {"curve": curve(run), "names": names, "best": best}
-
-
-def results() -> Any:
-    return read_results(RUN)["fit"]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -213,10 +208,10 @@ def test_killed_again_and_again(lab: Lab) -> None:
     uninterrupted = lab.finished()
     for flags, step in ((SETTINGS, 10), (RESUME, 1), (RESUME, 1), (RESUME, 3)):
         lab.kill(flags, step)
-        assert results()["state"] == "failed"
+        assert results()["fit"]["state"] == "failed"
     lab.resume_and_compare(uninterrupted)
-    assert results()["state"] == "finished"
-    assert results()["train_seconds"] < 60  # the timer of a run that is resumed within an epoch
+    assert results()["fit"]["state"] == "finished"
+    assert results()["fit"]["train_seconds"] < 60  # the timer of a run that is resumed within an epoch
 
 
 def test_killed_while_a_checkpoint_is_written(lab: Lab) -> None:
@@ -236,8 +231,7 @@ def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: Capsys) -> Non
     assert "A new run: " in capsys.readouterr().out
     assert contents(RUN) == before
     assert_same(state(new), state(lab.finished()))
-    parent = read_results(new)["fit"]["parent"]
-    assert parent == f"version_0/{best.name}"
+    assert results(new)["fit"]["parent"] == f"version_0/{best.name}"
     assert lab.fit("--ckpt_path", str(last()), "--trainer.max_epochs", "3") == 0
     assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0", "version_1"]
 
@@ -247,7 +241,7 @@ def test_a_copy_of_a_finished_run_makes_none(lab: Lab) -> None:
     assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "2") == 2
     assert not list(Path().glob("lightning_logs/*"))
     assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "3") == 0
-    assert results()["epochs"] == 3
+    assert results()["fit"]["epochs"] == 3
 
 
 def test_a_moved_folder_of_runs(lab: Lab) -> None:
@@ -258,7 +252,7 @@ def test_a_moved_folder_of_runs(lab: Lab) -> None:
     ended, before = state(moved), load()["callbacks"]["CheckpointKeeper"]["best"]
     assert [step for step, _ in ended["curve"]["val/loss"]] == [6, 13, 20]
     assert ended["keeper"]["best"]["name"] in ended["names"]
-    assert ended["keeper"]["best"]["score"] >= before["score"]
+    assert ended["keeper"]["best"]["values"]["val/loss"] >= before["values"]["val/loss"]
 
 
 class Counter(Callback):
@@ -285,7 +279,7 @@ def test_a_users_callbacks_and_checkpoints_stay(lab: Lab) -> None:
     assert lab.fit(*LONGER) == 0
     names = {path.name for path in RUN.glob("checkpoints/*")}
     assert {f"last-epoch={(step - 1) // 7}-step={step}.ckpt" for step in (3, 6, 9, 12, 15, 18, 21)} <= names
-    assert len([name for name in names if re.match(r"best-epoch=\d\d-acc", name)]) == 1
+    assert len([name for name in names if re.match(r"best-epoch=\d\d-loss", name)]) == 1
     assert last().name in names
     assert load()["callbacks"]["Counter"]["epochs"] == [7, 14, 21]
 
@@ -297,7 +291,7 @@ def test_a_signal_stops_after_a_step(lab: Lab, signum: int, hook: str, call: int
     lab.capsys.readouterr()
     assert lab.signal(signum, hook, call, *RARELY) == 128 + signum
     error = lab.capsys.readouterr().err
-    assert results()["state"] == "interrupted"
+    assert results()["fit"]["state"] == "interrupted"
     resume = re.search(r"--ckpt_path (\S+)", error)
     assert resume
     assert f"step={step:06d}" in resume[1]
@@ -310,7 +304,7 @@ def test_a_signal_stops_after_a_step(lab: Lab, signum: int, hook: str, call: int
 def test_a_signal_where_no_checkpoint_can_be_written_yet(lab: Lab, extra: str, call: int) -> None:
     assert lab.signal(signal.SIGTERM, "training_step", call, extra) == 143
     assert lab.fit(*RESUME) == 0
-    assert results()["epochs"] == 2
+    assert results()["fit"]["epochs"] == 2
 
 
 def test_a_second_interrupt_stops_at_once(lab: Lab, monkeypatch: Patch) -> None:
@@ -359,7 +353,7 @@ def test_the_batch_size_within_an_epoch(lab: Lab) -> None:
     assert lab.fit(*LONGER, "--data.batch_size", "25") == 0
 
 
-@pytest.mark.parametrize("ema_decay", ["0", "0.9"])
+@pytest.mark.parametrize("ema_decay", ["0", "0.5"])
 def test_steps_after_an_ended_epoch(lab: Lab, ema_decay: str) -> None:
     constant = [*SETTINGS, "--model.schedule", "constant", "--model.warmup", "0", "--model.ema_decay", ema_decay]
     uninterrupted = lab.finished(*constant, "--trainer.max_steps", "10")
@@ -405,47 +399,32 @@ def test_one_process_a_run(lab: Lab) -> None:
 
 def test_what_could_not_be_read_again(lab: Lab, monkeypatch: Patch, capsys: Capsys) -> None:
     monkeypatch.setattr(LitMNIST, "on_save_checkpoint", lambda _, c: c.update(mine={"where": Path("here")}))
-    assert "in mine/where" in fails(capsys, *SETTINGS, run=lab.fit)
+    assert ".PosixPath" in fails(capsys, *SETTINGS, run=lab.fit)
 
 
-def at(*keys: Any) -> Callable[[Any], Any]:
-    return lambda checkpoint: reduce(getitem, keys, checkpoint)
+def loss_of(checkpoint: Any) -> Any:
+    return checkpoint["processes"][0]["metrics"]["train_metrics.loss"]
 
 
-LOOPS, KEEPER = at("loops", "fit_loop"), at("callbacks", "CheckpointKeeper")
-MOMENTUM, GROUPS = at("optimizer_states", 0, "state", 0), at("optimizer_states", 0, "param_groups")
-LOSS, RANDOM = at("processes", 0, "metrics", "train_metrics.loss"), at("processes", 0, "random")
-BYTES = torch.zeros(5056, dtype=torch.uint8)
-
-
-def fuse(checkpoint: Any, buffer: torch.Tensor) -> None:
-    GROUPS(checkpoint)[0]["fused"] = True
-    MOMENTUM(checkpoint)["momentum_buffer"] = buffer
+def groups(checkpoint: Any) -> Any:
+    return checkpoint["optimizer_states"][0]["param_groups"]
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     # what Lightning and torch would restore silently, and wrongly
-    "progress": (lambda c: LOOPS(c)["epoch_progress"].pop("total"), "loops/fit_loop"),
-    "negative": (lambda c: LOOPS(c)["epoch_progress"]["total"].update(ready=-1), "loops/fit_loop"),
-    "step": (lambda c: c.update(global_step=5), "loops/fit_loop is at step 14, not 5"),
-    "callback": (lambda c: c["callbacks"].pop("Results"), "callbacks/Results"),
-    "keeper": (lambda c: KEEPER(c).clear(), "callbacks/CheckpointKeeper"),
     "average": (lambda c: c.pop("averaging_state"), "averaging_state"),
     "optimizers": (lambda c: c["optimizer_states"].clear(), "ValueError"),
     "parameters": (lambda c: c["configured"]["parameters"][0].reverse(), "in another order"),
-    "fused": (lambda c: fuse(c, torch.zeros(1)), "0/momentum_buffer"),
-    "expanded": (lambda c: fuse(c, torch.zeros(1).expand_as(MOMENTUM(c)["momentum_buffer"])), "0/momentum_buffer"),
-    "schedule": (lambda c: c["lr_schedulers"][0].pop("last_epoch"), "lr_schedulers/last_epoch"),
-    "metric": (lambda c: LOSS(c).pop("weight"), "train_metrics.loss"),
-    "metric shape": (lambda c: LOSS(c).update(weight=torch.zeros(3)), "train_metrics.loss/weight"),
-    "processes": (lambda c: c["processes"].clear(), "processes"),
+    "metric": (lambda c: loss_of(c).pop("weight"), "train_metrics.loss"),
+    "metric shape": (lambda c: loss_of(c).update(weight=torch.zeros(3)), "train_metrics.loss"),
     "weights alone": (lambda c: (c.pop("loops"), c.pop("optimizer_states")), "weights alone"),
     # what fails by itself, each at another moment
-    "version": (lambda c: c.update({"pytorch-lightning_version": "x"}), "InvalidVersion"),
-    "group": (lambda c: GROUPS(c).pop(), "ValueError"),
-    "random": (lambda c: RANDOM(c).update(torch=BYTES), "RuntimeError"),
-    "latest": (lambda c: c["latest"].update(x="y"), "AttributeError"),
-    "best": (lambda c: KEEPER(c).update(best=[]), "TypeError"),
+    "group": (lambda c: groups(c).pop(), "ValueError"),
+    "random": (
+        lambda c: c["processes"][0]["random"].update(torch=torch.zeros(5056, dtype=torch.uint8)),
+        "RuntimeError",
+    ),
+    "best": (lambda c: c["callbacks"]["CheckpointKeeper"].update(best=[]), "TypeError"),
 }
 
 
@@ -488,7 +467,7 @@ def test_the_format_before_is_scored_and_not_resumed(lab: Lab, capsys: Capsys) -
 
 def test_a_newer_torch_may_resume(lab: Lab) -> None:
     lab.copy()
-    lab.change(lambda c: (GROUPS(c)[0].pop("foreach"), c["lr_schedulers"][0].update(kept_by_an_older_torch=1)))
+    lab.change(lambda c: (groups(c)[0].pop("foreach"), c["lr_schedulers"][0].update(kept_by_an_older_torch=1)))
     assert lab.fit(*LONGER) == 0
 
 
