@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,9 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def gpu(monkeypatch: Patch) -> ModuleType:
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    import gpu
-
-    return gpu
+    return import_module("gpu")
 
 
 def test_all_measures_of_a_gpu(gpu: Any, tiny_root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capsys) -> None:

@@ -77,16 +77,11 @@ def test_training_metrics_are_those_of_every_step_without_smoothing(monkeypatch:
     monkeypatch.setattr(module.train_metrics, "update", record)
     trainer(max_epochs=1).fit(module, some_batches(count=50, batch_size=10))
     logits, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    metrics = module.trainer.callback_metrics
+    metrics, images = module.trainer.callback_metrics, some_batches().images
+    smoothed = F.cross_entropy(module(images), some_batches().targets, label_smoothing=0.1)
+    assert_close(module.training_step((images, some_batches().targets), 0), smoothed)
     assert_close(metrics["train/loss"], F.cross_entropy(logits.detach(), targets))
     assert_close(metrics["train/accuracy"], (logits.argmax(1) == targets).float().mean())
-
-
-def test_label_smoothing_is_torchs() -> None:
-    images, targets = next(iter(some_batches()))
-    module = small(label_smoothing=0.2)
-    expected = F.cross_entropy(module(images), targets, label_smoothing=0.2)
-    assert_close(module.training_step((images, targets), 0), expected)
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,12 @@ def images(count: int = 3) -> Tensor:
     return torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
 
 
-def test_the_seeds_design_has_the_documented_parameters() -> None:
+def test_designs() -> None:
     network = DigitNet("16 16 16 pool 16 16 16 pool 24", dropout=0.05)
     convolutions, batch_norms = 16 * 9 + 5 * 16 * 16 * 9 + 16 * 24 * 9, 6 * 2 * 16 + 2 * 24
     assert parameters(network) == convolutions + batch_norms + 24 * 10 + 10 == 15_610
     block = ["Conv2d", "BatchNorm2d", "ReLU", "Dropout"]
     assert names(network) == [*block * 3, "MaxPool2d", *block * 3, "MaxPool2d", *block]
-
-
-def test_other_designs() -> None:
     pooled = ["Conv2d", "MaxPool2d", "BatchNorm2d", "SiLU"]
     assert names(DigitNet("8x5/2 pool 16", activation="silu")) == [*pooled, "MaxPool2d", *pooled[:1], *pooled[2:]]
     assert parameters(DigitNet("8x5")) == 25 * 8 + 16 + 90
@@ -37,23 +34,13 @@ def test_other_designs() -> None:
     assert parameters(DigitNet("8 16x5d")) - parameters(DigitNet("8")) == 8 * 25 + 8 * 16 + 32 + (160 - 80)
 
 
-def test_a_layer_that_adds_its_input() -> None:
-    network = DigitNet("4/2 4x5d+").eval()
-    (residual,) = (layer for layer in network.features if isinstance(layer, Residual))
-    features = torch.randn(2, 4, 14, 14)
-    assert_close(residual(features), features + nn.Sequential(*residual.children())(features))
-    assert parameters(network) == parameters(DigitNet("4/2 4x5d"))
-
-
-def test_a_layer_that_is_used_again() -> None:
-    network = DigitNet("4/2 4d+ again").eval()
+def test_layers_that_add_their_input_and_are_used_again() -> None:
+    network, features = DigitNet("4/2 4x5d+ again").eval(), torch.randn(2, 4, 14, 14)
     first, second = (layer for layer in network.features if isinstance(layer, Residual))
+    assert_close(first(features), features + nn.Sequential(*first.children())(features))
     assert [first[0], first[1]] == [second[0], second[1]]  # the same weights, and another norm
     assert first[2] is not second[2]
-    assert parameters(network) == parameters(DigitNet("4/2 4d+")) + 2 * 4
-    nn.init.constant_(second[2].get_parameter("weight"), 2)
-    features = torch.randn(2, 4, 14, 14)
-    assert not torch.equal(first(features), second(features))
+    assert parameters(network) == parameters(DigitNet("4/2 4x5d")) + 2 * 4
     assert names(DigitNet("4 4 again pool"))[-4:] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
 
 
@@ -110,8 +97,5 @@ def test_bad_layers(network: str, layers: str) -> None:
 def test_all_networks_are_made_alike(name: str) -> None:
     network = NETWORKS[name]("8 4", 0.1, "silu", 3)
     assert network(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 3)
-    for dropout in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"model\.dropout .* {dropout}"):
-            NETWORKS[name]("8 4", dropout, "relu", 3)
-    with pytest.raises(ValueError, match=r"model\.activation .* tanh"):
-        NETWORKS[name]("8 4", 0.0, "tanh", 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model\.dropout .* 1\.0"):
+        NETWORKS[name]("8 4", 1.0, "relu", 3)

@@ -6,9 +6,10 @@ import torch
 from helpers import TINY, Command
 
 from lit_mnist.data.batches import TensorBatches
-from lit_mnist.data.datamodule import Batch, MNISTDataModule, stratified_split
+from lit_mnist.data.datamodule import MNISTDataModule, stratified_split
 from lit_mnist.exact.console import UserError
 from lit_mnist.module import LitMNIST
+from lit_mnist.network import Batch
 
 
 def ready(root: Path, stage: str, **settings: int) -> MNISTDataModule:

@@ -25,9 +25,8 @@ from lit_mnist.module import LitMNIST
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false"]
 SMALL = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", "--checkpoint.every_n_steps", "1"]
 SETTINGS = [*QUIET, *TINY, *SMALL, "--model.dropout", "0.1", "--model.ema_decay", "0.5", "--model.activation", "relu"]
-SETTINGS += ["--model.schedule", "cosine", "--board.every_n_epochs", "0", "--best.monitor", "val/loss"]
-SETTINGS += ["--best.mode", "max"]  # the first epoch is best
-RARELY = ["--checkpoint.every_n_steps", "0", "--checkpoint.every_seconds", "1000"]
+SETTINGS += ["--model.schedule", "cosine", "--board.every_n_epochs", "0"]
+SETTINGS += ["--best.monitor", "val/loss", "--best.mode", "max"]  # the first epoch is best
 RESUME = ["--ckpt_path", "last"]
 LONGER = [*RESUME, "--trainer.max_epochs", "3"]
 RECIPES = sorted({path.stem for path in REPOSITORY.glob("configs/*.yaml")} - {"ddp"})
@@ -236,15 +235,13 @@ def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: Capsys) -> Non
     assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0", "version_1"]
 
 
-def test_a_copy_of_a_finished_run_makes_none(lab: Lab) -> None:
+def test_a_copied_checkpoint_and_a_moved_folder_of_runs(lab: Lab) -> None:
     shutil.copy(last(lab.finished()), "copy.ckpt")
-    assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "2") == 2
+    assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "2") == 2  # it has finished
     assert not list(Path().glob("lightning_logs/*"))
     assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "3") == 0
     assert results()["fit"]["epochs"] == 3
-
-
-def test_a_moved_folder_of_runs(lab: Lab) -> None:
+    shutil.rmtree(RUN)
     other, moved = lab.copy(), Path("old/version_0")
     shutil.copytree(RUN, moved)
     assert lab.fit("--ckpt_path", str(last(moved)), "--trainer.max_epochs", "3") == 0
@@ -289,7 +286,8 @@ def test_a_users_callbacks_and_checkpoints_stay(lab: Lab) -> None:
 def test_a_signal_stops_after_a_step(lab: Lab, signum: int, hook: str, call: int, step: int) -> None:
     uninterrupted = lab.finished()
     lab.capsys.readouterr()
-    assert lab.signal(signum, hook, call, *RARELY) == 128 + signum
+    rarely = ["--checkpoint.every_n_steps", "0", "--checkpoint.every_seconds", "1000"]
+    assert lab.signal(signum, hook, call, *rarely) == 128 + signum
     error = lab.capsys.readouterr().err
     assert results()["fit"]["state"] == "interrupted"
     resume = re.search(r"--ckpt_path (\S+)", error)
@@ -337,6 +335,9 @@ def test_a_full_disk(lab: Lab) -> None:
 def test_what_the_user_sets_wins_and_is_printed(lab: Lab, capsys: Capsys) -> None:
     lab.copy()
     lab.change(lambda c: c["conditions"]["hardware"].update(threads=99, processor="abacus"))
+    # another version of torch may have other settings
+    lab.change(lambda c: c["optimizer_states"][0]["param_groups"][0].pop("foreach"))
+    lab.change(lambda c: c["lr_schedulers"][0].update(kept_by_an_older_torch=1))
     assert lab.fit(*LONGER, "--model.schedule", "constant", "--model.lr", "0.01") == 0
     out = capsys.readouterr().out
     for line in ("trainer.max_epochs: 2 -> 3", "model.lr: 0.05 -> 0.01", "threads: 99 -> ", "processor: abacus -> "):
@@ -346,8 +347,10 @@ def test_what_the_user_sets_wins_and_is_printed(lab: Lab, capsys: Capsys) -> Non
     assert [group["lr"] for group in load()["optimizer_states"][0]["param_groups"]] == [0.01, 0.01]
 
 
-def test_the_batch_size_within_an_epoch(lab: Lab) -> None:
+def test_what_an_unfinished_epoch_does_not_take(lab: Lab) -> None:
     lab.kill(SETTINGS, 4)
+    with only_process(RUN):
+        assert f"{RUN}: another process" in lab.refused(*RESUME)
     assert "data.batch_size was 50" in lab.refused(*RESUME, "--data.batch_size", "25")
     assert lab.fit(*RESUME) == 0
     assert lab.fit(*LONGER, "--data.batch_size", "25") == 0
@@ -388,12 +391,6 @@ def test_a_schedule_that_has_ended(lab: Lab, monkeypatch: Patch) -> None:
     assert curve(RUN)["train/learning_rate"][-1][1] == pytest.approx(0.0125)
 
 
-def test_one_process_a_run(lab: Lab) -> None:
-    lab.copy()
-    with only_process(RUN):
-        assert str(RUN) in lab.refused(*LONGER)
-
-
 # What a checkpoint may hold
 
 
@@ -402,24 +399,14 @@ def test_what_could_not_be_read_again(lab: Lab, monkeypatch: Patch, capsys: Caps
     assert ".PosixPath" in fails(capsys, *SETTINGS, run=lab.fit)
 
 
-def loss_of(checkpoint: Any) -> Any:
-    return checkpoint["processes"][0]["metrics"]["train_metrics.loss"]
-
-
-def groups(checkpoint: Any) -> Any:
-    return checkpoint["optimizer_states"][0]["param_groups"]
-
-
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     # what Lightning and torch would restore silently, and wrongly
     "average": (lambda c: c.pop("averaging_state"), "averaging_state"),
     "optimizers": (lambda c: c["optimizer_states"].clear(), "ValueError"),
     "parameters": (lambda c: c["configured"]["parameters"][0].reverse(), "in another order"),
-    "metric": (lambda c: loss_of(c).pop("weight"), "train_metrics.loss"),
-    "metric shape": (lambda c: loss_of(c).update(weight=torch.zeros(3)), "train_metrics.loss"),
+    "metric": (lambda c: c["processes"][0]["metrics"]["train_metrics.loss"].pop("weight"), "train_metrics.loss"),
     "weights alone": (lambda c: (c.pop("loops"), c.pop("optimizer_states")), "weights alone"),
     # what fails by itself, each at another moment
-    "group": (lambda c: groups(c).pop(), "ValueError"),
     "random": (
         lambda c: c["processes"][0]["random"].update(torch=torch.zeros(5056, dtype=torch.uint8)),
         "RuntimeError",
@@ -436,13 +423,11 @@ def test_what_cannot_be_restored(lab: Lab, name: str) -> None:
     assert reason in lab.refused(*LONGER)
 
 
-@pytest.mark.parametrize(
-    ("hook", "error"), [("configure_optimizers", KeyError("x")), ("training_step", ValueError("x"))]
-)
-def test_a_bug_keeps_its_traceback(lab: Lab, monkeypatch: Patch, hook: str, error: Exception) -> None:
+@pytest.mark.parametrize("hook", ["configure_optimizers", "training_step"])
+def test_a_bug_keeps_its_traceback(lab: Lab, monkeypatch: Patch, hook: str) -> None:
     lab.copy()
-    monkeypatch.setattr(LitMNIST, hook, partial(fail, error))
-    with pytest.raises(type(error), match="x"):
+    monkeypatch.setattr(LitMNIST, hook, partial(fail, ValueError("x")))
+    with pytest.raises(ValueError, match=r"^x$"):
         lab.fit(*LONGER)
 
 
@@ -465,12 +450,6 @@ def test_the_format_before_is_scored_and_not_resumed(lab: Lab, capsys: Capsys) -
     assert re.search(r"--ckpt_path .+\.ckpt: .+ format 1", capsys.readouterr().err)
 
 
-def test_a_newer_torch_may_resume(lab: Lab) -> None:
-    lab.copy()
-    lab.change(lambda c: (groups(c)[0].pop("foreach"), c["lr_schedulers"][0].update(kept_by_an_older_torch=1)))
-    assert lab.fit(*LONGER) == 0
-
-
 def test_hostile_files_of_a_run_are_not_run(lab: Lab, tmp_path: Path, monkeypatch: Patch) -> None:
     lab.copy()
     Path("evil.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Logger: pass\n")
@@ -479,8 +458,6 @@ def test_hostile_files_of_a_run_are_not_run(lab: Lab, tmp_path: Path, monkeypatc
     assert not {"root", "download"} & load()["datamodule_hyper_parameters"].keys()  # where data lies is the machine's
     lab.change(lambda c: c["datamodule_hyper_parameters"].update(named, download=False))
     lab.change(lambda c: c["hyper_parameters"].update(named, lr={"class_path": "evil.L"}))
-    evil = {"trainer.logger": "evil.Logger", "trainer.default_root_dir": str(tmp_path / "theirs")}
-    lab.change(lambda c: c.update({"trainer": evil, "settings": evil}))
     assert lab.fit(*LONGER) == lab.run("test", *RESUME) == lab.run("validate", *RESUME) == 0
     # a run's own config.yaml may name classes, as any that is given with --config, and nothing beyond that
     (RUN / "config.yaml").write_text("trainer:\n  callbacks: !!python/object/apply:evil.f []\n")
