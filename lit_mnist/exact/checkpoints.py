@@ -250,14 +250,12 @@ class CheckpointKeeper(Checkpoint):
         values = {k: v for k, v in logged.items() if k == best.monitor or not k.startswith("train/")}
         # those of the first process: a module may log what each process has found alone
         values = gather_all(values | {"step": trainer.global_step})[0]
-        score, before = values[best.monitor], self.best_values.get(best.monitor)
-        self._score = score
-        if score == before:
+        self._score, before = values[best.monitor], self.best_values.get(best.monitor)
+        if self._score == before:
             better = values.get(best.loss, inf) < self.best_values.get(best.loss, inf)
         else:
-            better = not isnan(score) and (before is None or (score > before) == (best.mode == "max"))
-        if better:
-            self.best_values = values
+            better = not isnan(self._score) and (before is None or (self._score > before) == (best.mode == "max"))
+        self.best_values = values if better else self.best_values
         return better
 
     def handle_signals(self) -> None:
