@@ -1,9 +1,11 @@
 """runs: a table of all runs, with the settings in which they differ."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pandas import DataFrame
 
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.exact.console import UserError, shortened
@@ -26,9 +28,6 @@ def runs(args: Sequence[str]) -> None:
     found = [read_run(folder) for folder in reversed(versions(options.root_dir / "lightning_logs"))]
     if not found:
         raise UserError(f"--root_dir {shortened(str(options.root_dir))}: there are no runs in a folder lightning_logs")
-
-    from pandas import DataFrame  # here, for --help does without it
-
     table = DataFrame(found, dtype=object)
     settings = [name for name in table if "." in name or name == "seed_everything"]
     differing = [name for name in settings if table[name].dropna().astype(str).nunique() > 1]
@@ -65,14 +64,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         state = "interrupted"  # the process was killed and could not write it
     best, metrics = section(fit, "best"), section(fit, "metrics")
     last = {name: metrics[name] for name in metrics if not (best and name.startswith("val/"))}  # which are the best's
-    values = {**read_settings(fit), **last, **test, **best}
+    values = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
+    values["seed_everything"] = values.pop("data.seed", None)
+    values |= {**section(fit, "settings"), **last, **test, **best}
     values |= {"run": folder.name, "state": state, "seconds": fit.get("train_seconds")}
     values |= {name: fit.get(name) for name in ("recipe", "parameters", "epochs")}
     values |= {f"{part}_accuracy": values.get(f"{part}/accuracy") for part in ("val", "test")}
     return {name: value if isinstance(value, (str, int, float)) else None for name, value in values.items()}
-
-
-def read_settings(fit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run by dotted name, from the part `fit` of its results.json."""
-    settings = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
-    return {"seed_everything": settings.pop("data.seed", None), **settings, **section(fit, "settings")}

@@ -1,3 +1,4 @@
+import re
 import shlex
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def test_an_epoch_shows_only_what_it_computed(command: Command, capsys: Capsys) 
     assert "Epoch 3: train loss" in (out := capsys.readouterr().out)
     assert results()["fit"]["metrics"]["val/loss"] == pytest.approx(scalars(RUN)["val/loss"][-1][1], rel=1e-6)
     assert f"val loss {results()['fit']['metrics']['val/loss']:.4f}" in out
+
+
+def test_the_best_is_named_beside_its_value(command: Command, capsys: Capsys) -> None:
+    assert command("fit", *TINY, "--trainer.max_epochs", "4", "--trainer.val_check_interval", "3") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"Epoch \d:", line)]
+    curves = scalars(RUN)
+    scores = [(a, -b) for (_, a), (_, b) in zip(curves["val/accuracy"], curves["val/loss"], strict=True)]
+    latest = [2 * epoch + 1 for epoch in range(4)]  # of the two validations of each epoch
+    shown = ["(best)" in line for line in lines]
+    assert shown == [scores[n] == max(scores[: n + 1]) for n in latest]
+    assert shown[:2] == [False, True]
 
 
 def test_printed_commands_can_be_copied(command: Command, capsys: Capsys) -> None:
