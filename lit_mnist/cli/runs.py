@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pandas import DataFrame
-
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.exact.console import UserError, shortened
 from lit_mnist.exact.runs import being_trained, read_results, section, test_score, versions
@@ -28,6 +26,9 @@ def runs(args: Sequence[str]) -> None:
     found = [read_run(folder) for folder in reversed(versions(options.root_dir / "lightning_logs"))]
     if not found:
         raise UserError(f"--root_dir {shortened(str(options.root_dir))}: there are no runs in a folder lightning_logs")
+
+    from pandas import DataFrame  # here, for --help does without it
+
     table = DataFrame(found, dtype=object)
     settings = [name for name in table if "." in name or name == "seed_everything"]
     differing = [name for name in settings if table[name].dropna().astype(str).nunique() > 1]
