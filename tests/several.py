@@ -2,12 +2,13 @@
 
 import os
 import signal
-import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers import LONGEST, Outcome, in_processes, kill_before
+from helpers import LONGEST, Outcome, fail, in_processes, kill_before
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datamodule, datasets
@@ -21,16 +22,9 @@ class Death(NamedTuple):
     signum: int = signal.SIGKILL
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def environments(processes: int, own: Sequence[dict[str, str]] | None = None) -> list[dict[str, str]]:
     """Return what each process finds in its environment: that it is one of several, unless its own says else."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "OMP_NUM_THREADS": "1"}
     return [common | each for each in own or [{"LOCAL_RANK": str(n), "NODE_RANK": "0"} for n in range(processes)]]
 
 
@@ -50,16 +44,12 @@ def run(
     return in_processes(folder, _command, *calls, longest=longest)
 
 
-def _forbidden(*_: Any) -> None:
-    raise AssertionError("only the first process prepares the data")
-
-
 def _command(rank: int, flags: list[str], files: Any, variables: dict[str, str], death: Death | None) -> int:
     os.environ.update(variables)
     datasets.FILES = files
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
     if rank and any(name in variables for name in ("LOCAL_RANK", "SLURM_LOCALID")):
-        datasets.prepare = _forbidden  # type: ignore[assignment]  # the first alone fetches data
+        datasets.prepare = partial(fail, AssertionError("only the first process prepares the data"))
     if death:
         from lit_mnist.module import LitMNIST
 

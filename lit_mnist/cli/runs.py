@@ -1,7 +1,7 @@
 """runs: a table of all runs, with the settings in which they differ."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         state = "interrupted"  # the process was killed and could not write it
     best, metrics = section(fit, "best"), section(fit, "metrics")
     last = {name: metrics[name] for name in metrics if not (best and name.startswith("val/"))}  # which are the best's
-    values = {**read_settings(fit), **last, **test, **best}
+    values = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
+    values["seed_everything"] = values.pop("data.seed", None)
+    values |= {**section(fit, "settings"), **last, **test, **best}
     values |= {"run": folder.name, "state": state, "seconds": fit.get("train_seconds")}
     values |= {name: fit.get(name) for name in ("recipe", "parameters", "epochs")}
     values |= {f"{part}_accuracy": values.get(f"{part}/accuracy") for part in ("val", "test")}
     return {name: value if isinstance(value, (str, int, float)) else None for name, value in values.items()}
-
-
-def read_settings(fit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run by dotted name, from the part `fit` of its results.json."""
-    settings = {f"{part}.{name}": value for part in ("model", "data") for name, value in section(fit, part).items()}
-    return {"seed_everything": settings.pop("data.seed", None), **settings, **section(fit, "settings")}

@@ -25,7 +25,7 @@ def make_callbacks(
     *,
     own: Sequence[Callback] = (),
     board: Sequence[Callback] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] = {},
     config: str = "",
     recipe: str = "",
     command: str = "",

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -30,10 +29,8 @@ class Progress(Callback):
         self._started = self._window_started = self._lr = 0.0
         self._window_samples = 0
         self._loss: Tensor | None = None
-        self._keeper: CheckpointKeeper | None = None
-        self._best: Path | None = None
         self._ended = False  # an epoch, whose line is not printed yet
-        self._validated = False  # in this epoch
+        self._validated = 0  # the step of this epoch's latest validation
         self.metrics: dict[str, float] = {}  # that the latest epoch computed
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,16 +45,14 @@ class Progress(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("train_seconds", "validation_seconds", "samples_seen"):
             setattr(self, name, state_dict[name])
-        self._validated, self.metrics = state_dict.get("validated", True), state_dict.get("metrics", {})
+        self._validated, self.metrics = state_dict.get("validated", 1), state_dict.get("metrics", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._keeper = callback_of(trainer, CheckpointKeeper)
-        self._best = self._keeper.best_path if self._keeper else None
         self._start_timer()  # a run that is resumed within an epoch starts none
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_epoch(trainer)
-        self.epoch_seconds, self._validated = 0.0, False
+        self.epoch_seconds, self._validated = 0.0, 0
         self._start_timer()
 
     def _start_timer(self) -> None:
@@ -105,17 +100,15 @@ class Progress(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._check_finite(trainer)
             self.train_seconds += self._stop_timer(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             self._print_evaluation(trainer, "Validation set")
         elif not trainer.sanity_checking:
-            self._validated = True
+            self._validated = trainer.global_step
             if not trainer.is_last_batch:
-                metrics = epoch_metrics(trainer)
-                values = {name: metrics[name] for name in metrics if not name.startswith("train/")}
+                values = {k: v for k, v in epoch_metrics(trainer).items() if not k.startswith("train/")}
                 say(trainer, f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(words(values))}")
             self.validation_seconds += self._stop_timer(pl_module)
             check_losses(trainer)
@@ -141,12 +134,13 @@ class Progress(Callback):
     def _print_epoch(self, trainer: Trainer) -> None:
         if self._ended:
             # without a validation Lightning 2.6 still has the values of the one before
-            found, best = epoch_metrics(trainer), self._keeper.best_path if self._keeper else None
+            found, keeper = epoch_metrics(trainer), callback_of(trainer, CheckpointKeeper)
             self.metrics = {k: found[k] for k in found if self._validated or k.startswith("train/")}
             values = {k: v for k, v in self.metrics.items() if not k.startswith("train/") or k == "train/loss"}
-            seconds = f"{self.epoch_seconds:.1f} s{' (best)' if best != self._best else ''}"
-            say(trainer, f"Epoch {trainer.current_epoch - 1}: {', '.join(words(values))}, {seconds}")
-            self._ended, self._best = False, best
+            best = " (best)" if keeper and keeper.best_values.get("step") == self._validated else ""
+            line = ", ".join([*words(values), f"{self.epoch_seconds:.1f} s{best}"])
+            say(trainer, f"Epoch {trainer.current_epoch - 1}: {line}")
+            self._ended = False
 
     def _check_finite(self, trainer: Trainer) -> float:
         """Return the latest step's loss over all processes, which thus find out together that it is not finite."""

@@ -13,7 +13,7 @@ from .conditions import conditions
 from .console import Interrupted
 from .ddp import lost
 from .progress import Progress, epoch_metrics, say
-from .runs import evaluations, is_test_score, read_results, replaced, section
+from .runs import evaluations, read_results, replaced, section, test_score
 
 KEY = ("checkpoint", "step", "test_set", "samples")  # of an evaluation
 
@@ -22,16 +22,11 @@ class Results(Callback):
     """Keeps results.json: of a fit from its start and of a test at its end; for the arguments see `make_callbacks`."""
 
     def __init__(
-        self,
-        run: Run,
-        progress: Progress,
-        recipe: str = "",
-        command: str = "",
-        settings: Mapping[str, Any] | None = None,
+        self, run: Run, progress: Progress, recipe: str = "", command: str = "", settings: Mapping[str, Any] = {}
     ) -> None:
         self.run = run
         self.progress = progress
-        self.settings = dict(settings or {})
+        self.settings = settings
         # the checkpoint of another run that this one begins with
         parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.made else None
         self._kept: dict[str, Any] = {"recipe": recipe, "parent": parent, "commands": [command]}
@@ -67,7 +62,8 @@ class Results(Callback):
         of = scored and scored.name, self.run.loaded.get("global_step") if scored else None, data, self.progress.samples
         test = {**dict(zip(KEY, of, strict=True)), "whole": trainer.num_test_batches == sizes, **epoch_metrics(trainer)}
         self._write(trainer, pl_module, "test", test)
-        if self.run.folder and not is_test_score(section(read_results(self.run.folder), "fit"), test):
+        score = test_score(read_results(self.run.folder)) if self.run.folder else test
+        if any(score.get(key) != test[key] for key in (*KEY, "whole")):
             say(trainer, f"Not counted as the run's test score: {of[0]}, {of[3]} samples of {data}")
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 
 from .console import UserError, shortened
 
-VERSION = re.compile(r"version_(\d+)")
 # of the checkpoints that a run keeps; a user's own may lie beside them
 OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-epoch=\d{2,}-step=\d{6,}(-.+)?\.ckpt"}
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
@@ -28,7 +27,7 @@ def expanded(path: str | Path, setting: str) -> Path:
 
 def number_of(run: Path) -> int:
     """Return N of a folder `version_N`, -1 for any other name."""
-    found = VERSION.fullmatch(run.name)
+    found = re.fullmatch(r"version_(\d+)", run.name)
     return int(found[1]) if found else -1
 
 
@@ -38,10 +37,8 @@ def is_run(folder: Path) -> bool:
 
 
 def versions(runs: Path) -> list[Path]:
-    """Return the folders of all runs, that of the newest first: a copied file has another time, so results.json
-    has the one at which the run was made. Those without it, of an older version, come last, by their numbers.
-    """
-    found = [path for path in (runs.iterdir() if runs.is_dir() else ()) if path.is_dir() and is_run(path)]
+    """Return the folders of all runs, the newest first: by the time in results.json, as a copied file has another."""
+    found = [path for path in runs.glob("*") if path.is_dir() and is_run(path)]
     made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in found}
     return sorted(found, key=lambda run: (made[run], number_of(run), run.name), reverse=True)
 
@@ -74,15 +71,12 @@ def claim_folder(runs: Path, name: str | None = None) -> Path:
             number += 1  # another program that started at the same time was quicker
 
 
-@contextmanager
-def only_process(run: Path) -> Iterator[None]:
-    """Hold a run's folder for this process, until it ends; where another has it, raise UserError."""
+def only_process(run: Path) -> AbstractContextManager[object]:
+    """Hold a run's folder for this process, as a context; where another has it, raise UserError."""
     try:
-        held = FileLock(run / LOCK).acquire(timeout=0)
+        return FileLock(run / LOCK).acquire(timeout=0)
     except Timeout:
         raise UserError(f"{run}: another process is training this run") from None
-    with held:
-        yield
 
 
 def being_trained(run: Path) -> bool:
@@ -133,17 +127,12 @@ def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
 
 
-def is_test_score(fit: Mapping[str, Any], test: Mapping[str, Any]) -> bool:
-    """Say whether an evaluation is of the best state of a run, or the last if none is, on all of its own test set."""
+def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the evaluation of the best state of a run, or the last if none is, on all of its own test set; or {}."""
+    fit = section(results, "fit")
     step = section(fit, "best").get("step") if fit.get("best") else fit.get("steps")
     of = {"step": step, "test_set": fit.get("test_set"), "whole": True}
-    return None not in of.values() and of.items() <= test.items()
-
-
-def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the evaluation that is the test score of a run; empty if there is none."""
-    fit = section(results, "fit")
-    return next((test for test in evaluations(results) if is_test_score(fit, test)), {})
+    return next((test for test in evaluations(results) if of.items() <= test.items()), {})
 
 
 def checkpoint_lines(wanted: str, path: Path, runs: Path) -> list[str]:

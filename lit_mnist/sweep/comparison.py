@@ -1,4 +1,4 @@
-"""What a study came to: a table, the difference of the best two with its confidence interval, and two plots."""
+"""What a study came to: a table, the difference of the best two with its confidence interval, and a plot."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pandas as pd
 from matplotlib import pyplot
-from optuna.visualization.matplotlib import plot_pareto_front, plot_slice
+from optuna.visualization.matplotlib import plot_slice
 from scipy.stats import ttest_rel
 
 from lit_mnist.exact.console import shown
@@ -102,23 +102,17 @@ def report(plan: Study, study: optuna.Study, folder: Path, settled: bool) -> pd.
     results |= {"settings_tried": found.astype(object).where(found.notna(), None).to_dict("records"), "in_words": words}
     with replaced(folder / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2) + "\n")
-    plots = plot(plan, study, ranked, folder) if len(ranked) and plan.varied else []
-    print(f"Written: {', '.join(['settings.csv', 'results.json', *plots])} in {shown(folder)}")
+    if plan.varied:
+        plot(plan, study, folder / "settings.png")
+    print(f"Written to: {shown(folder)}")
     return found
 
 
-def plot(plan: Study, study: optuna.Study, ranked: pd.DataFrame, folder: Path) -> list[str]:
-    """Draw Optuna's plots of each setting against the compared value, and of the value against the seconds."""
-    both, trials = optuna.create_study(directions=["minimize", plan.direction]), latest_trials(study)
-    for line in ranked.to_dict("records"):
-        trial, values = trials[line["sample"]], [line["seconds"], line["mean"]]
-        both.add_trial(optuna.create_trial(values=values, params=trial.params, distributions=trial.distributions))
-    plots = {
-        "settings.png": plot_slice(both, target=lambda trial: trial.values[1], target_name=plan.compare),
-        "seconds.png": plot_pareto_front(both, target_names=["seconds of training a run", plan.compare]),
-    }
-    for name, axes in plots.items():
-        with replaced(folder / name) as partial:
-            np.atleast_1d(np.asarray(axes))[0].figure.savefig(partial, format="png", dpi=100, bbox_inches="tight")
+def plot(plan: Study, study: optuna.Study, path: Path) -> None:
+    """Draw Optuna's plot of each setting against the compared value."""
+    latest = optuna.create_study(direction=plan.direction)
+    latest.add_trials(latest_trials(study).values())
+    axes = plot_slice(latest, target_name=plan.compare)
+    with replaced(path) as partial:
+        np.atleast_1d(np.asarray(axes))[0].figure.savefig(partial, format="png", dpi=100, bbox_inches="tight")
     pyplot.close("all")
-    return list(plots)

@@ -31,8 +31,9 @@ class Study:
 
     Args:
         base: recipe, a file or a list of them, as after `fit --config`; without one the default.
-        settings: what is tried, by dotted names such as model.lr: a list of values, or a range `{low: 0.1, high: 0.8}`
-            with `log: true` or a `step`; a plain value is the same in all trials. Values of `config` are recipe files.
+        settings: what is tried, by dotted names such as model.lr: a list of values, or for random and tpe a range
+            `{low: 0.1, high: 0.8}` with `log: true` or a `step`; a plain value is the same in all trials. Values of
+            `config` are recipe files.
         seeds: how many, from 1 on, or a list of them.
         sampler: every combination (grid), or what random or TPE, a Parzen estimator that prefers what was good, draw.
         samples: how many configurations random and tpe draw.
@@ -40,9 +41,6 @@ class Study:
         mode: whether its least or greatest value is the best; by default a loss's least and an accuracy's greatest.
         of: whether the value of a run's best checkpoint counts, or of its last epoch.
         pruner: median skips the remaining seeds of a configuration worse than the median of five others so far.
-        max_seconds: how long the training of a run may take before its configuration fails; 0 is no limit.
-        max_parameters: how many a network may have; 0 is no limit.
-        keep: whether the checkpoints of all configurations are kept, or only the best one's.
         heartbeat: seconds between a worker's heartbeats; after three without, another worker resumes its trial.
     """
 
@@ -55,9 +53,6 @@ class Study:
     mode: Literal["min", "max"] | None = None
     of: Literal["best", "last"] = "best"
     pruner: Literal["none", "median"] = "none"
-    max_seconds: float = 0.0
-    max_parameters: int = 0
-    keep: Literal["all", "best"] = "all"
     heartbeat: PositiveInt = 20
 
     def __post_init__(self) -> None:
@@ -67,6 +62,8 @@ class Study:
             raise UserError(f"seeds must be a number from 1 or a list of different seeds, got {self.seeds}")
         if self.samples < 0 or (self.sampler == "grid") != (self.samples == 0):
             raise UserError(f"samples must be from 1 for random and tpe, and 0 for grid, got {self.samples}")
+        if self.sampler == "grid" and (ranges := [name for name in self.varied if isinstance(self.varied[name], dict)]):
+            raise UserError(f"settings.{ranges[0]} must be a list; ranges are for the samplers random and tpe")
         if not self.compare.startswith(("val/", "train/")):  # the test set decides nothing
             raise UserError(f"compare must be a metric such as val/accuracy or train/loss, got {self.compare}")
         if not (self.mode or self.compare.endswith(("loss", "accuracy"))):
@@ -96,16 +93,16 @@ class Study:
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """Return the parameters of a trial: those that it was queued with, or else drawn ones."""
-        params = {}
+        params: dict[str, Any] = {}
         for name, given in self.varied.items():
             try:
-                if isinstance(given, list) or self.sampler == "grid":
-                    params[name] = trial.suggest_categorical(name, values_of(given))
+                if isinstance(given, list):
+                    params[name] = trial.suggest_categorical(name, given)
                 else:
                     whole = isinstance(given["low"], int) and isinstance(given["high"], int)
                     params[name] = (trial.suggest_int if whole else trial.suggest_float)(name, **given)
-            except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-                needed = "a list, or a range of low and high with log: true or a step (in a grid, a step)"
+            except (ValueError, TypeError, KeyError) as error:
+                needed = "a list, or a range of low and high with log: true or a step"
                 raise UserError(f"settings.{name} must be {needed}, got {given} ({error})") from error
         return params
 
@@ -132,9 +129,11 @@ class Study:
         now = asdict(self) | {"seeds": self.all_seeds, "recipes": {name: Path(name).read_text() for name in recipes}}
         before = study.user_attrs.get("study", now)
         grown = now["seeds"][: len(before["seeds"])] == before["seeds"] and now["samples"] >= before["samples"]
-        if not grown or before | {name: now[name] for name in ("seeds", "samples", "keep", "heartbeat")} != now:
-            what = ", ".join(name for name in now if now[name] != before[name])
-            raise UserError(f"{what} changed since this study began: change it back, or give a new study a --name")
+        changed = [name for name in now if now[name] != before[name]]
+        if not grown or {*changed} - {"seeds", "samples", "heartbeat"}:
+            raise UserError(
+                f"{', '.join(changed)} changed since this study began: change it back, or give a new study a --name"
+            )
         study.set_user_attr("study", now)
         for recipe, text in now["recipes"].items():
             (copy := copy_of(recipe, folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,7 @@ class Study:
         trials = latest_trials(study)
         queue: list[dict[str, Any]] = [{}] * self.samples  # without parameters: drawn later
         if self.sampler == "grid":
-            queue = [dict(zip(self.varied, one, strict=True)) for one in product(*map(values_of, self.varied.values()))]
+            queue = [dict(zip(self.varied, one, strict=True)) for one in product(*self.varied.values())]
         for sample, params in enumerate(queue):
             if not (trial := trials.get(sample)):
                 study.enqueue_trial(params, {"sample": sample}, skip_if_exists=self.sampler == "grid")
@@ -173,13 +172,6 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> None:
 def latest_trials(study: optuna.Study) -> dict[int, FrozenTrial]:
     """Return each configuration's newest trial by its number."""
     return {trial.user_attrs["sample"]: trial for trial in study.get_trials() if "sample" in trial.user_attrs}
-
-
-def values_of(given: Any) -> list[Any]:
-    if isinstance(given, list):
-        return given
-    low, high, step = (given[name] for name in ("low", "high", "step"))
-    return [round(low + number * step, 12) for number in range(int((high - low) / step + 1e-9) + 1)]
 
 
 def copy_of(recipe: str, folder: Path) -> Path:

@@ -19,42 +19,18 @@ import optuna
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import LambdaCallback
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain
-from lit_mnist.cli.runs import read_settings
 from lit_mnist.cli.settings import Parser, Settings, configs_first
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shortened, shown
-from lit_mnist.exact.progress import Progress
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
 from lit_mnist.sweep.study import Study, as_list, latest_trials
-
-REFUSED = (TrainingFailed, ValueError, MisconfigurationException, torch.OutOfMemoryError)
-
-
-class Watch(Callback):
-    """Keeps in a trial where one of its runs is, and ends that if it exceeds the study's limits."""
-
-    def __init__(self, plan: Study, trial: optuna.Trial, seed: str) -> None:
-        self.plan, self.trial, self.seed = plan, trial, seed
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        parameters = sum(p.numel() for p in pl_module.parameters())
-        if 0 < self.plan.max_parameters < parameters:
-            raise TrainingFailed(f"{parameters:,} parameters are more than {self.plan.max_parameters:,}")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        results: Any = callback_of(trainer, Results)  # only now the run keeps its folder
-        self.trial.set_user_attr(self.seed, {"run": results.run.folder.name, "host": platform.node()})
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        timer: Any = callback_of(trainer, Progress)
-        if timer.state_dict()["train_seconds"] > self.plan.max_seconds > 0:
-            raise TrainingFailed(f"took more than {self.plan.max_seconds:g} s")
 
 
 class UntrainedCLI(MNISTCLI):
@@ -107,8 +83,6 @@ class Worker:
                 if isinstance(error, ValueError) and not str(error).startswith("Cannot tell"):  # by Optuna 4.6 to 5
                     raise
                 print("This trial was reassigned: another worker considered this one dead.", flush=True)
-            if self.plan.keep == "best":
-                self.drop_losers()
 
     def train(self, trial: optuna.Trial) -> float:
         """Train a configuration with each seed, and return the mean of what is compared: Optuna's objective."""
@@ -149,15 +123,18 @@ class Worker:
         run = self.runs / trial.user_attrs.get(seed, {}).get("run", "none")
         while being_trained(run):
             sleep(1)  # by a worker that was considered dead, or by the user
-        if last := newest(run):  # whose user may have trained it on with other settings
-            now, meant = read_settings(read_results(run).get("fit", {})), check(flags).own
-            places = ("data.root", "data.download", "model.classes")  # the machine's, and the data's
-            if all(meant[key] == now[key] for key in now.keys() & dict(meant.items()).keys() - {*places}):
-                flags = [*flags, f"--ckpt_path={last}"]
+
+        def keep_place(trainer: Trainer, *_: Any) -> None:
+            results: Any = callback_of(trainer, Results)  # only now the run keeps its folder
+            trial.set_user_attr(seed, {"run": results.run.folder.name, "host": platform.node()})
+
         try:
+            if last := newest(run):  # unless its user has trained it on with other settings
+                resumed = [*flags, f"--ckpt_path={last}"]
+                flags = resumed if check(resumed).unchanged else flags
             with redirect_stdout(self.log):
-                MNISTCLI(["fit", *flags], [Watch(self.plan, trial, seed)])
-        except REFUSED as error:
+                MNISTCLI(["fit", *flags], [LambdaCallback(on_train_start=keep_place)])
+        except (TrainingFailed, ValueError, MisconfigurationException, torch.OutOfMemoryError) as error:
             cause = error.__cause__
             if isinstance(cause, OSError) or isinstance(getattr(cause, "__cause__", None), OSError):
                 raise  # a full disk, or data that is gone, would end every run
@@ -182,24 +159,12 @@ class Worker:
     def is_settled(self) -> bool:
         return all(map(self.plan.is_done, latest_trials(self.study).values()))
 
-    def drop_losers(self) -> None:
-        """Delete the checkpoints of configurations that were pruned, have failed, or are not the best."""
-        found, trials = table(self.plan, self.study), latest_trials(self.study)
-        ended = found[found["reason"].notna() | (found["n"] == len(self.plan.all_seeds))]
-        for run in (run for sample in ended["sample"][1:] for run in trials[sample].user_attrs.values()):
-            if isinstance(run, dict) and run["host"] == platform.node():
-                for path in (self.runs / run["run"] / "checkpoints").glob("*.ckpt"):
-                    path.unlink(missing_ok=True)
-
     def test(self) -> list[str]:
         """Score the best configuration's runs on the test set, and return those that could not be."""
         missing, best = [], table(self.plan, self.study).iloc[0]
-        for run in best["trials"]:
+        for run in (run for run in best["trials"] if not any(name.startswith("test/") for name in run)):
             folder = self.runs / run["run"]
-            checkpoint = folder / "checkpoints" / run["checkpoint"]
-            if any(name.startswith("test/") for name in run):
-                continue
-            if checkpoint.is_file() and run["host"] == platform.node():
+            if (checkpoint := folder / "checkpoints" / run["checkpoint"]).is_file() and run["host"] == platform.node():
                 with redirect_stdout(self.log):
                     MNISTCLI(["test", *self.places, "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"])
                 latest = read_results(folder)["test"][-1].items()
@@ -280,13 +245,12 @@ def sweep(args: list[str]) -> None:
 
 def run(plan: Study, options: Any, args: list[str]) -> None:
     worker = Worker(plan, options)
-    if options.worker is not None:
-        worker.work()
-        return
-    if options.workers == 1:
+    if options.worker is not None or options.workers == 1:
         worker.work()
     elif options.workers:
         run_workers(options.workers, worker.folder, args)
+    if options.worker is not None:
+        return
     settled = worker.is_settled()
     missing = worker.test() if options.test and settled else []
     found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)

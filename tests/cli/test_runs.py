@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -70,37 +71,29 @@ def test_table(root: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("COLUMNS", raising=False)  # which pytest-xdist sets
     assert main(["runs"]) == 0
     header, first, *_, last = (line.split() for line in capsys.readouterr().out.splitlines())
-    columns = ["run", "val_accuracy", "test_accuracy", "state", "model.lr"]  # the one setting in which they differ
-    assert header == [*columns, "epochs", "seconds", "recipe", "parameters"]
+    columns = ["run", "val_accuracy", "test_accuracy", "state", "model.lr", "epochs"]  # they differ in one setting
+    assert header == [*columns, "seconds", "recipe", "parameters"]
     assert first == ["version_2", "75.00%", "62.50%", "finished", "0.1", "3", "12.3", "tiny", "7,976"]
     assert last == ["version_12", "-", "-", "unknown", *"-----"]
-
-
-def test_a_narrow_terminal(root: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "70")
-    assert main(["runs", "--root_dir", str(root)]) == 0
-    header, *rows, note = capsys.readouterr().out.splitlines()
-    assert header.split() == ["run", "val_accuracy", "test_accuracy", "state", "model.lr", "epochs"]
-    assert max(map(len, [header, *rows])) <= 70
+    monkeypatch.setenv("COLUMNS", "70")  # of a narrow terminal
+    assert main(["runs"]) == 0
+    narrow, *rows, note = capsys.readouterr().out.splitlines()
+    assert narrow.split() == columns
+    assert max(map(len, [narrow, *rows])) <= 70
     assert "seconds, recipe, parameters" in note
 
 
-def test_states_and_values(root: Path, capsys: Capsys) -> None:
-    def table() -> list[dict[str, object]]:
-        assert main(["runs", "--root_dir", str(root), "--format", "json"]) == 0
-        rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
-        return rows
-
-    with only_process(root / "lightning_logs/version_10"):
-        assert [row["state"] for row in table()] == ["finished", "running", "failed", "unknown"]
-    rows = table()
-    assert [row["state"] for row in rows] == ["finished", "interrupted", "failed", "unknown"]
+def test_values_and_order(root: Path, capsys: Capsys) -> None:
+    held = only_process(root / "lightning_logs/version_10")
+    for context, state in ((held, "running"), (nullcontext(), "interrupted")):
+        with context:
+            assert main(["runs", "--root_dir", str(root), "--format", "json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["state"] for row in rows] == ["finished", state, "failed", "unknown"]
     assert [row["val_accuracy"] for row in rows] == [0.75, 0.5, None, None]
     assert [row["test_accuracy"] for row in rows] == [0.625, None, None, None]
     assert rows[0] == rows[0] | {"parameters": 7976, "epochs": 3, "seconds": 12.34}
 
-
-def test_columns_and_order(root: Path, capsys: Capsys) -> None:
     where = ["--root_dir", str(root), "--format", "csv"]
     assert main(["runs", *where, "--sort", "parameters"]) == 0
     rows = csv.DictReader(io.StringIO(capsys.readouterr().out))

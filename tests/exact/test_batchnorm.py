@@ -1,6 +1,6 @@
 import pytest
 import torch
-from several import free_port
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from torch import nn
 
 from lit_mnist import LitMNIST
@@ -9,7 +9,7 @@ from lit_mnist.exact.batchnorm import SyncBatchNorm2d, SynchronizedBatchNorm
 
 @pytest.fixture
 def group(no_group: None) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{find_free_network_port()}", rank=0, world_size=1)
 
 
 def layers() -> tuple[SyncBatchNorm2d, nn.BatchNorm2d]:

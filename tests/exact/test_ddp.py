@@ -16,7 +16,8 @@ import several
 import torch
 from helpers import REPOSITORY, RUN, Command, Outcome, Patch, assert_same
 from helpers import scalars as curve
-from several import Death, free_port
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from several import Death
 from test_resume import state
 
 from lit_mnist.data import datamodule, datasets
@@ -205,7 +206,7 @@ def test_real_launchers(real_root: Path, command: Command, launcher: str) -> Non
     flags += [f"--config={REPOSITORY}/configs/{name}.yaml" for name in ("smoke", "ddp")]
     flags += ["--trainer.limit_train_batches", "4"]
     if launcher == "torchrun":
-        port = str(free_port())
+        port = str(find_free_network_port())
         flags = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, *flags]
     else:
         flags += ["--trainer.devices", "2"]
