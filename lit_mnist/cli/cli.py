@@ -29,7 +29,6 @@ from lit_mnist.exact.ddp import launched, lost
 from lit_mnist.exact.progress import Progress, words
 from lit_mnist.module import LitMNIST
 
-DEFAULT_EPOCHS = 4
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
@@ -52,7 +51,7 @@ class MNISTCLI(LightningCLI):
                 trainer_class=AutoTrainer,
                 seed_everything_default=DEFAULT_SEED,
                 trainer_defaults={
-                    "max_epochs": DEFAULT_EPOCHS,
+                    "max_epochs": 4,
                     "num_sanity_val_steps": 0,
                     "devices": processes,
                     "num_nodes": machines,
@@ -137,8 +136,7 @@ class MNISTCLI(LightningCLI):
             run.started = False  # the new run's folder has nothing that is not its parent's
             raise UserError(finished)
         if not (run.started or run.continues):
-            limits = "trainer.max_epochs, max_steps, limit_train_batches or fast_dev_run"
-            raise UserError(f"nothing to train: {limits} leaves no step")
+            raise UserError("nothing to train: trainer.max_epochs, max_steps or limit_train_batches leaves no step")
         if trainer.is_global_zero and run.folder:
             print(f"stopped: {reason}\n" if reason else "", f"{finished}\n" if untrained else "", sep="", end="")
             self._print_summary(longer)

@@ -147,8 +147,7 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     folder = runs.run_folder(path)
-    last = runs.newest(folder) if folder else None
-    settings.continues = last is not None and last.resolve() == path.resolve()
+    settings.continues = bool(folder and (last := runs.newest(folder)) and last.samefile(path))
     settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])

@@ -25,7 +25,6 @@ from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import run_folder
 
-SHOWN = ("model.", "data.", "trainer.")  # sections in TensorBoard's tab HParams
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
@@ -146,7 +145,7 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
         now, defaults = settings.plain, settings.parser.get_defaults()
         shown = {"recipe": settings.recipe, "seed": now["seed_everything"]}
         for key in sorted(now.keys() - MACHINE):
-            if key.startswith(SHOWN):  # one type in all runs: TensorBoard 2.21 compares no text with a number
+            if key.startswith(("model.", "data.", "trainer.")):  # one type in all runs: no text beside numbers
                 number = type(defaults[key]) in (int, float) and type(now[key]) in (int, float)
                 shown[key.partition(".")[2]] = now[key] if number else str(now[key])
         for logger in as_list(given):

@@ -48,9 +48,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
         raise UserError(f"{path}: that file is not a checkpoint of {PROGRAM}")
     # a Trainer without this package writes no format; those of 2 can be scored
-    if (version := checkpoint.get(FORMAT_ENTRY)) not in (2, FORMAT, None):
-        found = shortened(repr(version), 40)
-        raise UserError(f"{path}: that checkpoint has the format {found}, and this version reads 2 and {FORMAT}")
+    if (found := checkpoint.get(FORMAT_ENTRY)) not in (2, FORMAT, None):
+        raise UserError(f"{path}: that checkpoint has the format {found!r:.40}, and this version reads 2 and {FORMAT}")
     checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
     for name, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind):
