@@ -72,7 +72,6 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     ((step, value),) = scalars(RUN)["test/accuracy"]
     assert step == 14
     assert value == pytest.approx(int(tested[1]) / 100)
-    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
 
 
 def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: Capsys) -> None:
@@ -164,9 +163,7 @@ SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"sch
     [
         (["--data.val_size", "60000"], ["data.val_size", "0..59999", "60000"]),
         (["--model.lr", "-1", "--model.warmup", "3"], ["model.lr", "-1.0", "model.warmup", "3.0"]),
-        (["--model.optimizer", "adam"], ["model.optimizer", "'sgd', 'adamw'", "adam"]),
         (["--model.layers", "16 x"], ["model.layers", "'x' in '16 x'"]),
-        (["--model.network", "x"], ["model.network must be ", "x"]),
         (["--model.network", "mlp"], ["model.layers", "widths"]),
         (["--data.name", "x"], ["data.name", "mnist, ", "x"]),
         (["--data.name", "idx"], ["data.root"]),
@@ -183,16 +180,12 @@ SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"sch
         (["--trainer.max_epochs", "x"], ["trainer.max_epochs: Expected a int Given value: x"]),
         (["--trainer.callbacks", "EarlyStoping"], ["trainer.callbacks: Expected a dot import path", "EarlyStoping"]),
         (["--config", "typo.yaml"], ["lrr", "typo.yaml"]),
-        (["--config", "broken.yaml"], ["broken.yaml"]),
-        (["--ckpt_path", "last"], ["--ckpt_path", "last", "lightning_logs"]),
-        (["--ckpt_path", "typo.yaml"], ["--ckpt_path", "typo.yaml"]),
         (["--trainer.default_root_dir", "typo.yaml"], ["typo.yaml", "Not a directory"]),
         (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
     ],
 )
 def test_bad_input_costs_nothing(command: Command, capsys: Capsys, flags: list[str], said: list[str]) -> None:
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
-    Path("broken.yaml").write_text("model: [1, 2\n")
     error = fails(capsys, "fit", *flags, run=command)
     assert error.startswith("lit_mnist: error: ")
     assert [part for part in said if part not in error] == []
@@ -209,12 +202,7 @@ def test_a_training_that_fails(command: Command, trained: Path, capsys: Capsys) 
 
 @pytest.mark.parametrize(
     ("flags", "status", "said"),
-    [
-        (["--version"], 0, f"lit_mnist {__version__}\n"),
-        (["runs", "--help"], 0, "--columns"),
-        ([], 2, "usage: python -m lit_mnist"),
-        (["train"], 2, "unknown command 'train'"),
-    ],
+    [(["--version"], 0, __version__), (["runs", "--help"], 0, "--sort"), ([], 2, "usage"), (["train"], 2, "'train'")],
 )
 def test_some_answers_do_without_torch(flags: list[str], status: int, said: str) -> None:
     assert said in run_without(["torch", "pandas"], flags, status)
@@ -262,7 +250,12 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
 
 def test_what_fit_shows(command: Command, capsys: Capsys, monkeypatch: Patch) -> None:
     shown, get_metrics = list[dict[str, Any]](), Bar.get_metrics
-    monkeypatch.setattr(Bar, "get_metrics", lambda *args: shown.append(get_metrics(*args)) or shown[-1])
+
+    def spy(*args: Any) -> dict[str, Any]:
+        shown.append(get_metrics(*args))
+        return shown[-1]
+
+    monkeypatch.setattr(Bar, "get_metrics", spy)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert command("fit", *TINY) == 0
     start = capsys.readouterr().out.partition("Epoch 0:")[0]
