@@ -162,10 +162,9 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         return hparams, hparams
     settings.lines.append(f"Settings: {shown(file)}")
     try:
-        config = flat(yaml.safe_load(file.read_text()))
+        config = {key: old for key, old in flat(yaml.safe_load(file.read_text())).items() if key not in MACHINE}
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
-    config = {key: value for key, value in config.items() if key not in MACHINE}
     before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
     base = hparams | config if settings.continues else before

@@ -178,3 +178,5 @@ def check_trainer(settings: Settings, trainer: Trainer) -> None:
     if processes * machines > 1 and environment and not environment.creates_processes_externally:
         # Lightning 2.6 takes a SLURM job of the name bash or interactive for a session in which it starts processes
         raise UserError("the SLURM job needs another name than bash or interactive: srun --job-name digits")
+    if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
+        raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
