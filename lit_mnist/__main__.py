@@ -51,8 +51,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who closes a pipe early has read enough; Python would complain of the rest when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Interrupted as stop:
-        name, resume = signal.Signals(stop.signum).name, resume_command(stop.checkpoint)
-        return complain(f"stopped by {name}; {resume}", 128 + stop.signum, everywhere=False)
+        signum, checkpoint = stop.args
+        message = f"stopped by {signal.Signals(signum).name}; {resume_command(checkpoint)}"
+        return complain(message, 128 + signum, everywhere=False)
     except KeyboardInterrupt:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingFailed as error:

@@ -105,9 +105,8 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0] or ""
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync window-size=1600,1200"
-    flags += f" disable-background-networking disable-component-update user-data-dir={tmp_path}/chromium"
-    for flag in flags.split():
+    flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking window-size=1600,1200"
+    for flag in [*flags.split(), f"user-data-dir={tmp_path}/chromium"]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1])) as browser:

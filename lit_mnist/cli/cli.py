@@ -5,7 +5,6 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from shlex import quote
 from typing import Any
 from unittest.mock import patch
@@ -27,20 +26,16 @@ from lit_mnist.exact.checkpoint_io import translate_restoring
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
 from lit_mnist.exact.console import PROGRAM, Interrupted, ProcessLost, TrainingFailed, UserError, shown
 from lit_mnist.exact.ddp import launched, lost
-from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, words
 from lit_mnist.module import LitMNIST
 
-DEFAULT_EPOCHS = 4
-FINISHED = "Nothing to train: this run has finished. To train longer, raise"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 class MNISTCLI(LightningCLI):
-    """LightningCLI for this project's module and data module; `args` begin with the command.
+    """LightningCLI for this project; files and flags override the settings of the run of `--ckpt_path`.
 
-    Each command takes `--ckpt_path`, and the user's files and flags override the settings of the checkpoint's run. The
-    callbacks of `watch` are called before the user's own.
+    `args` begin with the command; the callbacks of `watch` are called before the user's own.
     """
 
     settings: Settings
@@ -56,7 +51,7 @@ class MNISTCLI(LightningCLI):
                 trainer_class=AutoTrainer,
                 seed_everything_default=DEFAULT_SEED,
                 trainer_defaults={
-                    "max_epochs": DEFAULT_EPOCHS,
+                    "max_epochs": 4,
                     "num_sanity_val_steps": 0,
                     "devices": processes,
                     "num_nodes": machines,
@@ -92,11 +87,9 @@ class MNISTCLI(LightningCLI):
         parser.link_arguments("data", "model.classes", compute_fn=self._classes, apply_on="instantiate")
         wait = "Seconds that a process waits for another before it is considered lost, once the training has started."
         parser.add_argument("--processes.timeout", type=PositiveFloat, default=120.0, help=wait)
-        if self.command == "fit":
-            parser.add_class_arguments(SaveSettings, "checkpoint")
-            parser.add_class_arguments(BestSettings, "best")
-        if self.command in ("fit", "test"):
-            parser.add_class_arguments(Board, "board")
+        # in each command, so that each takes a run's config.yaml
+        for part, name in ((SaveSettings, "checkpoint"), (BestSettings, "best"), (Board, "board")):
+            parser.add_class_arguments(part, name)
 
     def _classes(self, data: MNISTDataModule) -> int:
         # a trained network has those of the data that it was trained on
@@ -107,10 +100,8 @@ class MNISTCLI(LightningCLI):
         self.settings = parse(parser, self.subparser, args)
         self.config = self.settings.config
 
-    def before_instantiate_classes(self) -> None:
-        self.run = make_run(self.settings)
-
     def instantiate_classes(self) -> None:
+        self.run = make_run(self.settings)
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
             made = self.config_init[self.command]
@@ -126,7 +117,7 @@ class MNISTCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if not self.trainer.is_global_zero:
             self.run.discard_unused()  # the first process alone makes a folder; this one did not know that it is not
-        check_trainer(self.settings, self.trainer, self.datamodule)
+        check_trainer(self.settings, self.trainer)
         for line in self.settings.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
 
@@ -138,51 +129,44 @@ class MNISTCLI(LightningCLI):
         torch.empty(31 * 2**20, dtype=torch.uint8)
         with translate_failures(self), hold(run, trainer):
             trainer.fit(model, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
-        stopped, longer = ended_by(trainer, self.settings.own["trainer.max_time"])
-        if run.made and trainer.global_step == run.loaded.get("global_step"):
+        reason, longer = ended_by(trainer, self.settings.own["trainer.max_time"])
+        finished = f"Nothing to train: this run has finished. To train longer, raise {' and '.join(longer)}."
+        untrained = trainer.global_step == run.loaded.get("global_step")
+        if untrained and run.made:
             run.started = False  # the new run's folder has nothing that is not its parent's
-            raise UserError(f"{FINISHED} {' and '.join(longer)}.")
-        if not (run.started or run.continues or trainer.fast_dev_run):  # type: ignore[attr-defined]
-            raise UserError("nothing to train: trainer.max_epochs, max_steps and limit_train_batches leave no step")
+            raise UserError(finished)
+        if not (run.started or run.continues):
+            raise UserError("nothing to train: trainer.max_epochs, max_steps or limit_train_batches leaves no step")
         if trainer.is_global_zero and run.folder:
-            print(f"stopped: {stopped}\n" if stopped else "", end="")
-            print_summary(trainer, run, run.folder, self.settings.own["data.root"], longer)
+            print(f"stopped: {reason}\n" if reason else "", f"{finished}\n" if untrained else "", sep="", end="")
+            self._print_summary(longer)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        self._score("validate", model, datamodule)
-
-    def test(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        self._score("test", model, datamodule)
-
-    def _score(self, name: str, model: LightningModule, data: LightningDataModule) -> None:
         path = self.settings.checkpoint
         with translate_failures(self), translate_restoring(path):
-            score = getattr(self.trainer, name)
-            scores = score(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+            score = getattr(self.trainer, self.command)
+            scores = score(model, datamodule=datamodule, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
-            part = "data.val_size or trainer.limit_val_batches" if name == "validate" else "trainer.limit_test_batches"
-            raise UserError(f"{name}: {part} leaves no image to score")
+            part = "data.val_size or trainer.limit_val_batches, or trainer.limit_test_batches, leaves"
+            raise UserError(f"{self.command}: {part} no image to score")
 
+    test = validate
 
-def print_summary(trainer: Trainer, run: Run, folder: Path, root: str, longer: dict[str, str]) -> None:
-    """Print the result of a run with the data in `root`, and the commands for what comes next."""
-    keeper, progress = callback_of(trainer, CheckpointKeeper), callback_of(trainer, Progress)
-    assert progress
-    times, epochs, steps = progress.state_dict(), trainer.current_epoch, trainer.global_step
-    trained = f"{epochs} epoch{'s' * (epochs != 1)}, {steps} steps, "
-    trained += f"{times['train_seconds'] + times['validation_seconds']:.1f} s"
-    if keeper and keeper.best and keeper.best_path:
-        trained += f"; best {words({keeper.best.monitor: keeper.best_values[keeper.best.monitor]})[0]}"
-    if steps == run.loaded.get("global_step"):
-        print(f"{FINISHED} {' and '.join(longer)}.")
-    print(f"\nTrained:    {trained}\nThe run:    {shown(folder)}")
-    if any(isinstance(logger, RunLogger) for logger in trainer.loggers):
-        print(f"Look at it: tensorboard --logdir {quote(shown(folder.parent))}")
-    if last := (keeper and keeper.last_path) or run.checkpoint:
-        tested, place = (keeper and keeper.best_path) or last, "" if root == "data" else f" --data.root {quote(root)}"
-        flags = " ".join(f"--{name} {value}" for name, value in longer.items())
-        print(f"Test it:    python -m {PROGRAM} test --ckpt_path {quote(shown(tested))}{place}")
-        print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} {flags}")
+    def _print_summary(self, longer: dict[str, str]) -> None:
+        """Print the result of a fit, and the commands for what comes next."""
+        trainer, root = self.trainer, self.settings.own["data.root"]
+        progress: Any = callback_of(trainer, Progress)
+        keeper, epochs, best = callback_of(trainer, CheckpointKeeper), trainer.current_epoch, ""
+        seconds = progress.train_seconds + progress.validation_seconds
+        if keeper and keeper.best and keeper.best_path:
+            best = f"; best {words({keeper.best.monitor: keeper.best_values[keeper.best.monitor]})[0]}"
+        print(f"\nTrained:    {epochs} epoch{'s' * (epochs != 1)}, {trainer.global_step} steps, {seconds:.1f} s{best}")
+        if last := (keeper and keeper.last_path) or self.run.checkpoint:
+            place = "" if root == "data" else f" --data.root {quote(root)}"
+            tested = (keeper and keeper.best_path) or last
+            flags = " ".join(f"--{name} {value}" for name, value in longer.items())
+            print(f"Test it:    python -m {PROGRAM} test --ckpt_path {quote(shown(tested))}{place}")
+            print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} {flags}")
 
 
 def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:

@@ -26,6 +26,10 @@ MEANT = (  # warnings about what is meant here, or that a user can do nothing ab
     "broadcast_buffers. is deprecated",  # in torch 2.15; torch 2.10 does not know the new name
     "on epoch level in distributed setting",  # the metrics are those of all processes when they are logged
 )
+NOISE = (  # in jsonargparse's list of reasons
+    r"(?m)^ *(- (Expected a (<class|list|path|NoneType)|Not a valid sub|a class path|a dict)|Subclass types "
+    r"|Given value type:|Given value: \W*\w*[(']).*$|^ *- "
+)
 
 
 def complain(message: str, status: int, everywhere: bool = True) -> int:
@@ -40,10 +44,8 @@ def complain(message: str, status: int, everywhere: bool = True) -> int:
 
 def one_line(error: object) -> str:
     """Return an error's message on one line; of jsonargparse 4.53's only the setting and the reasons."""
-    text, wrapped = re.subn(r"(?s)Does not validate against any .*?Errors:(.*)Given value type:.*", r"\1", str(error))
-    if wrapped:
-        text = re.sub(r"(?m)^ *- (Expected a|Not a valid sub|a class path|a dict) ?.*$|^ *Subclass types .*$", "", text)
-        text = re.sub(r"(?m)^ *- ", "", re.sub(r"Problem with given class_path '(?:\w+\.)*(?:Run)?(\w+)'", r"\1", text))
+    text = re.sub(NOISE, "", re.sub(r"(?s)Does not validate against any .*?Errors:", "", str(error)))
+    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(?:Run)?(\w+)'", r"\1", text)
     return shortened(" ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", text).split()), 300)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError, shown
-from lit_mnist.exact.reader import find_and_read
+from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
 from lit_mnist.exact.runs import checkpoint_lines, run_folder
 from lit_mnist.network import load_network
 from lit_mnist.pictures import report
@@ -30,7 +30,8 @@ def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
     """Load the network of `--ckpt_path`, in eval mode, and return it after the checkpoint's path and content."""
     found = ""
     try:
-        path, checkpoint = find_and_read(options.ckpt_path, options.root_dir / "lightning_logs")
+        path = find_checkpoint(options.ckpt_path, options.root_dir / "lightning_logs")
+        checkpoint = read_checkpoint(path)
         found = f"{path}: "
         network = load_network(checkpoint)
     except UserError as error:

@@ -1,8 +1,8 @@
 """What a command runs with: the settings of a checkpoint's run, and over them the user's files and flags."""
 
 import re
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -16,7 +16,7 @@ from lit_mnist.cli.console import one_line
 from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
-from lit_mnist.exact.reader import find_and_read
+from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
 from lit_mnist.exact.resume import is_plain
 
 DEFAULT_SEED = 1
@@ -31,7 +31,6 @@ FIXED = {
     ("model.optimizer",): ("fit", "its state fits no other"),
     ("seed_everything",): ("fit", "it decides the order of the batches"),
 }
-SECTIONS = ("checkpoint", "best", "board", "name")  # of a run's config.yaml that not every command has
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
 CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
@@ -46,11 +45,9 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, *args: Any) -> str:
         # jsonargparse 4.53 names some forty classes for trainer.callbacks alone
-        first = [action for action in self._actions if action.dest in MOST_USED]
-        for group in self._action_groups:
-            group._group_actions = [action for action in group._group_actions if action not in first]
-        self.add_argument_group("most used")._group_actions = first
-        self._action_groups = sorted(self._action_groups, key=lambda group: group.title != "most used")
+        first = self.add_argument_group("most used")
+        first._group_actions = [action for action in self._actions if action.dest in MOST_USED]
+        self._action_groups = sorted(self._action_groups, key=lambda group: group is not first)
         return re.sub(r",\s+known\s+subclasses:[^)]*", "", super().format_help(*args))
 
 
@@ -58,8 +55,9 @@ class Parser(LightningArgumentParser):
 class Settings:
     """The settings of a command, and the checkpoint it begins with."""
 
-    args: list[str]  # as typed, the command first
-    files: list[str]  # those of --config
+    command: str
+    line: str  # as typed
+    recipe: str  # a name for the settings
     parser: LightningArgumentParser  # the part that is the command's
     config: Any  # as parsed, the command's under its name
     text: str = ""  # the command's as YAML, for config.yaml
@@ -72,48 +70,33 @@ class Settings:
     continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
-    def command(self) -> str:
-        return self.args[0]
-
-    @property
     def own(self) -> Any:
         return self.config[self.command]
 
     @property
-    def recipe(self) -> str:
-        """A name for the settings."""
-        return "+".join(Path(file).stem for file in self.files) or "default"
-
-    @property
     def runs(self) -> Path:
-        """The folder of all runs."""
         root = self.own["trainer.default_root_dir"] or "."
         return runs.expanded(root, "trainer.default_root_dir") / "lightning_logs"
 
 
 def parse(parser: LightningArgumentParser, subparser: LightningArgumentParser, args: list[str]) -> Settings:
-    """Parse a command line; the settings of a checkpoint's run are a configuration file before the user's own.
-
-    `subparser` is the command's part of the parser. UserError if the command line or the checkpoint cannot be used.
-    """
+    """Parse a command line, by a parser and its part for the command, over the settings of a checkpoint's run."""
     defaults = subparser.get_defaults()
-    before: dict[str, Any] = {}
-    files, line = configs_first(args[1:], foreign={name for name in SECTIONS if name not in defaults})
-    settings = Settings(args, files, subparser, parse_args(parser, [args[0], *line], files))
+    (command, *flags), before = args, dict[str, Any]()
+    files, flags = configs_first(flags)
+    recipe = "+".join(Path(file).stem for file in files) or "default"
+    settings = Settings(command, shlex.join(args), recipe, subparser, parse_args(parser, [command, *flags], files))
     if wanted := settings.own["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
         # a setting of an older version may be gone
         text = yaml.safe_dump({key: value for key, value in base.items() if key in defaults})
         files = ["the checkpoint's run", *files]
-        settings.config = parse_args(parser, [args[0], "--config", text, *line], files)
-    elif settings.command != "fit":
-        raise UserError(f"{settings.command} needs --ckpt_path best, last or the path of a checkpoint")
+        settings.config = parse_args(parser, [command, "--config", text, *flags], files)
+    elif command != "fit":
+        raise UserError(f"{command} needs --ckpt_path best, last or the path of a checkpoint")
     if settings.own["trainer.precision"] == "auto":
-        chosen, reason = quickest_precision(settings.own["trainer.accelerator"])
-        if before.get("trainer.precision", "auto") != "auto":
-            chosen, reason = before["trainer.precision"], "the run has it"
-        settings.own["trainer.precision"] = chosen
-        settings.lines.append(f"Precision: {chosen}, as {reason}")
+        settings.own["trainer.precision"], reason = quickest_precision(settings.own["trainer.accelerator"])
+        settings.lines.append(f"Precision: {settings.own['trainer.precision']}, as {reason}")
     # The methods that run the trainer pass it on. LightningCLI 2.6 would lay the checkpoint's settings over the flags.
     settings.own["ckpt_path"] = None
     settings.name = name = settings.own.pop("name", None)
@@ -122,7 +105,7 @@ def parse(parser: LightningArgumentParser, subparser: LightningArgumentParser, a
     settings.text = subparser.dump(settings.own, skip_unset=False)
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
-    if settings.command == "fit":
+    if command == "fit":
         for key, old in before.items():
             if old != (new := now.get(key, "no longer a setting")):
                 settings.lines.append(f"{key}: {shortened(str(old))} -> {shortened(str(new))}")
@@ -142,40 +125,29 @@ def parse_args(parser: LightningArgumentParser, args: list[str], files: list[str
         raise UserError(one_line(error) + (f" (in {' or '.join(files)} or a flag)" if files else "")) from error
 
 
-def configs_first(args: list[str], foreign: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """Return the files of `--config`, and the flags with these before all others: for jsonargparse what comes last
-    wins. A file is replaced by its text without the `foreign` sections where it has any.
-    """
+def configs_first(args: list[str]) -> tuple[list[str], list[str]]:
+    """Return the files of `--config`, and the flags with these before all others: in jsonargparse the last wins."""
     files, flags, rest = list[str](), list[str](), iter(args)
     for arg in rest:
         found = re.fullmatch(r"(?:-c|--config(?==|$))=?(.*)", arg, re.DOTALL)
         file = found and (found[1] or next(rest, None))
         (flags if file is None else files).append(arg if file is None else file)
-    return files, [*(f"--config={without(foreign, file)}" for file in files), *flags]
-
-
-def without(foreign: Collection[str], file: str) -> str:
-    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # jsonargparse says what is wrong
-        content = yaml.safe_load(Path(file).read_text()) if foreign else None
-        if isinstance(content, dict) and not content.keys().isdisjoint(foreign):
-            return yaml.safe_dump({key: value for key, value in content.items() if key not in foreign})
-    return file
+    return files, [*(f"--config={file}" for file in files), *flags]
 
 
 def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from.
 
-    A fit takes the run's config.yaml; without one, and to score a checkpoint, it is the checkpoint's hyperparameters.
-    config.yaml may name classes; a checkpoint, which may be somebody else's, never does.
+    A fit takes the run's config.yaml, which may name classes; else they are the checkpoint's hyperparameters.
     """
     kind = "last" if settings.command == "fit" else "best"
     try:
-        settings.checkpoint, settings.loaded = path, loaded = find_and_read(wanted, settings.runs, kind)
+        settings.checkpoint = path = find_checkpoint(wanted, settings.runs, kind)
+        settings.loaded = loaded = read_checkpoint(path)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     folder = runs.run_folder(path)
-    last = runs.newest(folder) if folder else None
-    settings.continues = last is not None and last.resolve() == path.resolve()
+    settings.continues = bool(folder and (last := runs.newest(folder)) and last.samefile(path))
     settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
@@ -190,10 +162,9 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         return hparams, hparams
     settings.lines.append(f"Settings: {shown(file)}")
     try:
-        config = flat(yaml.safe_load(file.read_text()))
+        config = {key: old for key, old in flat(yaml.safe_load(file.read_text())).items() if key not in MACHINE}
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
-    config = {key: value for key, value in config.items() if key not in MACHINE}
     before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
     base = hparams | config if settings.continues else before
@@ -201,10 +172,7 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
 
 
 def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
-    """Return a mapping's entries that are plain numbers, strings, booleans, None or lists of them, by dotted key.
-
-    Whatever else a checkpoint may name, classes above all, is left out.
-    """
+    """Return a mapping's plain entries by dotted key: nothing else that a checkpoint may name, classes above all."""
     named = settings.items() if isinstance(settings, dict) else ()
     return {f"{prefix}.{key}": value for key, value in named if type(key) is str and key[:1] != "_" and is_plain(value)}
 

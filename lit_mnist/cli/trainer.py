@@ -3,16 +3,14 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from math import inf
 from typing import Any, Literal
 
 from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning import callbacks as lightning
-from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lit_mnist.cli.settings import MACHINE, Settings
@@ -27,7 +25,6 @@ from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import run_folder
 
-SHOWN = ("model.", "data.", "trainer.")  # sections in TensorBoard's tab HParams
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
@@ -49,14 +46,11 @@ class Bar(lightning.RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         progress: Any = callback_of(trainer, Progress)
-        times, batches = progress.state_dict(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        epochs = batches / trainer.num_training_batches
-        # of steps or of epochs, whichever ends first; what is not limited is -1
-        share = max(trainer.global_step / trainer.max_steps, epochs / (trainer.max_epochs or -1))
-        left = (times["train_seconds"] + times["validation_seconds"]) * (1 / share - 1) if share > 0 else inf
+        times, steps = progress.state_dict(), trainer.estimated_stepping_batches / max(trainer.global_step, 1)
+        left = (times["train_seconds"] + times["validation_seconds"]) * (steps - 1)
         time = {"time left": str(timedelta(seconds=round(left)))} if left < inf else {}
         # the loss is read when it is shown: in each step that would wait for a GPU
-        metrics = {"loss": progress._loss, **time, **super().get_metrics(trainer, pl_module)}
+        metrics = {"loss": progress.loss, **time, **super().get_metrics(trainer, pl_module)}
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
 
@@ -70,13 +64,6 @@ def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
     say(trainer, f"The run:    {shown(run.folder) if run.folder else 'not kept'}")
     if run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
         say(trainer, f"Look at it: tensorboard --logdir {shlex.quote(shown(run.folder.parent))}")
-
-
-class Unprofiled(PassThroughProfiler):
-    """PassThroughProfiler of Lightning 2.6 runs a generator for each of some sixty hooks of a step."""
-
-    def profile(self, action_name: str) -> nullcontext[None]:  # type: ignore[override]
-        return nullcontext()
 
 
 def make_run(settings: Settings) -> Run:
@@ -125,7 +112,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
             settings={key: value for key, value in now.items() if key.startswith(parts) and key not in MACHINE},
             config=settings.text,
             recipe=settings.recipe,
-            command=shlex.join(settings.args),
+            command=settings.line,
         )
         callbacks.append(lightning.LambdaCallback(on_train_start=partial(announce, run)))
         # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
@@ -138,7 +125,6 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
         "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
         "logger": make_loggers(settings, run, trainer["logger"]) or False,
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
-        "profiler": trainer["profiler"] or Unprofiled(),
         "enable_checkpointing": keeps,
         "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
         "enable_model_summary": False,
@@ -147,18 +133,19 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
 
 def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
     """Return the user's loggers, or TensorBoard's in the run's folder where a command has something to write there."""
+    own, fit = settings.own, settings.command == "fit"
     if given in (None, True):
-        given = None
-        if settings.command == "fit" and not settings.own["trainer.fast_dev_run"]:
-            given = make_logger(run)
-        elif settings.command == "test" and run.folder and tests_all(settings):
-            given = make_logger(run)
+        # a score of the run's whole test set is a point on its curve; 1 is a batch, and 1.0 all of them
+        whole = settings.command == "test" and str(own["trainer.limit_test_batches"]) in ("None", "1.0")
+        whole = whole and own["data.name"] == settings.loaded["datamodule_hyper_parameters"].get("name")
+        given = make_logger(run) if (fit or (whole and run.folder)) and not own["trainer.fast_dev_run"] else None
+        if given and not fit:
             given.tested_step = settings.loaded["global_step"]
-    if settings.command == "fit":
+    if fit:
         now, defaults = settings.plain, settings.parser.get_defaults()
         shown = {"recipe": settings.recipe, "seed": now["seed_everything"]}
         for key in sorted(now.keys() - MACHINE):
-            if key.startswith(SHOWN):  # one type in all runs: TensorBoard 2.21 compares no text with a number
+            if key.startswith(("model.", "data.", "trainer.")):  # one type in all runs: no text beside numbers
                 number = type(defaults[key]) in (int, float) and type(now[key]) in (int, float)
                 shown[key.partition(".")[2]] = now[key] if number else str(now[key])
         for logger in as_list(given):
@@ -167,17 +154,8 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
     return given
 
 
-def tests_all(settings: Settings) -> bool:
-    """Return whether a test scores the whole test set of its run, and so is a point on the curve."""
-    limit, data = settings.own["trainer.limit_test_batches"], settings.loaded["datamodule_hyper_parameters"]
-    all_of_it = limit is None or (isinstance(limit, float) and limit == 1)  # an integer is a number of batches
-    return all_of_it and not settings.own["trainer.fast_dev_run"] and settings.own["data.name"] == data.get("name")
-
-
-def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:
-    """Refuse settings with which Lightning 2.6 would divide by zero or never end, other processes than were started,
-    and parts that cannot be resumed exactly.
-    """
+def check_trainer(settings: Settings, trainer: Trainer) -> None:
+    """Refuse what Lightning 2.6 would not end with, other processes than were started, and what cannot be resumed."""
     now, wanted, (processes, machines) = settings.plain, trainer.world_size, launched()
     for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
         value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
@@ -185,15 +163,12 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
             raise UserError(f"trainer.{name} must be a positive number, got {value}")
     if trainer.max_epochs == trainer.max_steps == -1 and (now["model.schedule"] != "constant" or now["model.warmup"]):
         raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
-    resumed = settings.command == "fit" and "processes" in settings.loaded
-    before = len(settings.loaded["processes"]) if resumed else wanted
-    if before != wanted:
+    before = len(settings.loaded.get("processes", ())) if settings.command == "fit" else 0
+    if before not in (0, wanted):
         settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
     if processes * machines not in (1, wanted):
         started = f"{processes} on each of {machines} machines were started; leave both out"
         raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
-    if settings.command == "fit" and settings.checkpoint and now["trainer.fast_dev_run"]:
-        raise UserError("trainer.fast_dev_run trains a new network for a few batches: leave --ckpt_path out")
     if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
         raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
     for kind, instead in REFUSED.items():
@@ -203,6 +178,5 @@ def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModul
     if processes * machines > 1 and environment and not environment.creates_processes_externally:
         # Lightning 2.6 takes a SLURM job of the name bash or interactive for a session in which it starts processes
         raise UserError("the SLURM job needs another name than bash or interactive: srun --job-name digits")
-    size = data.hparams["batch_size"]
-    if isinstance(trainer.strategy, ExactDDP) and size < wanted:
-        raise UserError(f"data.batch_size must be at least the number of processes, {wanted}, got {size}")
+    if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
+        raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")

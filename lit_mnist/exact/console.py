@@ -19,12 +19,7 @@ class ProcessLost(TrainingFailed):
 
 
 class Interrupted(Exception):  # noqa: N818, it is no error
-    """The training was stopped by a signal, and can be resumed from a checkpoint. Exit status 128 + signum."""
-
-    def __init__(self, signum: int, checkpoint: Path | None) -> None:
-        super().__init__(signum, checkpoint)
-        self.signum = signum
-        self.checkpoint = checkpoint
+    """The training was stopped by a signal, whose number and the last checkpoint are given. Exit status 128 + it."""
 
 
 def shortened(text: str, longest: int = 200) -> str:

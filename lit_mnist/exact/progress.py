@@ -28,7 +28,7 @@ class Progress(Callback):
         self.epoch_seconds = 0.0  # of training and validation, in this process
         self._started = self._window_started = self._lr = 0.0
         self._window_samples = 0
-        self._loss: Tensor | None = None
+        self.loss: Tensor | None = None
         self._ended = False  # an epoch, whose line is not printed yet
         self._validated = 0  # the step of this epoch's latest validation
         self.metrics: dict[str, float] = {}  # that the latest epoch computed
@@ -77,7 +77,7 @@ class Progress(Callback):
         _, _, samples = part_of_batch(trainer, batch_idx, extract_batch_size(batch))
         self.samples_seen += samples
         self._window_samples += samples
-        self._loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self.loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
             loss, now = self._check_finite(trainer), perf_counter()
@@ -144,9 +144,9 @@ class Progress(Callback):
 
     def _check_finite(self, trainer: Trainer) -> float:
         """Return the latest step's loss over all processes, which thus find out together that it is not finite."""
-        if not isinstance(self._loss, Tensor):
+        if not isinstance(self.loss, Tensor):
             return math.nan
-        loss = float(trainer.strategy.reduce(self._loss.detach().clone(), reduce_op="mean"))
+        loss = float(trainer.strategy.reduce(self.loss.detach().clone(), reduce_op="mean"))
         loss *= trainer.accumulate_grad_batches  # by which Lightning divides it
         if not math.isfinite(loss):
             raise diverged(trainer, "train/loss_step", loss)

@@ -11,7 +11,6 @@ from .runs import newest, versions
 
 FORMAT = 3  # goes up when a resumed run needs other entries
 FORMAT_ENTRY = f"{PROGRAM}_format"
-SCORED = (2, FORMAT, None)  # whose weights can be scored; a Trainer without this package writes no format
 # what scoring reads
 ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
 ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
@@ -26,13 +25,11 @@ def find_checkpoint(wanted: str, runs: Path, kind: str = "best") -> Path:
         for run in versions(runs):
             if found := newest(run, wanted):
                 return found
-        hint = "" if wanted == "last" else " (a run without validation has only a last one)"
-        raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint{hint}")
+        raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint")
     if (path := Path(wanted)).is_dir():
         path = newest(path, kind) or newest(path) or path
     if not path.is_file():  # a named pipe or a device would be waited for
-        allowed = "best, last, and the path of a checkpoint or of a run's folder that has one"
-        raise UserError(f"{shortened(wanted)}: no such file; allowed are {allowed}")
+        raise UserError(f"{shortened(wanted)}: no such file; allowed are best, last, a checkpoint, a run's folder")
     return path
 
 
@@ -50,17 +47,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: that file is not an intact checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
         raise UserError(f"{path}: that file is not a checkpoint of {PROGRAM}")
-    if (version := checkpoint.get(FORMAT_ENTRY)) not in SCORED:
-        found = shortened(repr(version), 40)
-        raise UserError(f"{path}: that checkpoint has the format {found}, and this version reads 2 and {FORMAT}")
+    # a Trainer without this package writes no format; those of 2 can be scored
+    if (found := checkpoint.get(FORMAT_ENTRY)) not in (2, FORMAT, None):
+        raise UserError(f"{path}: that checkpoint has the format {found!r:.40}, and this version reads 2 and {FORMAT}")
     checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
     for name, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"{path}: that file is not an intact checkpoint ({name} is missing or no {kind.__name__})")
     return checkpoint
-
-
-def find_and_read(wanted: str, runs: Path, kind: str = "best") -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that `find_checkpoint` finds, and its contents."""
-    path = find_checkpoint(wanted, runs, kind)
-    return path, read_checkpoint(path)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import RUN, TINY, Capsys, Command, assert_same, fails, last_checkpoint, results, scalars
+from helpers import RUN, TINY, Capsys, Command, Patch, assert_same, fails, last_checkpoint, results, scalars
 
 from lit_mnist import __version__
 from lit_mnist.__main__ import main
@@ -38,8 +38,8 @@ def run_without(packages: list[str], flags: list[str], status: int) -> str:
     return done.stdout + done.stderr
 
 
-def config(run: Path = RUN) -> dict[str, Any]:
-    return dict(yaml.safe_load((run / "config.yaml").read_text()))
+def config() -> dict[str, Any]:
+    return dict(yaml.safe_load((RUN / "config.yaml").read_text()))
 
 
 def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
@@ -54,7 +54,6 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     fit = results()["fit"]
     assert (fit["epochs"], fit["steps"], fit["parameters"]) == (2, 14, 100 + 8 + 288 + 16 + 90)
     assert (fit["best"]["checkpoint"], fit["best"]["val/accuracy"]) == (best.name, pytest.approx(max(accuracies)))
-    assert fit["settings"]["trainer.max_epochs"] == 2
     board = scalars(RUN)
     assert [step for step, _ in board["train/loss_step"]] == [1, 3, 5, 7, 9, 11, 13]
     assert [step for step, _ in board["val/loss"]] == [6, 13]
@@ -72,7 +71,6 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     ((step, value),) = scalars(RUN)["test/accuracy"]
     assert step == 14
     assert value == pytest.approx(int(tested[1]) / 100)
-    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
 
 
 def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: Capsys) -> None:
@@ -89,7 +87,6 @@ def test_equal_settings_give_equal_weights_and_seeds_matter(tiny_root: Path, tra
     first, same, other = (last_checkpoint(RUNS / f"version_{number}")["state_dict"] for number in range(3))
     assert_same(same, first)
     assert not torch.equal(first["network.head.weight"], other["network.head.weight"])
-    assert config(RUNS / "version_2")["seed_everything"] == 2
 
 
 def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trained: Path, capsys: Capsys) -> None:
@@ -100,25 +97,18 @@ def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trai
     (RUN / "config.yaml").write_text(yaml.safe_dump(edited))
     assert command("fit", "--ckpt_path", "last", "--model.lr", "0.1", "--trainer.max_epochs", "3") == 0
     lines = capsys.readouterr().out.splitlines()
-    for line in ("model.momentum: 0.9 -> 0.8", "model.lr: 0.4 -> 0.1", "trainer.max_epochs: 4 -> 3"):
-        assert line in lines
-    assert "model.mixup: 0.2 -> no longer a setting" in lines
+    changes = {"model.momentum: 0.9 -> 0.8", "model.lr: 0.4 -> 0.1", "trainer.max_epochs: 4 -> 3"}
+    assert changes | {"model.mixup: 0.2 -> no longer a setting"} <= set(lines)
     assert last_checkpoint(RUN)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.8
     assert config()["trainer"]["callbacks"][0]["class_path"] == "pytorch_lightning.callbacks.Timer"
     assert [path.name for path in RUNS.iterdir()] == ["version_0"]
-    assert only(f"{RUN}/checkpoints/last-*").name.startswith("last-epoch=02")
     assert [step for step, _ in scalars(RUN)["val/loss"]] == [17, 35, 53]
-    assert results()["fit"]["epochs"] == 3
     assert command("fit", "--ckpt_path", "last", "--trainer.callbacks", "null", "--trainer.max_epochs", "4") == 0
     assert config()["trainer"]["callbacks"] is None
-
-
-def test_without_its_config_a_checkpoint_gives_its_settings(command: Command, trained: Path, capsys: Capsys) -> None:
-    (RUN / "config.yaml").unlink()
-    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu") == 0
+    (RUN / "config.yaml").unlink()  # then the checkpoint gives its settings
+    assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "5", "--trainer.accelerator", "cpu") == 0
     assert "no config.yaml" in capsys.readouterr().out
-    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
-    assert (config()["data"]["batch_size"], last_checkpoint(RUN)["global_step"]) == (20, 54)
+    assert (config()["data"]["batch_size"], last_checkpoint(RUN)["global_step"]) == (20, 90)
 
 
 OTHER = ["fit --model.network mlp", "fit --model.optimizer adamw", "fit --model.dropout 0.1", "fit --model.ema_decay 0"]
@@ -130,9 +120,7 @@ OTHER += ["fit --model.activation relu", "fit --model.layers 8/2", "test --model
 def test_what_would_be_another_run_is_refused(command: Command, trained: Path, capsys: Capsys, line: str) -> None:
     before = {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()}
     args = line.split()
-    error = fails(capsys, *args, "--ckpt_path", "last", run=command)
-    assert f"{args[1][2:]} was " in error
-    assert args[2] in error
+    assert re.search(f"{args[1][2:]} was .*{args[2]}", fails(capsys, *args, "--ckpt_path", "last", run=command))
     assert {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()} == before
 
 
@@ -141,16 +129,14 @@ def test_only_plain_settings_come_from_a_checkpoint() -> None:
     assert plain_settings("model", hostile) == {"model.lr": 0.1, "model.name": "x", "model.flag": True}
 
 
-def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeypatch: Patch) -> None:
     auto, longer = ("--trainer.precision", "auto"), ("--ckpt_path", "last", "--trainer.max_epochs", "3")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert command("fit", *TINY, *auto) == 0
     assert "Precision: bf16-mixed" in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
-    assert command("fit", *longer, *auto) == 0
-    out = capsys.readouterr().out
-    assert "Precision: bf16-mixed, as the run has it" in out
-    assert "trainer.precision: " not in out
+    assert command("fit", *longer) == 0
+    assert "recision: " not in capsys.readouterr().out
     assert config()["trainer"]["precision"] == results()["fit"]["settings"]["trainer.precision"] == "bf16-mixed"
     assert command("fit", *longer, "--trainer.precision", "32-true", "--trainer.max_epochs", "4") == 0
     assert "trainer.precision: bf16-mixed -> 32-true" in capsys.readouterr().out
@@ -159,8 +145,7 @@ def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeyp
     for terminal in (False, True):  # a user's bar is the only one
         monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
         assert command("fit", *TINY, "--trainer.callbacks", "TQDMProgressBar", "--trainer.fast_dev_run", "true") == 0
-    flags = ["fit", *longer, "--trainer.fast_dev_run", "true"]  # which leave no step
-    assert "fast_dev_run" in fails(capsys, *flags, run=command)
+    assert "max_epochs=1" in fails(capsys, "fit", *longer, "--trainer.fast_dev_run", "true", run=command)
 
 
 SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {"1": 2}}}]'
@@ -171,9 +156,7 @@ SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"sch
     [
         (["--data.val_size", "60000"], ["data.val_size", "0..59999", "60000"]),
         (["--model.lr", "-1", "--model.warmup", "3"], ["model.lr", "-1.0", "model.warmup", "3.0"]),
-        (["--model.optimizer", "adam"], ["model.optimizer", "'sgd', 'adamw'", "adam"]),
         (["--model.layers", "16 x"], ["model.layers", "'x' in '16 x'"]),
-        (["--model.network", "x"], ["model.network must be ", "x"]),
         (["--model.network", "mlp"], ["model.layers", "widths"]),
         (["--data.name", "x"], ["data.name", "mnist, ", "x"]),
         (["--data.name", "idx"], ["data.root"]),
@@ -187,46 +170,32 @@ SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"sch
         (["--trainer.accelerator", "tpu"], ["torch_xla"]),
         (["--data.val_size", "50", "--trainer.limit_train_batches", "0"], ["limit_train_batches"]),
         (["--seed_everything", "true"], ["seed_everything", "true"]),
+        (["--trainer.max_epochs", "x"], ["trainer.max_epochs: Expected a int Given value: x"]),
+        (["--trainer.callbacks", "EarlyStoping"], ["trainer.callbacks: Expected a dot import path", "EarlyStoping"]),
         (["--config", "typo.yaml"], ["lrr", "typo.yaml"]),
-        (["--config", "broken.yaml"], ["broken.yaml"]),
-        (["--ckpt_path", "last"], ["--ckpt_path", "last", "lightning_logs"]),
-        (["--ckpt_path", "typo.yaml"], ["--ckpt_path", "typo.yaml"]),
         (["--trainer.default_root_dir", "typo.yaml"], ["typo.yaml", "Not a directory"]),
         (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
     ],
 )
 def test_bad_input_costs_nothing(command: Command, capsys: Capsys, flags: list[str], said: list[str]) -> None:
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
-    Path("broken.yaml").write_text("model: [1, 2\n")
-    error = fails(capsys, "fit", "--trainer.enable_model_summary", "false", *flags, run=command)
+    error = fails(capsys, "fit", *flags, run=command)
     assert error.startswith("lit_mnist: error: ")
     assert [part for part in said if part not in error] == []
     assert not RUNS.exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--trainer.callbacks", '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x"}}]'], "metric `x`"),
-        (["--model.lr", "1e30"], "train/loss_step is nan"),
-    ],
-)
-def test_a_training_that_fails(command: Command, trained: Path, capsys: Capsys, flags: list[str], said: str) -> None:
+def test_a_training_that_fails(command: Command, trained: Path, capsys: Capsys) -> None:
     kept = {path: path.read_bytes() for path in RUNS.rglob("*.ckpt")}
-    args = ["fit", *TINY, "--trainer.enable_model_summary", "false", *flags]
-    assert said in fails(capsys, *args, run=command, status=3)
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "x"]
+    for flags, said in ((stopping, "metric `x`"), (["--model.lr", "1e30"], "train/loss_step is nan")):
+        assert said in fails(capsys, "fit", *TINY, *flags, run=command, status=3)
     assert {path: path.read_bytes() for path in kept} == kept
 
 
 @pytest.mark.parametrize(
     ("flags", "status", "said"),
-    [
-        (["--version"], 0, f"lit_mnist {__version__}\n"),
-        (["--help"], 0, "usage: python -m lit_mnist"),
-        (["runs", "--help"], 0, "--columns"),
-        ([], 2, "usage: python -m lit_mnist"),
-        (["train"], 2, "unknown command 'train'"),
-    ],
+    [(["--version"], 0, __version__), (["runs", "--help"], 0, "--sort"), ([], 2, "usage"), (["train"], 2, "'train'")],
 )
 def test_some_answers_do_without_torch(flags: list[str], status: int, said: str) -> None:
     assert said in run_without(["torch", "pandas"], flags, status)
@@ -259,8 +228,6 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
     scored = ["test", "--config", f"{renamed}/config.yaml", "--trainer.accelerator", "cpu", "--ckpt_path"]
     assert command(*scored, str(renamed)) == 0
     assert results(renamed)["test"][-1]["checkpoint"].startswith("best-")
-    Path("typo.yaml").write_text("best: {}\nbord: {x: 1}\n")
-    assert "bord" in fails(capsys, *scored, "last", "--config", "typo.yaml", run=command)
 
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "zero") == 0
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "a new one") == 0
@@ -272,9 +239,8 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
     assert claim_folder(RUNS).name == "version_0"
 
 
-def test_what_fit_shows(command: Command, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[dict[str, Any]] = []
-    get_metrics = Bar.get_metrics
+def test_what_fit_shows(command: Command, capsys: Capsys, monkeypatch: Patch) -> None:
+    shown, get_metrics = list[dict[str, Any]](), Bar.get_metrics
 
     def spy(*args: Any) -> dict[str, Any]:
         shown.append(get_metrics(*args))
@@ -299,32 +265,26 @@ def test_help_begins_with_what_people_use(capsys: Capsys) -> None:
     assert [word for word in ("known", "EarlyStopping", "hpc") if word in text] == []
 
 
-@pytest.mark.parametrize(("flags", "said"), [([], "Loading"), (["--print_config"], ""), (["--help"], "")])
-def test_the_first_line_comes_before_torch(flags: list[str], said: str) -> None:
-    code = "import sys; from lit_mnist.__main__ import main; sys.modules['lit_mnist.cli.cli'] = None"
-    code += f"; main({['fit', *flags]})"
+def test_the_first_line_comes_before_torch() -> None:
+    code = "import sys; from lit_mnist.__main__ import main; sys.modules['lit_mnist.cli.cli'] = None; main(['fit'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout[:7] == said
+    assert done.stdout[:7] == "Loading"
 
 
-STOPPING = "EarlyStopping --trainer.callbacks.monitor val/loss --trainer.callbacks.min_delta 9"
+TIMER = "--trainer.max_epochs 9999 --trainer.callbacks Timer"
+STOPPING = "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss --trainer.callbacks.min_delta 9"
 
 
 @pytest.mark.parametrize(
     ("flags", "stopped"),
     [
         ("--trainer.max_epochs 9999 --trainer.max_time 00:00:00:01", "trainer.max_time is used up"),
-        (
-            "--trainer.max_epochs 9999 --trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:01",
-            "the Timer is",
-        ),
-        (f"--trainer.max_epochs 9 --trainer.callbacks {STOPPING} --trainer.callbacks.patience 1", "val/loss did not"),
+        (f"{TIMER} --trainer.callbacks.duration 00:00:00:01", "the Timer is"),
+        (f"--trainer.max_epochs 9 {STOPPING} --trainer.callbacks.patience 1", "val/loss did not"),
         ("--trainer.max_steps 14", ""),
     ],
 )
-def test_what_ended_a_run_and_how_it_is_trained_longer(
-    command: Command, capsys: Capsys, flags: str, stopped: str
-) -> None:
+def test_what_ended_a_run(command: Command, capsys: Capsys, flags: str, stopped: str) -> None:
     assert command("fit", *TINY, *flags.split()) == 0
     for _ in range(2):  # the second time there is nothing to train
         out = capsys.readouterr().out
@@ -335,10 +295,7 @@ def test_what_ended_a_run_and_how_it_is_trained_longer(
     assert results()["fit"]["steps"] > steps
 
 
-@pytest.mark.parametrize("profiler", ["simple", "advanced"])
-def test_a_profiler_prints_its_report(
-    command: Command, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, profiler: str
-) -> None:
+def test_a_profiler_prints_its_report(command: Command, caplog: pytest.LogCaptureFixture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(logging.getLogger("pytorch_lightning.profilers"), "handlers", [caplog.handler])
-    assert command("fit", *TINY, "--trainer.profiler", profiler, "--trainer.max_epochs", "1") == 0
+    assert command("fit", *TINY, "--trainer.profiler", "simple", "--trainer.max_epochs", "1") == 0
     assert "run_training_batch" in caplog.text

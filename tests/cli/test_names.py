@@ -25,11 +25,7 @@ class Foreign(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("flags", "parameters"),
-    [
-        (["mlp", "--model.layers", "32 16"], 784 * 32 + 2 * 32 + 32 * 16 + 2 * 16 + 16 * 10 + 10),
-        (["foreign"], 7841),
-    ],
+    ("flags", "parameters"), [(["mlp", "--model.layers", "32 16"], 25866), (["foreign"], 784 * 10 + 1)]
 )
 def test_another_network(flags: list[str], parameters: int, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "foreign", Foreign)
@@ -41,7 +37,6 @@ def test_another_network(flags: list[str], parameters: int, command: Command, mo
 
 def test_own_data_with_twelve_classes(command: Command, tmp_path: Path, capsys: Capsys) -> None:
     write_tiny_mnist(tmp_path / "own", 240, 60, classes=12)
-    before = {path: path.read_bytes() for path in (tmp_path / "own").iterdir()}
     own = ["--data.root", str(tmp_path / "own")]
     flags = ["--data.name", "idx", "--data.val_size", "24"]
     assert command("fit", *TINY, *MORE, *flags, *own) == 0
@@ -52,7 +47,6 @@ def test_own_data_with_twelve_classes(command: Command, tmp_path: Path, capsys: 
     assert "/60 (" in capsys.readouterr().out
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", *own) == 0
     assert (results()["fit"]["epochs"], results()["fit"]["model"]["classes"]) == (4, 12)
-    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_more_classes_than_the_model_has(trained: Path, tmp_path: Path, capsys: Capsys) -> None:

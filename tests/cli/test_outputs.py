@@ -63,7 +63,8 @@ def test_the_best_is_named_beside_its_value(command: Command, capsys: Capsys) ->
 
 def test_printed_commands_can_be_copied(command: Command, capsys: Capsys) -> None:
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "a folder") == 0
-    lines = [shlex.split(line.partition(": ")[2]) for line in capsys.readouterr().out.splitlines()[-3:]]
+    out = re.findall(r"^(?:Look at|Test|Train).*: +(tensorboard|python) (.*)", capsys.readouterr().out, re.M)
+    lines = [shlex.split(" ".join(line)) for line in out]
     assert lines[0] == ["tensorboard", "--logdir", "a folder/lightning_logs"]
     assert [main(line[3:]) for line in lines[1:]] == [0, 0]
     assert shlex.split(resume_command(Path("a folder/last.ckpt")))[-1] == "a folder/last.ckpt"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lit_mnist.exact.checkpoint_io import DurableCheckpointIO
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings
 from lit_mnist.exact.console import TrainingFailed, UserError
-from lit_mnist.exact.reader import find_and_read, find_checkpoint, read_checkpoint
+from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
 
 Scores = list[tuple[float, ...]]
 
@@ -55,9 +55,9 @@ def test_finding_checkpoints(tmp_path: Path) -> None:
     for name in ("last-mine.ckpt", "last-epoch=01-step=000014.ckpt"):
         (second / name).write_bytes(b"")
     assert find_checkpoint("last", tmp_path).parent == second
-    assert find_and_read("best", tmp_path) == (old, read_checkpoint(old))
+    assert find_checkpoint("best", tmp_path) == old
     with pytest.raises(UserError, match="not an intact checkpoint"):
-        find_and_read("last", tmp_path)
+        read_checkpoint(find_checkpoint("last", tmp_path))
     for wanted in ("/dev/zero", str(pipe), "http://x", "a\0b", "."):
         with pytest.raises(UserError, match="file"):
             find_checkpoint(wanted, tmp_path)
