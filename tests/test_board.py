@@ -102,7 +102,7 @@ def test_a_resumed_run_shows_its_present_settings_and_each_score_once(command: C
     shown = events(RUN)
     assert [event.step for event in shown.Scalars("test/loss")] == [7, 21]
     assert shown.Scalars("test/loss")[-1].value == score
-    assert len(list(RUN.glob("*.test"))) == 1
+    assert len(list(RUN.glob("0tests*"))) == 1
     assert max(event.step for event in shown.Scalars("epoch")) == 20
     settings = hparams(shown, "session_start_info").session_start_info.hparams
     assert (settings["lr"].number_value, settings["max_epochs"].number_value) == (0.1, 3)

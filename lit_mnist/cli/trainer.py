@@ -27,7 +27,6 @@ from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import run_folder
 
-SHOWN = ("model.", "data.", "trainer.")  # sections in TensorBoard's tab HParams
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
     lightning.LearningRateFinder: "set model.lr to what it found",
     lightning.BatchSizeFinder: "set data.batch_size to what it found",
@@ -136,7 +135,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     return {
         **trainer,
         "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
-        "logger": make_loggers(settings, run, trainer["logger"]) or False,
+        "logger": make_loggers(settings, run, trainer["logger"]),
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),
         "enable_checkpointing": keeps,
@@ -146,32 +145,19 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
 
 
 def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
-    """Return the user's loggers, or TensorBoard's in the run's folder where a command has something to write there."""
+    """Return the user's loggers, or of a fit TensorBoard's in the run's folder."""
     if given in (None, True):
-        given = None
-        if settings.command == "fit" and not settings.own["trainer.fast_dev_run"]:
-            given = make_logger(run)
-        elif settings.command == "test" and run.folder and tests_all(settings):
-            given = make_logger(run)
-            given.tested_step = settings.loaded["global_step"]
-    if settings.command == "fit":
-        now, defaults = settings.plain, settings.parser.get_defaults()
-        shown = {"recipe": settings.recipe, "seed": now["seed_everything"]}
-        for key in sorted(now.keys() - MACHINE):
-            if key.startswith(SHOWN):  # one type in all runs: TensorBoard 2.21 compares no text with a number
-                number = type(defaults[key]) in (int, float) and type(now[key]) in (int, float)
-                shown[key.partition(".")[2]] = now[key] if number else str(now[key])
-        for logger in as_list(given):
-            if isinstance(logger, RunLogger):
-                logger.shown = shown
+        given = settings.command == "fit" and not settings.own["trainer.fast_dev_run"] and make_logger(run)
+    defaults, shown = settings.parser.get_defaults(), {"recipe": settings.recipe}
+    for key, value in settings.plain.items():
+        if key.startswith("trainer.") and key not in MACHINE:
+            # one type in all runs: TensorBoard 2.21 compares no text with a number
+            number = type(value) in (int, float) and type(defaults[key]) in (int, float)
+            shown[key.removeprefix("trainer.")] = value if number else str(value)
+    for logger in as_list(given):
+        if isinstance(logger, RunLogger):
+            logger.log_hyperparams(shown)  # beside the module's and the data's, which Lightning logs
     return given
-
-
-def tests_all(settings: Settings) -> bool:
-    """Return whether a test scores the whole test set of its run, and so is a point on the curve."""
-    limit, data = settings.own["trainer.limit_test_batches"], settings.loaded["datamodule_hyper_parameters"]
-    all_of_it = limit is None or (isinstance(limit, float) and limit == 1)  # an integer is a number of batches
-    return all_of_it and not settings.own["trainer.fast_dev_run"] and settings.own["data.name"] == data.get("name")
 
 
 def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:

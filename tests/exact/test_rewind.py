@@ -76,7 +76,7 @@ def test_a_new_run_begins_with_the_curve_of_its_checkpoint(tmp_path: Path) -> No
     assert logged(first) == ([0, 1, 2], ["0", "1", "2"])
 
 
-@pytest.mark.parametrize("saved", [None, 3, [3], [{"events": -1}, {"rows": -1}], [{}], {"RunLogger": {}}])
+@pytest.mark.parametrize("saved", [None, [], [{}]])
 def test_a_curve_that_the_checkpoint_does_not_know_stays(tmp_path: Path, saved: Any) -> None:
     run = tmp_path / "version_0"
     made = begin(run)
