@@ -21,9 +21,7 @@ from lit_mnist.__main__ import main
 
 
 def events(run: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
-    accumulator.Reload()
-    return accumulator
+    return EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
 
 
 @pytest.fixture
@@ -64,11 +62,7 @@ def test_what_the_board_shows(run: EventAccumulator, tiny_root: Path) -> None:
     assert np.mean(accuracy) == pytest.approx(scalars["val/accuracy"][-1].value, abs=1e-6)  # 5 images of each
     assert {f"val_class/{digit}" for digit in range(10)} <= set(run.Tags()["tensors"])
     assert run.Tags()["graph"]
-    texts = {
-        "command": "python -m lit_mnist fit",
-        "conditions": torch.__version__.partition("+")[0],
-        "model": "DigitNet",
-    }
+    texts = {"command": "python -m lit_mnist fit", "conditions": torch.__version__.split("+")[0], "model": "DigitNet"}
     texts = {f"{title}/text_summary": part for title, part in texts.items()}
     for tag, part in (texts | {"custom_scalars__config__": "^(train|val)/loss$"}).items():
         assert part.encode() in run.Tensors(tag)[0].tensor_proto.string_val[0]
@@ -123,8 +117,7 @@ def test_switches_do_not_change_the_training(command: Command) -> None:
     # every second epoch, and the last
     assert [event.step for event in accumulator.Images("answers/confusion matrix")] == [6, 20, 27]
     assert "weights/head.weight" in accumulator.Tags()["histograms"]
-    ours, theirs = (last_checkpoint(run)["state_dict"] for run in (RUN, RUN.with_name("version_1")))
-    assert_same(ours, theirs)
+    assert_same(*(last_checkpoint(run)["state_dict"] for run in (RUN, RUN.with_name("version_1"))))
     assert main(["fit", "--board.every_n_epochs", "-1"]) == 2
 
 

@@ -47,8 +47,7 @@ def test_mlflow_continues_in_its_run(command: Command) -> None:
     assert command("fit", *TINY, "--board.every_n_epochs", "0", "--trainer.logger", logger) == 0
     assert command("fit", *LONGER, "--model.lr", "0.1") == 0
     client = mlflow.MlflowClient("sqlite:///ml.db")
-    (experiment,) = [part.experiment_id for part in client.search_experiments(filter_string="name = 'lightning_logs'")]
-    (run,) = client.search_runs([experiment])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.info.status == "FINISHED"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [6, 13, 20]
     assert (run.data.params["lr"], run.data.tags["lr"]) == ("0.05", "0.1")

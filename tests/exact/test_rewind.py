@@ -1,4 +1,5 @@
 import os
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,20 +28,19 @@ def log(
     os.utime(checkpoint, ns=(written, written))
     trainer: Any = SimpleNamespace(loggers=made, is_global_zero=True)
     open_loggers(trainer, Run(run, checkpoint, {"curves": saved} if saved else {}, origin))
-    states = []
-    for step in (*steps, None, *lost):
-        for logger in made if step is not None else ():
+    states: list[Any] = []
+    for part in (steps, lost):
+        for logger, step in product(made, part):
             logger.log_metrics({"loss": step / 2, f"at {step}": 1.0}, step)
-        states += logger_states(made) if step is None else []
+        states.append(logger_states(made))
     for logger in made:
         logger.finalize("success")
-    return states
+    return states[0]
 
 
 def logged(run: Path) -> tuple[list[int], list[str]]:
     """Return the steps of both curves."""
-    events = EventAccumulator(str(run))
-    events.Reload()
+    events = EventAccumulator(str(run)).Reload()
     header, *rows = (line.split(",") for line in (run / "metrics.csv").read_text().splitlines())
     return [event.step for event in events.Scalars("loss")], [row[header.index("step")] for row in rows]
 
