@@ -4,26 +4,20 @@ Nothing here changes the training: what it draws from is computed anyway.
 """
 
 import json
-import shutil
 import warnings
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import indent
-from time import time
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_summary.model_summary import ModelSummary
-from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import custom_scalars
-from torch.utils.tensorboard.summary import text as text_summary
+from torch.utils.tensorboard import SummaryWriter, summary
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -31,7 +25,7 @@ from torchvision.utils import make_grid
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.ddp import gather_in_order
-from lit_mnist.exact.loggers import TEXTS, RunLogger, write_events
+from lit_mnist.exact.loggers import TEXTS, RunLogger, own_tests, write_events
 from lit_mnist.exact.results import Results
 from lit_mnist.network import Batch
 
@@ -66,13 +60,9 @@ class Board(Callback):
     def callbacks(self) -> list[Callback]:
         return [self] if self.every_n_epochs else []
 
-    def logger(self, trainer: Trainer) -> RunLogger | None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
-        return loggers[0] if loggers and trainer.is_global_zero else None
-
     def writer(self, trainer: Trainer) -> SummaryWriter | None:
-        logger = self.logger(trainer)
-        return logger.experiment if logger else None
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
+        return loggers[0].experiment if loggers and trainer.is_global_zero else None
 
     def due(self, trainer: Trainer) -> bool:
         """Return whether this epoch's pictures are to be written."""
@@ -80,15 +70,15 @@ class Board(Callback):
         return turn and trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (logger := self.logger(trainer)):
-            return
-        results, described = callback_of(trainer, Results), json.dumps(conditions(pl_module.device), indent=4)
-        commands = results.state_dict()["commands"] if results else []
-        texts = {"command": "\n".join(f"python -m lit_mnist {command}" for command in commands)}
-        texts |= {"conditions": described, "model": str(ModelSummary(pl_module, max_depth=-1))}
-        parts = [text_summary(title, indent(texts[title], "    ")) for title in texts]
-        events = [Event(wall_time=time(), summary=part) for part in (custom_scalars(LAYOUT), *parts)]
-        write_events(Path(logger.log_dir, TEXTS), events)
+        if (writer := self.writer(trainer)) and (results := callback_of(trainer, Results)):
+            texts = {
+                "command": "\n".join(f"python -m lit_mnist {line}" for line in results.state_dict()["commands"]),
+                "conditions": json.dumps(conditions(pl_module.device), indent=4),
+                "model": str(ModelSummary(pl_module, max_depth=-1)),
+            }
+            parts = [summary.custom_scalars(LAYOUT)]
+            parts += [summary.text(title, indent(text, "    ")) for title, text in texts.items()]
+            write_events(Path(writer.log_dir, TEXTS), *((0, part) for part in parts))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if batch_idx == 0 and self.due(trainer) and shows_pictures(batch) and (writer := self.writer(trainer)):
@@ -104,7 +94,7 @@ class Board(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self.due(trainer) and (writer := self.writer(trainer))):
             return
-        step, network = trainer.global_step - 1, network_of(pl_module)
+        step, network = trainer.global_step - 1, getattr(pl_module, "network", pl_module)
         for kernels in [p.detach() for p in network.parameters() if p.ndim == 4][:1]:  # (out, in, K, K)
             levels = kernels.flatten(0, 1)[:, None]
             levels = 127.5 + 127.5 * levels / levels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # 0 is grey
@@ -140,8 +130,8 @@ class Board(Callback):
             writer.add_pr_curve(f"val_class/{digit}", targets == digit, probabilities[:, digit], step)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        linear = [part for part in network_of(pl_module).modules() if isinstance(part, torch.nn.Linear)]
-        self._hooks = [layer.register_forward_pre_hook(self._keep) for layer in linear[-1:] if trainer.loggers]
+        linear = [part for part in pl_module.modules() if isinstance(part, torch.nn.Linear)]
+        self._hooks = [layer.register_forward_pre_hook(self._keep) for layer in linear[-1:]]
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         self._features = inputs[0].flatten(1)
@@ -154,15 +144,15 @@ class Board(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for hook in self._hooks:
             hook.remove()
-        answers, logger = self._gather(), self.logger(trainer)
-        step = (logger and logger.tested_step) or 0
-        if not (logger and answers) or Path(logger.log_dir, f"{step:05d}", "test").exists():  # from an earlier test
-            return
-        images, features, targets = answers
-        with TemporaryDirectory() as folder:
-            with SummaryWriter(folder) as writer:
+        results: Any = callback_of(trainer, Results)
+        answers, folder, step = self._gather(), results.run.folder, results.run.loaded.get("global_step")
+        # unless an earlier test has done it
+        if answers and folder and step in own_tests(folder) and not (folder / f"{step:05d}" / "test").exists():
+            images, features, targets = answers
+            with SummaryWriter(folder, filename_suffix=".empty") as writer:
                 writer.add_embedding(features, [str(int(target)) for target in targets], images / 255, step, "test")
-            shutil.copytree(folder, logger.log_dir, ignore=shutil.ignore_patterns("events*"), dirs_exist_ok=True)
+            for path in folder.glob("*.empty"):
+                path.unlink()
 
     def _gather(self) -> list[Tensor]:
         """Return what was kept of all batches on all processes, in the order of the images; on the first one alone."""
@@ -176,10 +166,6 @@ def shows_pictures(batch: Any) -> bool:
     """Return whether a batch is images (B, 1, H, W) and their classes (B,): another experiment's may be anything."""
     shapes = [part.shape for part in batch if isinstance(part, Tensor)] if isinstance(batch, (list, tuple)) else []
     return [len(shape) for shape in shapes] == [4, 1] and shapes[0][1] == 1
-
-
-def network_of(pl_module: LightningModule) -> torch.nn.Module:
-    return getattr(pl_module, "network", pl_module)
 
 
 def grid(images: Tensor, columns: int, zoom: int, padding: int = 4) -> Tensor:

@@ -9,6 +9,7 @@ torch is built for CUDA and has no driver (2.15). A GPU's arithmetic, memory and
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from pytorch_lightning.accelerators import AcceleratorRegistry, CPUAccelerator
@@ -42,9 +43,6 @@ class FakeTensor(Tensor):
         made.raw = raw
         return made
 
-    def __format__(self, format_spec: str) -> str:
-        return format(self.item() if not self.dim() else repr(self.raw), format_spec)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied: Tensor = FakeTensor(self.raw.detach().clone())
         is_parameter = isinstance(self, torch.nn.Parameter)
@@ -60,8 +58,7 @@ class FakeTensor(Tensor):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-        device = kwargs.get("device")
-        leaves = device is not None and torch.device(device).type == "cpu"
+        leaves = is_on("cpu", kwargs.get("device"))
         if name == "copy_":
             target, source, *non_blocking = args
             leaves = not isinstance(target, FakeTensor)
@@ -84,8 +81,8 @@ def check_waiting(name: str) -> None:
         raise DeviceError(f"{name}: waits for the device within a step")
 
 
-def is_fake(device: Any) -> bool:
-    return device is not None and torch.device(device).type == DEVICE.type
+def is_on(kind: str, device: Any) -> bool:
+    return device is not None and torch.device(device).type == kind
 
 
 class FakeDevice(TorchDispatchMode):
@@ -93,7 +90,7 @@ class FakeDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not is_fake(kwargs.get("device")):
+        if not is_on("lazy", kwargs.get("device")):
             return func(*args, **kwargs)
         own = any(isinstance(each, FakeTensor) for each in tree_flatten(args)[0])
         if func is torch.ops.aten._to_copy.default and not own and args[0].dim() and not kwargs.get("non_blocking"):
@@ -108,7 +105,7 @@ class FakeValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and is_fake(kwargs.get("device")):
+        if func in (torch.tensor, torch.as_tensor) and is_on("lazy", kwargs.get("device")):
             return func(*args, **{**kwargs, "device": torch.device("cpu")}).to(DEVICE, non_blocking=True)
         return func(*args, **kwargs)
 
@@ -131,7 +128,7 @@ def fake_device() -> Iterator[list[str]]:
     """Give the flags by which a command runs on the device. From an epoch's second step on none may wait for
     it, from taking its batch to the last callback.
     """
-    AcceleratorRegistry.register("fake", FakeAccelerator)
+    AcceleratorRegistry.register("fake", FakeAccelerator, override=True)
     StrategyRegistry.register("fake", SingleDeviceStrategy, override=True, device=DEVICE, accelerator=FakeAccelerator())
     original = _TrainingEpochLoop.advance
 
@@ -143,12 +140,6 @@ def fake_device() -> Iterator[list[str]]:
         finally:
             waiting_forbidden = False
 
-    _TrainingEpochLoop.advance = advance  # type: ignore[method-assign]
-    try:
-        with FakeValues(), FakeDevice():  # type: ignore[no-untyped-call]
-            # a wrapped tensor made outside of inference mode cannot be detached in it (torch 2.15)
-            yield ["--trainer.accelerator=fake", "--trainer.strategy=fake", "--trainer.inference_mode=false"]
-    finally:
-        _TrainingEpochLoop.advance = original  # type: ignore[method-assign]
-        AcceleratorRegistry.remove("fake")
-        StrategyRegistry.remove("fake")
+    with patch.object(_TrainingEpochLoop, "advance", advance), FakeValues(), FakeDevice():  # type: ignore[no-untyped-call]
+        # a wrapped tensor made outside of inference mode cannot be detached in it (torch 2.15)
+        yield ["--trainer.accelerator=fake", "--trainer.strategy=fake", "--trainer.inference_mode=false"]

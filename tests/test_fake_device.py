@@ -23,8 +23,8 @@ def device() -> Iterator[list[str]]:
         yield flags
 
 
-def weights(version: int) -> Any:
-    return last_checkpoint(RUN.with_name(f"version_{version}"))["state_dict"]
+def weights() -> list[Any]:
+    return [last_checkpoint(RUN.with_name(f"version_{version}"))["state_dict"] for version in (1, 0)]
 
 
 def test_tensors_know_their_device(device: list[str]) -> None:
@@ -53,7 +53,7 @@ def test_a_fit_and_the_scores_are_those_of_the_processor(command: Command, devic
     assert found["fit"]["hardware"]["device"] == DEVICE.type
     assert {"train/loss", "val/accuracy", "test/loss", "test/accuracy"} <= scores[0].keys()
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
-    torch.testing.assert_close(weights(1), weights(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*weights(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [7, pytest.param(16, marks=pytest.mark.slow)])  # an epoch has 15
@@ -63,7 +63,7 @@ def test_a_run_that_is_cut_short_is_resumed(command: Command, device: list[str],
     with at_call(step + 1, partial(fail, KeyboardInterrupt()), LitMNIST, "training_step"):
         assert command("fit", *flags) == 130
     assert command("fit", "--ckpt_path", "last", *device) == 0
-    torch.testing.assert_close(weights(1), weights(0), rtol=0, atol=0)
+    torch.testing.assert_close(*weights(), rtol=0, atol=0)
 
 
 FAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Capsys, Command, Killed, Patch, at_call, fail, last_checkpoint, results
+from helpers import Capsys, Command, Killed, Patch, assert_same, at_call, fail, last_checkpoint, results
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -26,7 +26,6 @@ TINY += ["--model.layers", "crop2 8x5v/2 8d 8d+ again 16/2", "--model.lr", "0.05
 TINY += ["--model.label_smoothing", "0.1", "--data.batch_size", "50", "--data.val_size", "50"]
 TINY += ["--data.rotation", "8", "--data.scale", "0.1", "--data.augmented", "0.7", "--board.every_n_epochs", "0"]
 BOARD = "--board.every_n_epochs", "1"
-Watcher = Callable[[LitMNIST, tuple[Tensor, Tensor]], None]
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -39,7 +38,7 @@ def fit(command: Command, device: str) -> Command:
     return lambda *flags: command("fit", *TINY, *flags, "--trainer.accelerator", ACCELERATORS[device])
 
 
-def watch(monkeypatch: Patch, watcher: Watcher) -> None:
+def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], None]) -> None:
     """Call it before each training step with the module and the batch."""
     original = LitMNIST.training_step
 
@@ -53,13 +52,10 @@ def watch(monkeypatch: Patch, watcher: Watcher) -> None:
 def last_state(version: int) -> dict[str, Any]:
     """Return weights, their average, the optimizer's state and the RNG states of a run's last checkpoint."""
     loaded = last_checkpoint(Path(f"lightning_logs/version_{version}"))
-    random = loaded["processes"][0]["random"]
-    return {
-        **{name: loaded[name] for name in ("state_dict", "current_model_state", "averaging_state")},
-        "optimizer": [optimizer["state"] for optimizer in loaded["optimizer_states"]],
-        "random": {name: random[name] for name in ("torch", "cuda") if name in random},
-        "step": loaded["global_step"],
-    }
+    random = {name: loaded["processes"][0]["random"].get(name) for name in ("torch", "cuda")}
+    optimizers = [optimizer["state"] for optimizer in loaded["optimizer_states"]]
+    names = "state_dict", "current_model_state", "averaging_state", "global_step"
+    return {**{name: loaded[name] for name in names}, "optimizers": optimizers, "random": random}
 
 
 def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root: Path, monkeypatch: Patch) -> None:
@@ -93,10 +89,6 @@ def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Pa
     """test_fake_device.py looks for it without a GPU."""
     mode, steps = torch.cuda.set_sync_debug_mode, []
     request.addfinalizer(lambda: mode("default"))
-    mode("error")
-    with pytest.raises(RuntimeError, match="synchronizing"):
-        torch.ones(3, device=device).sum().item()
-    mode("default")
 
     def look(*_: Any) -> None:
         steps.append(1)
@@ -119,8 +111,8 @@ def test_a_run_that_is_cut_short_is_resumed(command: Command, fit: Command, devi
     torch.rand(3, device=device)  # another process has another random state
     assert command("fit", "--ckpt_path", "last", "--trainer.accelerator", ACCELERATORS[device]) == 0
     uninterrupted, ours = last_state(0), last_state(1)
-    assert ("cuda" in ours["random"]) == (device == "cuda")
-    assert_close(ours, uninterrupted, rtol=0, atol=0)
+    assert (ours["random"]["cuda"] is not None) == (device == "cuda")
+    assert_same(ours, uninterrupted)
 
 
 @pytest.mark.usefixtures("no_group")
@@ -156,6 +148,6 @@ def test_a_checkpoint_serves_every_device(command: Command, fit: Command, device
     assert command("export", "--ckpt_path", "best", "--output", "digits.pt2") == 0
     assert "Exported: digits.pt2, " in capsys.readouterr().out
     for epochs, accelerator in ((3, "cpu"), (4, ACCELERATORS[device])):
-        longer = ["--trainer.max_epochs", str(epochs), "--trainer.accelerator", accelerator]
-        assert command("fit", "--ckpt_path", "last", *longer) == 0
+        longer = ["--ckpt_path", "last", "--trainer.max_epochs", str(epochs), "--trainer.accelerator", accelerator]
+        assert command("fit", *longer) == 0
     assert (results()["fit"]["epochs"], results()["fit"]["steps"]) == (4, 28)

@@ -123,7 +123,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     return {
         **trainer,
         "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
-        "logger": make_loggers(settings, run, trainer["logger"]) or False,
+        "logger": make_loggers(settings, run, trainer["logger"]),
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "enable_checkpointing": keeps,
         "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
@@ -132,25 +132,18 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
 
 
 def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
-    """Return the user's loggers, or TensorBoard's in the run's folder where a command has something to write there."""
-    own, fit = settings.own, settings.command == "fit"
+    """Return the user's loggers, or of a fit TensorBoard's in the run's folder."""
     if given in (None, True):
-        # a score of the run's whole test set is a point on its curve; 1 is a batch, and 1.0 all of them
-        whole = settings.command == "test" and str(own["trainer.limit_test_batches"]) in ("None", "1.0")
-        whole = whole and own["data.name"] == settings.loaded["datamodule_hyper_parameters"].get("name")
-        given = make_logger(run) if (fit or (whole and run.folder)) and not own["trainer.fast_dev_run"] else None
-        if given and not fit:
-            given.tested_step = settings.loaded["global_step"]
-    if fit:
-        now, defaults = settings.plain, settings.parser.get_defaults()
-        shown = {"recipe": settings.recipe, "seed": now["seed_everything"]}
-        for key in sorted(now.keys() - MACHINE):
-            if key.startswith(("model.", "data.", "trainer.")):  # one type in all runs: no text beside numbers
-                number = type(defaults[key]) in (int, float) and type(now[key]) in (int, float)
-                shown[key.partition(".")[2]] = now[key] if number else str(now[key])
-        for logger in as_list(given):
-            if isinstance(logger, RunLogger):
-                logger.shown = shown
+        given = settings.command == "fit" and not settings.own["trainer.fast_dev_run"] and make_logger(run)
+    defaults, shown = settings.parser.get_defaults(), {"recipe": settings.recipe}
+    for key, value in settings.plain.items():
+        if key.startswith("trainer.") and key not in MACHINE:
+            # one type in all runs: TensorBoard 2.21 compares no text with a number
+            number = type(value) in (int, float) and type(defaults[key]) in (int, float)
+            shown[key.removeprefix("trainer.")] = value if number else str(value)
+    for logger in as_list(given):
+        if isinstance(logger, RunLogger):
+            logger.log_hyperparams(shown)  # beside the module's and the data's, which Lightning logs
     return given
 
 

@@ -11,7 +11,7 @@ from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
 from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of, stop_on_signals
 from .console import UserError
-from .loggers import FILE_LOGGERS, MLFLOW, RunLogger, RunMLFlowLogger
+from .loggers import OURS, RunLogger
 from .progress import Progress
 from .results import Results
 from .resume import ExactResume
@@ -94,15 +94,14 @@ def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
     name = next((name for name in ("version", "run_id", "experiment_key") if name in settings), None)
     if not (run.folder and "class_path" in logger and name):
         return
-    if (given := settings[name]) is None and run.continues:  # not from the checkpoint: it becomes a folder's name
-        kept = section(read_results(run.folder), "fit").get("loggers")
-        settings[name] = kept[number] if isinstance(kept, list) and number < len(kept) else None
-    if logger["class_path"] in MLFLOW:
-        logger["class_path"] = f"{RunMLFlowLogger.__module__}.{RunMLFlowLogger.__qualname__}"
-    if ours := FILE_LOGGERS.get(logger["class_path"]):
+    given = settings[name]
+    if given is None and run.continues:  # not from the checkpoint: it becomes a folder's name
+        settings[name] = dict(enumerate(section(read_results(run.folder), "fit").get("loggers", []))).get(number)
+    module, _, kind = logger["class_path"].rpartition(".")
+    if module.startswith("pytorch_lightning.") and (ours := OURS.get(kind)):
         logger["class_path"] = f"{ours.__module__}.{ours.__qualname__}"
-        root = Path(settings["save_dir"] or ".", settings["name"] or "")
-        if given is None and root.resolve() == runs.resolve():
+        root = Path(settings["save_dir"] or ".", settings.get("name") or "")
+        if name == "version" and given is None and root.resolve() == runs.resolve():
             settings["version"] = run.folder.name
         if "default_hp_metric" in settings:
             settings["default_hp_metric"] = False  # which would be logged once more by every resume

@@ -12,6 +12,7 @@ from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
 from .console import Interrupted
 from .ddp import lost
+from .loggers import show_tests
 from .progress import Progress, epoch_metrics, say
 from .runs import evaluations, read_results, replaced, section, test_score
 
@@ -101,3 +102,5 @@ class Results(Callback):
             results[name] = entry if name == "fit" else [*others, entry]
             with replaced(self.run.folder / "results.json") as partial:
                 partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
+            if name == "test":
+                show_tests(self.run.folder)

@@ -7,34 +7,25 @@ from lit_mnist import LitMNIST
 from lit_mnist.exact.batchnorm import SyncBatchNorm2d, SynchronizedBatchNorm
 
 
-@pytest.fixture
-def group(no_group: None) -> None:
+@pytest.mark.usefixtures("no_group")
+def test_it_is_batch_norm() -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{find_free_network_port()}", rank=0, world_size=1)
-
-
-def layers() -> tuple[SyncBatchNorm2d, nn.BatchNorm2d]:
     torch.manual_seed(0)
     ours, theirs = SyncBatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def test_it_is_batch_norm(group: None) -> None:
-    ours, theirs = layers()
     images = torch.randn(4, 3, 5, 6, dtype=torch.float64)
     for _ in range(3):
         inputs = [images.clone().requires_grad_() for _ in range(2)]
         outputs = [layer(given) for layer, given in zip((ours, theirs), inputs, strict=True)]
-        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
         for output in outputs:
             (output * torch.arange(6)).square().sum().backward()
-        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-10)
-        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-10)
-        for one, another in zip(ours.buffers(), theirs.buffers(), strict=True):
-            torch.testing.assert_close(one, another, rtol=1e-12, atol=1e-12)
+        (one, another) = (
+            [output, given.grad, *(part.grad for part in layer.parameters()), *layer.buffers()]
+            for output, given, layer in zip(outputs, inputs, (ours, theirs), strict=True)
+        )
+        torch.testing.assert_close(one, another, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
 
 

@@ -31,18 +31,15 @@ def project(folder: str, devices: int, kill_at: int, variables: dict[str, str]) 
 
 
 def run(home: Path, folder: str, devices: int = 1, kill_at: int = 0) -> list[int | None]:
-    places = environments(devices)
-    calls = [(folder, devices, kill_at if own is places[-1] else 0, own) for own in places]
+    calls = [(folder, devices, kill_at * (n == devices - 1), own) for n, own in enumerate(environments(devices))]
     return [outcome.status for outcome in in_processes(home, project, *calls)]
 
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return every tensor of the last checkpoint, every logged value, and the names of the files."""
     loaded = last_checkpoint(run)
-    for name in ("conditions", "curves"):
-        del loaded[name]
-    for name in ("Results", "Progress"):  # commands and timings
-        del loaded["callbacks"][name]
+    del loaded["conditions"], loaded["curves"]
+    del loaded["callbacks"]["Results"], loaded["callbacks"]["Progress"]  # commands and timings
     with (run / "metrics.csv").open() as file:
         rows = [{key: value for key, value in row.items() if "per_second" not in key} for row in csv.DictReader(file)]
     files = sorted(str(path.relative_to(run)) for path in run.rglob("*.ckpt"))
