@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +55,10 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
         raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
-def claim_output(folder: Path, name: str) -> Path:
-    """Make the first of the files NAME.csv, NAME-2.csv, ... that is new, and has no contact sheet beside it."""
-    for number in itertools.count(1):
-        path = folder / f"{name}{f'-{number}' * (number > 1)}.csv"
-        with suppress(FileExistsError):  # another process may be quicker
-            if not os.path.lexists(path.with_suffix(".png")):
-                path.touch(exist_ok=False)
-                break
-    return path
+def new_output(folder: Path, name: str) -> Path:
+    """Return the first of NAME.csv, NAME-2.csv, ... in FOLDER that is new, and has no contact sheet beside it."""
+    paths = (folder / f"{name}{f'-{number}' * (number > 1)}.csv" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists() and not path.with_suffix(".png").exists())
 
 
 def predict(args: Sequence[str]) -> None:
@@ -87,10 +81,10 @@ def predict(args: Sequence[str]) -> None:
     folder = run_folder(path) or path.parent
     if paths:
         pictures = report.answer(paths, options.split, network)
-        report.write(pictures, output or claim_output(folder, f"pictures-{path.stem}"))
+        report.write(pictures, output or new_output(folder, f"pictures-{path.stem}"))
     else:
         _, images, _ = load_test_set(checkpoint, options.root)
         answers = report.classify(network, images).tolist()
-        output = output or claim_output(folder, f"predictions-{path.stem}")
+        output = output or new_output(folder, f"predictions-{path.stem}")
         report.write_csv(output, [{"index": index} | report.columns(p) for index, p in enumerate(answers)])
         print(f"Predictions of {len(images)} images: {shown(output)}")

@@ -53,14 +53,10 @@ def fetch(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
     options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}}
     hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
     downloader = pooch.HTTPDownloader(sys.stderr.isatty(), hooks=hooks, **options)
-    fetched = Path(pooch.retrieve(url, known_hash, path=scratch, downloader=downloader))
+    unpack = pooch.Decompress(name=file) if packed else None
+    fetched = Path(pooch.retrieve(url, known_hash, path=scratch, processor=unpack, downloader=downloader))
     fetched.chmod(0o644)  # pooch 1.9 makes it readable by its owner only
-    return unpack(fetched, scratch / file) if packed else fetched
-
-
-def unpack(archive: Path, target: Path) -> Path:
-    target.write_bytes(gzip.decompress(archive.read_bytes()))
-    return target
+    return fetched
 
 
 def from_registry(scratch: Path, file: str) -> Path:
