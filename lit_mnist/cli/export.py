@@ -5,7 +5,6 @@ import gzip
 import html
 import io
 import json
-import logging
 import subprocess
 import tarfile
 import warnings
@@ -103,7 +102,6 @@ def export(args: Sequence[str]) -> None:
         "lit_mnist": __version__,
         "commit": commit() or "unknown",
     }
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
         write = to_pt2 if output.suffix == ".pt2" else to_onnx

@@ -1,7 +1,6 @@
 """predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
     """Refuse a file that cannot be written before any work is done for it."""
     if output.suffix not in suffixes:
         raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
-    if os.path.lexists(output) and not overwrite:
+    if output.exists() and not overwrite:
         raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")

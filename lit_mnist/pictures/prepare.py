@@ -22,9 +22,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd and large files; wh
 Image.init()
 Image.ID.remove("EPS")  # which is a program, and starts Ghostscript
 with suppress(ImportError):
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
+    from pillow_heif import HeifImagePlugin  # noqa: F401, which registers what it reads
 NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mnist[heic]'" * ("HEIF" not in Image.ID)
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this
 WORKING_SIZE = 256  # the size at which their digit is looked for
@@ -58,10 +56,8 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
         raise UserError(f"cannot be read: {shortened(str(error))}") from None
     pixels = np.asarray(colours, dtype=np.float32) / 255
     level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
-    if opaque.min() < 1:
-        ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
-        level = level * opaque + (1 - opaque) * (ink < 0.5)
-    return level
+    ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
+    return level * opaque + (1 - opaque) * (ink < 0.5)
 
 
 def mixed(colours: Pixels) -> Pixels:
@@ -102,9 +98,8 @@ def in_form(ink: Pixels) -> Tensor:
     row, column = (ink.sum(1 - axis) @ np.arange(ink.shape[axis]) / ink.sum() for axis in (0, 1))
     top = min(max(round(SIDE / 2 - row), 0), SIDE - height)
     left = min(max(round(SIDE / 2 - column), 0), SIDE - width)
-    canvas = np.zeros((1, SIDE, SIDE), np.uint8)
-    canvas[0, top : top + height, left : left + width] = (ink * 255).round()
-    return torch.from_numpy(canvas)
+    sides = (top, SIDE - height - top), (left, SIDE - width - left)
+    return torch.from_numpy(np.pad((ink * 255).round().astype(np.uint8), sides)[None])
 
 
 def resized(pixels: Pixels, scale: float) -> Pixels:
@@ -278,10 +273,8 @@ def united(parts: list[Part], tallest: float) -> list[Part]:
 
 def in_lines(boxes: list[Part]) -> list[Part]:
     """Sort into reading order: a line has its middles at the height of its highest box, and runs left to right."""
-    ordered = []
-    while boxes:
-        _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
-        line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
-        ordered += sorted(line)
-        boxes = [item for item in boxes if item not in line]
-    return ordered
+    if not boxes:
+        return []
+    _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
+    line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
+    return sorted(line) + in_lines([item for item in boxes if item not in line])

@@ -3,9 +3,8 @@
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +22,13 @@ CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs 
 SHEET_LIMIT = 400  # pictures on a sheet
 
 
-@dataclass
-class Picture:
+class Picture(NamedTuple):
     """A network's answer for a file, or for one of the digits in it."""
 
     file: Path | BinaryIO
     problem: str = ""  # why there is no answer
     digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28)
-    probabilities: list[float] = field(default_factory=list)  # of the classes
+    probabilities: Sequence[float] = ()  # of the classes
     thumbnail: Image.Image | None = None  # what it was found in, grey (CELL, CELL)
     place: tuple[int, ...] = ()  # of several: number from 1 in reading order, and box in the file's own pixels
 
