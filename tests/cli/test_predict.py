@@ -139,9 +139,7 @@ def test_several_digits() -> None:
 def test_bad_input(monkeypatch: Patch, capsys: Capsys, command: str, problem: str) -> None:
     """Of predict, export and demo: one line, and no file is written or changed."""
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    for name in ("one.png", "mine.png"):
-        picture(Path(name))
-    for name in ("old.csv", "old.pt2"):
+    for name in ("one.png", "mine.png", "old.csv", "old.pt2"):
         Path(name).write_text("mine")
     before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
     assert problem in fails(capsys, *command.split(), "--ckpt_path", "best")

@@ -111,7 +111,7 @@ def test_the_tables_are_torchvisions() -> None:
             stems = {Path(address).stem for address, _ in download.resources(data.folder)}
             assert stems == {f"{part}-{end}" for part in data[2:4] for end in ("images-idx3-ubyte", data.labels)}
     assert MIRRORS("EMNIST") == [torchvision_datasets.EMNIST.url.removesuffix("gzip.zip")]
-    assert MIRRORS("FashionMNIST") == torchvision_datasets.FashionMNIST.mirrors
+    assert MIRRORS("MNIST") == torchvision_datasets.MNIST.mirrors
     assert all(url.startswith(MIRRORS("QMNIST")[0]) for url, _ in torchvision_datasets.QMNIST.resources["test"])
 
 
