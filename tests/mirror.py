@@ -53,6 +53,5 @@ class Mirror:
         Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
-        self.fault = ""
         self.server.shutdown()
         self.server.server_close()

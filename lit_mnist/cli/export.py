@@ -5,7 +5,6 @@ import gzip
 import html
 import io
 import json
-import logging
 import subprocess
 import tarfile
 import warnings
@@ -27,7 +26,6 @@ from lit_mnist.exact.runs import replaced
 from lit_mnist.pictures.report import classify
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
-SUFFIXES = (".pt2", ".onnx", ".html")
 RUNTIME = "onnxruntime-web@1.30.0"  # on the npm registry
 RUNTIME_FILES = {"runtime": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
 TOLERANCE = 1e-5  # of a probability
@@ -52,7 +50,6 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, Callable
     assert program is not None
     proto = program.model_proto  # another one at each access
     onnx.helper.set_model_props(proto, metadata)
-    onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -88,7 +85,7 @@ def export(args: Sequence[str]) -> None:
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set, to check with (data)")
     options = parser.parse_args(args)
     output: Path = options.output
-    check_output(output, SUFFIXES, options.overwrite)
+    check_output(output, [".pt2", ".onnx", ".html"], options.overwrite)
     if output.suffix != ".pt2" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise UserError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
     path, checkpoint, network = open_network(options)
@@ -98,22 +95,18 @@ def export(args: Sequence[str]) -> None:
     metadata = {
         "description": f"images uint8 (batch, 1, 28, 28), white on black, to {expected.shape[1]} probabilities each",
         "data": name,
-        "network": str(checkpoint["hyper_parameters"].get("network", "digitnet")),
-        "layers": str(checkpoint["hyper_parameters"]["layers"]),
+        **{setting: str(value) for setting, value in checkpoint["hyper_parameters"].items()},
         "parameters": str(sum(p.numel() for p in network.parameters())),
         "test_accuracy": str(correct / len(targets)),
         "checkpoint": path.name,
         "lit_mnist": __version__,
         "commit": commit() or "unknown",
     }
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
         write = to_pt2 if output.suffix == ".pt2" else to_onnx
         content, answer = write(nn.Sequential(network, nn.Softmax(dim=1)).eval(), metadata)
-    batches = [*images.split(500), *images[:10].split(1)]  # the test set, then single images
-    answers = torch.cat([answer(batch).detach() for batch in batches])
-    expected = torch.cat([expected, expected[:10]])
+    answers = torch.cat([answer(batch).detach() for batch in (images[:1], *images[1:].split(500))])  # of any size
     difference = float((answers - expected).abs().max())
     if not difference <= TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):  # NaN is refused, too
         raise UserError(f"--output {output}: nothing was written; its probabilities differ by {difference:.1e}")

@@ -1,9 +1,7 @@
 """predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
 
 import itertools
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +49,16 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
     """Refuse a file that cannot be written before any work is done for it."""
     if output.suffix not in suffixes:
         raise UserError(f"--output {output}: the name must end in {', '.join(suffixes)}")
-    if os.path.lexists(output) and not overwrite:
+    if output.exists() and not overwrite:
         raise UserError(f"--output {output}: that file exists; --overwrite replaces it")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
-def claim_output(folder: Path, name: str) -> Path:
-    """Make the first of the files NAME.csv, NAME-2.csv, ... that is new, and has no contact sheet beside it."""
-    for number in itertools.count(1):
-        path = folder / f"{name}{f'-{number}' * (number > 1)}.csv"
-        with suppress(FileExistsError):  # another process may be quicker
-            if not os.path.lexists(path.with_suffix(".png")):
-                path.touch(exist_ok=False)
-                break
-    return path
+def new_output(folder: Path, name: str) -> Path:
+    """Return the first of NAME.csv, NAME-2.csv, ... in FOLDER that is new, and has no contact sheet beside it."""
+    paths = (folder / f"{name}{f'-{number}' * (number > 1)}.csv" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists() and not path.with_suffix(".png").exists())
 
 
 def predict(args: Sequence[str]) -> None:
@@ -88,10 +81,10 @@ def predict(args: Sequence[str]) -> None:
     folder = run_folder(path) or path.parent
     if paths:
         pictures = report.answer(paths, options.split, network)
-        report.write(pictures, output or claim_output(folder, f"pictures-{path.stem}"))
+        report.write(pictures, output or new_output(folder, f"pictures-{path.stem}"))
     else:
         _, images, _ = load_test_set(checkpoint, options.root)
         answers = report.classify(network, images).tolist()
-        output = output or claim_output(folder, f"predictions-{path.stem}")
+        output = output or new_output(folder, f"predictions-{path.stem}")
         report.write_csv(output, [{"index": index} | report.columns(p) for index, p in enumerate(answers)])
         print(f"Predictions of {len(images)} images: {shown(output)}")

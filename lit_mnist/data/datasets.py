@@ -79,13 +79,12 @@ def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> Non
             raw.mkdir(parents=True, exist_ok=True)
             print(f"Completing {raw}, or waiting for another process that does", file=sys.stderr, flush=True)
             with FileLock(raw / LOCK):
-                reasons += _complete(raw, known)
-            wrong = _find_wrong(raw, known)
+                wrong, reasons = _complete(raw, known)
     except OSError as error:
         raise UserError(f"data.root: cannot complete {raw}: {error}") from None
     if wrong:
-        there = {file: [f"{path.name} is wrong" for path in _places(raw, file)] for file in wrong}
-        files = ", ".join(problem for file in wrong for problem in there[file] or [f"{file} is missing"])
+        states = [[f"{path.name} is wrong" for path in _places(raw, file)] or [f"{file} is missing"] for file in wrong]
+        files = ", ".join(itertools.chain(*states))
         hint = f"put them there by hand, or set data.root to a folder in which {raw.parent.name}/raw has them"
         raise UserError(f"data.root: in {raw} {files}; {'; '.join(reasons)}; {hint}")
 
@@ -157,10 +156,9 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     try:
         if not paths:
             raise ValueError("it is missing or not the known file" if known else "it is missing")
-        zipped = path.suffix == ".zip"  # a plain file's content is the tensor's own memory: there is no second copy
-        content: Any = zipfile.ZipFile(path).read(f"gzip/{file}.gz") if zipped else np.fromfile(path, np.uint8)
-        content = bytearray(gzip.decompress(bytes(content))) if zipped or path.suffix == ".gz" else content
-        head = bytes(content[:4])
+        content = zipfile.ZipFile(path).read(f"gzip/{file}.gz") if path.suffix == ".zip" else path.read_bytes()
+        content = gzip.decompress(content) if path.suffix in (".gz", ".zip") else content
+        head = content[:4]
         if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in KINDS or not head[3]:
             raise ValueError(f"it starts with {head!r}, not with two zeros, a type and the number of dimensions")
         shape = struct.unpack_from(f">4x{head[3]}I", content)
@@ -169,13 +167,13 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
         if not whole or shape[1:] != sides or dtype.kind not in types:
             found = f"{dtype.name} {shape} in {len(content):,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        return np.frombuffer(content, dtype, offset=start).reshape(shape)
+        return np.frombuffer(content, dtype, offset=start).reshape(shape).copy()  # a tensor's memory must be writable
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError) as error:
         raise UserError(f"data.root: cannot read {path} as an IDX file: {error}") from None
 
 
-def _complete(raw: Path, known: dict[str, str]) -> list[str]:
-    """Bring what is missing or wrong into the folder, locked by the caller; return what went wrong."""
+def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Bring what is missing or wrong into the folder, locked by the caller; return what still is, and the reasons."""
     for stale in raw.glob(f"{SCRATCH}*"):
         shutil.rmtree(stale, ignore_errors=True)
     wrong, problems = _find_wrong(raw, known), []  # again: others had the lock before
@@ -187,15 +185,13 @@ def _complete(raw: Path, known: dict[str, str]) -> list[str]:
                     wrong.remove(file)
             except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, KeyError) as error:
                 problems.append(f"{source}: {type(error).__name__}: {shortened(str(error))}")
-    return problems
+    return wrong, problems
 
 
 def _install(brought: Path, place: Path, known_hash: str) -> None:
     """Move a file to its place if it verifies. A wrong one there is renamed to `.bad-N` before."""
     if not _verifies(brought, known_hash):
         raise ValueError(f"{place.name} is not the known file")
-    with brought.open("rb") as content:
-        os.fsync(content.fileno())
     if os.path.lexists(place):
         numbered = (place.with_name(f"{place.name}.bad-{number}") for number in itertools.count(1))
         aside = place.rename(next(path for path in numbered if not os.path.lexists(path)))

@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lit_mnist.exact.console import UserError
+from lit_mnist.exact.console import UserError, shortened
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd and large files; what it cannot read, it raises
 Image.init()
 Image.ID.remove("EPS")  # which is a program, and starts Ghostscript
 with suppress(ImportError):
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
+    from pillow_heif import HeifImagePlugin  # noqa: F401, which registers what it reads
 NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mnist[heic]'" * ("HEIF" not in Image.ID)
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this
 WORKING_SIZE = 256  # the size at which their digit is looked for
@@ -34,7 +32,7 @@ Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded the
 
 Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results are arrays
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
-Box = tuple[int, int, int, int]  # x, y, width, height
+Box = tuple[int, ...]  # x, y, width, height
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 
 
@@ -55,14 +53,11 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
     except UnidentifiedImageError:
         raise UserError(NO_PICTURE) from None
     except Exception as error:  # Pillow's decoders raise a dozen types for a broken file
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"cannot be read: {reason[:80]}") from None
+        raise UserError(f"cannot be read: {shortened(str(error))}") from None
     pixels = np.asarray(colours, dtype=np.float32) / 255
     level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
-    if opaque.min() < 1:
-        ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
-        level = level * opaque + (1 - opaque) * (ink < 0.5)
-    return level
+    ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
+    return level * opaque + (1 - opaque) * (ink < 0.5)
 
 
 def mixed(colours: Pixels) -> Pixels:
@@ -103,9 +98,8 @@ def in_form(ink: Pixels) -> Tensor:
     row, column = (ink.sum(1 - axis) @ np.arange(ink.shape[axis]) / ink.sum() for axis in (0, 1))
     top = min(max(round(SIDE / 2 - row), 0), SIDE - height)
     left = min(max(round(SIDE / 2 - column), 0), SIDE - width)
-    canvas = np.zeros((1, SIDE, SIDE), np.uint8)
-    canvas[0, top : top + height, left : left + width] = (ink * 255).round()
-    return torch.from_numpy(canvas)
+    sides = (top, SIDE - height - top), (left, SIDE - width - left)
+    return torch.from_numpy(np.pad((ink * 255).round().astype(np.uint8), sides)[None])
 
 
 def resized(pixels: Pixels, scale: float) -> Pixels:
@@ -174,7 +168,7 @@ def inked(ink: Pixels, share: float = 0.3) -> Mask:
 
 
 def unruled(ink: Pixels) -> Pixels:
-    """Remove ruled lines except where strokes cross them; without any, the same object is returned."""
+    """Remove ruled lines except where strokes cross them."""
     faint = inked(ink, 0.15)
     lines = ruled_lines(faint)
     if not lines.any():
@@ -217,12 +211,10 @@ def digit_parts(mask: Mask) -> Mask:
     """Keep, of the parts that nearly touch, those at least a tenth as large as the largest."""
     side = 1 + max(mask.shape) // 100
     _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(mask, ones(side, side)))
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    parts = [int(part) + 1 for part in areas.argsort()[::-1][:100]]  # noise makes thousands
-    parts = [part for part in parts if fits(stats[part, :4], mask.shape)] or parts
-    parts = without_boxes(stats, parts)
-    largest = max((stats[part, cv2.CC_STAT_AREA] for part in parts), default=0)
-    kept = [part for part in parts if stats[part, cv2.CC_STAT_AREA] >= 0.1 * largest]
+    areas = stats[:, cv2.CC_STAT_AREA]
+    parts = [int(part) + 1 for part in areas[1:].argsort()[::-1][:100]]  # noise makes thousands
+    parts = without_boxes(stats, [part for part in parts if fits(stats[part, :4], mask.shape)] or parts)
+    kept = [part for part in parts if areas[part] >= 0.1 * areas[parts[0]]]
     return np.isin(labels, kept).astype(np.uint8)
 
 
@@ -242,25 +234,24 @@ def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
     _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))
     heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
     large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
-    parts = (1 + np.flatnonzero(large)).tolist()
+    parts = sorted((1 + np.flatnonzero(large)).tolist(), key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
     if len(parts) > MAX_PARTS:
         raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
     if not parts:
         raise UserError("nothing stands out from the background")
-    parts = sorted(parts, key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
     clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
     parts = [part for part in parts if clear[part]] or parts  # of those at the border only if there are no others
     digits = without_boxes(stats, parts)
-    tallest = max(int(stats[part, 3]) for part in digits)
-    height = float(np.median([stats[part, 3] for part in digits if stats[part, 3] >= 0.4 * tallest]))
+    tall = stats[digits, cv2.CC_STAT_HEIGHT]
+    height = float(np.median(tall[tall >= 0.4 * tall.max()]))
     found = united([(tuple(stats[part, :4].tolist()), [part]) for part in digits], 1.6 * height)
     scale = max(levels.shape) / max(pixels.shape)
-    read: list[tuple[Box, Tensor]] = []
-    for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
-        rows, columns = slice(y, y + down), slice(x, x + across)
-        own = np.isin(labels[rows, columns], group)
-        left, top, width, high = (round(side * scale) for side in (x, y, across, down))
-        read.append(((left, top, width, high), in_form(ink[rows, columns] * own)))
+    read = []
+    for box, group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
+        x, y, across, down = box
+        place = slice(y, y + down), slice(x, x + across)
+        seen = in_form(ink[place] * np.isin(labels[place], group))
+        read.append((tuple(round(side * scale) for side in box), seen))
     return read
 
 
@@ -282,10 +273,8 @@ def united(parts: list[Part], tallest: float) -> list[Part]:
 
 def in_lines(boxes: list[Part]) -> list[Part]:
     """Sort into reading order: a line has its middles at the height of its highest box, and runs left to right."""
-    ordered = []
-    while boxes:
-        _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
-        line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
-        ordered += sorted(line)
-        boxes = [item for item in boxes if item not in line]
-    return ordered
+    if not boxes:
+        return []
+    _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
+    line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
+    return sorted(line) + in_lines([item for item in boxes if item not in line])

@@ -3,10 +3,8 @@
 import csv
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,23 +16,21 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import NO_PICTURE, Box, digit, grey_levels, split
+from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
 
 
-@dataclass
-class Picture:
+class Picture(NamedTuple):
     """A network's answer for a file, or for one of the digits in it."""
 
     file: Path | BinaryIO
     problem: str = ""  # why there is no answer
     digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28)
-    probabilities: list[float] = field(default_factory=list)  # of the classes
-    thumbnail: Image.Image | None = None  # what it was found in, grey
-    number: int = 0  # with several digits in a file, from 1 in reading order
-    box: Box = (0, 0, 0, 0)  # then the digit's, in the file's own pixels
+    probabilities: Sequence[float] = ()  # of the classes
+    thumbnail: Image.Image | None = None  # what it was found in, grey (CELL, CELL)
+    place: tuple[int, ...] = ()  # of several: number from 1 in reading order, and box in the file's own pixels
 
 
 def find(names: Sequence[str]) -> list[Path]:
@@ -57,16 +53,16 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False) -> li
         found = split(levels) if several else [((0, 0, *levels.shape[::-1]), digit(levels))]
     except UserError as error:
         return [Picture(file, str(error))]
-    with Image.open(file) if several else nullcontext() as opened:
-        scale = max(opened.size) / max(levels.shape) if opened else 1
+    with Image.open(file) as opened:
+        scale = max(opened.size) / max(levels.shape)
     pictures = []
-    for number, ((x, y, width, height), seen) in enumerate(found, int(several)):
-        margin = max(width, height) // 4
+    for number, (box, seen) in enumerate(found, 1):
+        (x, y, width, height), margin = box, max(box[2:]) // 4
         part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
         whole = Image.fromarray((part.clip(0, 1) * 255).astype(np.uint8))
-        thumbnail = ImageOps.contain(whole, (CELL, CELL), Image.Resampling.BOX)
-        box = round(scale * x), round(scale * y), round(scale * width), round(scale * height)
-        pictures.append(Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, number, box))
+        thumbnail = ImageOps.pad(whole, (CELL, CELL), Image.Resampling.BOX, "white")
+        place = (number, *(round(scale * side) for side in box)) if several else ()
+        pictures.append(Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, place))
     return pictures
 
 
@@ -111,9 +107,7 @@ def columns(probabilities: Sequence[float]) -> dict[str, Any]:
 
 def row(picture: Picture) -> dict[str, Any]:
     """Return a line of the CSV: `file,digit,confidence,p0,p1,...,problem`, with the box of one of several digits."""
-    line: dict[str, Any] = {"file": picture.file}
-    if picture.number:
-        line |= zip(("box", "x", "y", "width", "height"), (picture.number, *picture.box), strict=True)
+    line = {"file": picture.file} | dict(zip(("box", "x", "y", "width", "height"), picture.place, strict=False))
     if p := picture.probabilities:
         line |= {"digit": "", "confidence": f"{max(p):.6f}"} | columns(p)
     return line | {"problem": picture.problem}
@@ -138,11 +132,11 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
         left, above = MARGIN + index % columns_used * width, MARGIN + index // columns_used * height
         answer, name = picture.problem, Path(str(picture.file)).name
         if picture.digit is not None and picture.thumbnail:
-            part, seen = picture.thumbnail, Image.fromarray(picture.digit[0].numpy())
-            sheet.paste(part, (left + (CELL - part.width) // 2, above + (CELL - part.height) // 2))
+            seen = Image.fromarray(picture.digit[0].numpy())
+            sheet.paste(picture.thumbnail, (left, above))
             sheet.paste(seen.resize((CELL, CELL), Image.Resampling.NEAREST), (left + CELL, above))
             answer = f"{columns(picture.probabilities)['digit']} ({max(picture.probabilities):.1%})"
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
-        text = f"{answer:.38}\n{f'{picture.number} in ' if picture.number else ''}{name:.32}"
+        text = f"{answer:.38}\n{f'{picture.place[0]} in ' if picture.place else ''}{name:.32}"
         draw.text((left, above + CELL + 6), text, "#202020", font)
     return sheet

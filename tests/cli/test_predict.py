@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, Capsys, Command, fails
+from helpers import TINY, Capsys, Command, Patch, fails
 from PIL import Image
 from test_cli import only, run_without
 from torch import nn
 
 from lit_mnist import LitMNIST
 from lit_mnist.__main__ import main
+from lit_mnist.cli import export
 from lit_mnist.data import datasets
 from lit_mnist.pictures.prepare import NO_PICTURE
 
@@ -33,7 +34,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_test_set(command: Command, tiny_root: Path, capsys: Capsys) -> None:
+def test_the_test_set(command: Command, tiny_root: Path) -> None:
     assert command("fit", *TINY) == 0
     for _ in range(2):
         assert command("predict", "--ckpt_path", "best") == 0
@@ -50,10 +51,7 @@ def test_the_test_set(command: Command, tiny_root: Path, capsys: Capsys) -> None
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
     Path("answers.csv").write_text("mine")
-    flags = ["predict", "--data.root", str(tiny_root), "--ckpt_path", "best", "--output", "answers.csv"]
-    assert "--output answers.csv: that file exists; --overwrite replaces it" in fails(capsys, *flags)
-    assert Path("answers.csv").read_text() == "mine"
-    assert main([*flags, "--overwrite"]) == 0
+    assert command("predict", "--ckpt_path", "best", "--output", "answers.csv", "--overwrite") == 0
     assert read(Path("answers.csv")) == rows
 
 
@@ -113,23 +111,38 @@ def test_several_digits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "problem"),
+    ("command", "problem"),
     [
-        (["no/where.png"], "'no/where.png' is neither a file nor a folder with files"),
-        (["--split"], "--split needs pictures"),
-        (["--output", "answers.txt"], "--output answers.txt: the name must end in .csv"),
-        (["--output", "no/answers.csv"], "--output no/answers.csv: there is no folder "),
-        (["one.png", "--output", "mine.csv"], "--output mine.png: that file exists; --overwrite replaces it"),
-        (["mine.png", "--output", "mine.csv", "--overwrite"], "--output mine.csv: mine.png is one of the pictures"),
-        (["--data.images", "one.png"], "unrecognized arguments: --data.images"),
+        ("predict no/where.png", "'no/where.png' is neither a file nor a folder with files"),
+        ("predict --split", "--split needs pictures"),
+        ("predict --output answers.txt", "--output answers.txt: the name must end in .csv"),
+        ("predict --output no/answers.csv", "--output no/answers.csv: there is no folder "),
+        ("predict --output old.csv", "--output old.csv: that file exists; --overwrite replaces it"),
+        ("predict one.png --output mine.csv", "--output mine.png: that file exists; --overwrite replaces it"),
+        ("predict mine.png --output mine.csv --overwrite", "--output mine.csv: mine.png is one of the pictures"),
+        ("predict --data.images one.png", "unrecognized arguments: --data.images"),
+        ("export", "the following arguments are required: --output"),
+        (
+            "export --output a.pt2 --root_dir no",
+            "--ckpt_path best: no run under no/lightning_logs has a best",
+        ),
+        ("export --output digits.txt", "--output digits.txt: the name must end in .pt2, .onnx, .html"),
+        ("export --output no/digits.pt2", "--output no/digits.pt2: there is no folder "),
+        ("export --output old.pt2", "--output old.pt2: that file exists; --overwrite replaces it"),
+        ("export --output a.onnx", "needs onnx and onnxscript and onnxruntime: pip install 'lit_mnist[export]'"),
+        ("export --output a.html", "needs onnx and onnxscript and onnxruntime: pip install 'lit_mnist[export]'"),
+        ("demo --port http", "argument --port: invalid int value: 'http'"),
+        ("demo --port 70000", "--host 127.0.0.1 --port 70000: cannot listen there"),
     ],
 )
 @pytest.mark.usefixtures("network")
-def test_bad_input(capsys: Capsys, flags: list[str], problem: str) -> None:
-    picture(Path("one.png"))
-    picture(Path("mine.png"))
+def test_bad_input(monkeypatch: Patch, capsys: Capsys, command: str, problem: str) -> None:
+    """Of predict, export and demo: one line, and no file is written or changed."""
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    for name in ("one.png", "mine.png", "old.csv", "old.pt2"):
+        Path(name).write_text("mine")
     before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
-    assert problem in fails(capsys, "predict", "--ckpt_path", "best", *flags)
+    assert problem in fails(capsys, *command.split(), "--ckpt_path", "best")
     assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
 
 

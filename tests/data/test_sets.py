@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_the_tables_are_torchvisions() -> None:
             stems = {Path(address).stem for address, _ in download.resources(data.folder)}
             assert stems == {f"{part}-{end}" for part in data[2:4] for end in ("images-idx3-ubyte", data.labels)}
     assert MIRRORS("EMNIST") == [torchvision_datasets.EMNIST.url.removesuffix("gzip.zip")]
-    assert MIRRORS("FashionMNIST") == torchvision_datasets.FashionMNIST.mirrors
+    assert MIRRORS("MNIST") == torchvision_datasets.MNIST.mirrors
     assert all(url.startswith(MIRRORS("QMNIST")[0]) for url, _ in torchvision_datasets.QMNIST.resources["test"])
 
 
@@ -181,55 +182,39 @@ def test_own_files_are_read_and_left_alone(packed: bool, tmp_path: Path) -> None
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+ZEROS = np.zeros((120, 28, 28), np.uint8)
+BYTES, INTEGERS = ", allowed is a whole file of uint8 (N, 28, 28)", ", allowed is a whole file of integers (N,)"
 FLOATS = bytes((0, 0, 13, 1)) + struct.pack(">I", 120) + np.zeros(120, ">f4").tobytes()
-WRONG: list[tuple[str, bytes | None]] = [
-    (IMAGES, None),
-    (f"{IMAGES}.gz", gzip.compress(idx(np.zeros((120, 28, 28), np.uint8)))[:-30]),
-    (IMAGES, b"<html>log in</html>"),
-    (IMAGES, idx(np.zeros((120, 28, 28), np.uint8))[:-1]),
-    (IMAGES, struct.pack(">4I", 0x803, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF) + b"\0"),
-    (IMAGES, struct.pack(">4I", 0xD03, 1, 28, 28) + bytes(784)),
-    (IMAGES, idx(np.zeros((120, 28, 14), np.uint8))),
-    (IMAGES, idx(np.zeros((119, 28, 28), np.uint8))),
-    (IMAGES, idx(np.zeros((120, 28, 28), np.int32))),
-    (LABELS, b""),
-    (LABELS, idx(np.zeros(0, np.uint8))),
-    (LABELS, idx(np.full(120, -1, np.int32))),
-    ("t10k-labels-idx1-ubyte", idx(np.full(36, 12, np.uint8))),
-]
 
 
-@pytest.mark.parametrize(("name", "content"), WRONG)
-def test_own_files_of_another_form_are_refused(name: str, content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (IMAGES, None, "it is missing"),
+        (f"{IMAGES}.gz", gzip.compress(idx(ZEROS))[:-30], "ended before the end-of-stream marker"),
+        (IMAGES, b"<html>log in</html>", "it starts with b'<htm', not with two zeros, a type"),
+        (IMAGES, b"\x93NUMPY", "it starts with b'\\x93NUM', not with two zeros, a type"),
+        (IMAGES, idx(ZEROS)[:-1], f"uint8 (120, 28, 28) in 94,095 bytes{BYTES}"),
+        (IMAGES, struct.pack(">4I", 0x803, *[0xFFFFFFFF] * 3) + b"\0", f" in 17 bytes{BYTES}"),
+        (IMAGES, idx(np.zeros((120, 32, 32), np.uint8)), f"uint8 (120, 32, 32) in 122,896 bytes{BYTES}"),
+        (IMAGES, idx(np.zeros((120, 28, 28, 3), np.uint8)), f"uint8 (120, 28, 28, 3) in 282,260 bytes{BYTES}"),
+        (IMAGES, idx(ZEROS.astype(np.int32)), f"int32 (120, 28, 28) in 376,336 bytes{BYTES}"),
+        (IMAGES, idx(np.zeros(120, np.uint8)), f"uint8 (120,) in 128 bytes{BYTES}"),
+        (IMAGES, idx(ZEROS[1:]), "train has 119 images, but 120 labels"),
+        (LABELS, b"", "it starts with b''"),
+        (LABELS, idx(np.zeros(0, np.uint8)), f"uint8 (0,) in 8 bytes{INTEGERS}"),
+        (LABELS, FLOATS, f"float32 (120,) in 488 bytes{INTEGERS}"),
+        (LABELS, idx(np.eye(12, dtype=np.uint8)), f"uint8 (12, 12) in 156 bytes{INTEGERS}"),  # one-hot
+        (LABELS, idx(np.full(120, -1, np.int32)), "labels of train must be in 0.."),
+        ("t10k-labels-idx1-ubyte", idx(np.full(36, 12, np.uint8)), "labels of t10k must be in 0..11, got 12..12"),
+    ],
+)
+def test_own_files_of_another_form_are_refused(name: str, content: bytes | None, problem: str, tmp_path: Path) -> None:
     write_own(tmp_path)
     (tmp_path / name.removesuffix(".gz")).unlink()
     if content is not None:
         (tmp_path / name).write_bytes(content)
     before = held(tmp_path)
-    with pytest.raises(UserError, match=rf"^data\.root: .*{tmp_path}") as refused:
+    with pytest.raises(UserError, match=rf"\Adata\.root: .*{tmp_path}.*{re.escape(problem)}.*\Z"):
         datasets.prepare(tmp_path, name="idx")
-    assert name.partition("-")[0] in str(refused.value)  # the file, or the part of the set to which it belongs
-    assert "\n" not in str(refused.value)
     assert held(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "found", "allowed"),
-    [
-        (IMAGES, idx(np.zeros((120, 32, 32), np.uint8)), "uint8 (120, 32, 32)", "uint8 (N, 28, 28)"),
-        (IMAGES, idx(np.zeros((120, 28, 28, 3), np.uint8)), "uint8 (120, 28, 28, 3)", "uint8 (N, 28, 28)"),
-        (IMAGES, idx(np.zeros((120, 28, 28), np.int32)), "int32 (120, 28, 28)", "uint8 (N, 28, 28)"),
-        (IMAGES, idx(np.zeros(120, np.uint8)), "uint8 (120,)", "uint8 (N, 28, 28)"),
-        (IMAGES, b"\x93NUMPY", "b'\\x93NUM'", "two zeros, a type"),
-        (LABELS, FLOATS, "float32 (120,)", "integers (N,)"),
-        (LABELS, idx(np.eye(12, dtype=np.uint8)), "uint8 (12, 12)", "integers (N,)"),  # one-hot
-    ],
-)
-def test_what_was_found_and_what_is_allowed(
-    name: str, content: bytes, found: str, allowed: str, tmp_path: Path
-) -> None:
-    write_own(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as refused:
-        datasets.prepare(tmp_path, name="idx")
-    assert all(part in str(refused.value) for part in (str(tmp_path / name), found, allowed))
