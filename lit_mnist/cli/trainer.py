@@ -25,7 +25,7 @@ from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, say
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
-from lit_mnist.exact.runs import run_folder
+from lit_mnist.exact.runs import read_results, run_folder, section
 
 SHOWN = ("model.", "data.", "trainer.")  # sections in TensorBoard's tab HParams
 REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
@@ -136,7 +136,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     return {
         **trainer,
         "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
-        "logger": make_loggers(settings, run, trainer["logger"]) or False,
+        "logger": make_loggers(settings, run, made) or False,
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),
         "enable_checkpointing": keeps,
@@ -145,15 +145,18 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     }
 
 
-def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
+def make_loggers(settings: Settings, run: Run, made: Any) -> Any:
     """Return the user's loggers, or TensorBoard's in the run's folder where a command has something to write there."""
-    if given in (None, True):
+    if (given := made["trainer.logger"]) in (None, True):
         given = None
         if settings.command == "fit" and not settings.own["trainer.fast_dev_run"]:
             given = make_logger(run)
-        elif settings.command == "test" and run.folder and tests_all(settings):
-            given = make_logger(run)
-            given.tested_step = settings.loaded["global_step"]
+        elif settings.command == "test" and run.folder and not settings.own["trainer.fast_dev_run"]:
+            limit, fit = settings.own["trainer.limit_test_batches"], section(read_results(run.folder), "fit")
+            # on the curve are scores of the whole test set of the run; a limit of 1 is one batch, 1.0 is all
+            if str(limit) in ("None", "1.0") and made["data"].test_set == fit.get("test_set"):
+                given = make_logger(run)
+                given.tested_step = settings.loaded["global_step"]
     if settings.command == "fit":
         now, defaults = settings.plain, settings.parser.get_defaults()
         shown = {"recipe": settings.recipe, "seed": now["seed_everything"]}
@@ -165,13 +168,6 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
             if isinstance(logger, RunLogger):
                 logger.shown = shown
     return given
-
-
-def tests_all(settings: Settings) -> bool:
-    """Return whether a test scores the whole test set of its run, and so is a point on the curve."""
-    limit, data = settings.own["trainer.limit_test_batches"], settings.loaded["datamodule_hyper_parameters"]
-    all_of_it = limit is None or (isinstance(limit, float) and limit == 1)  # an integer is a number of batches
-    return all_of_it and not settings.own["trainer.fast_dev_run"] and settings.own["data.name"] == data.get("name")
 
 
 def check_trainer(settings: Settings, trainer: Trainer, data: LightningDataModule) -> None:
