@@ -56,6 +56,8 @@ def test_mlflow_continues_in_its_run(command: Command) -> None:
 def test_a_logger_that_cannot_be_made(command: Command, capsys: Capsys) -> None:
     error = fails(capsys, "fit", *TINY, "--trainer.logger", "WandbLogger", run=command)
     assert "trainer.logger: WandbLogger: Requirement 'wandb" in error
+    error = fails(capsys, "fit", *TINY, "--trainer.callbacks+=EarlyStoping", run=command)
+    assert "trainer.callbacks: no such class: EarlyStoping" in error
     assert not Path("lightning_logs").exists()
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, Capsys, Command, fails, results, write_tiny_mnist
+from helpers import RUN, TINY, Capsys, Command, fails, results, scalars, write_tiny_mnist
 from torch import Tensor, nn
 
 from lit_mnist.network import NETWORKS
@@ -47,6 +47,10 @@ def test_own_data_with_twelve_classes(command: Command, tmp_path: Path, capsys: 
     assert "/60 (" in capsys.readouterr().out
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", *own) == 0
     assert (results()["fit"]["epochs"], results()["fit"]["model"]["classes"]) == (4, 12)
+    write_tiny_mnist(tmp_path / "other", 240, 40, classes=12)
+    assert command("test", "--ckpt_path", "last", "--data.root", str(tmp_path / "other")) == 0
+    assert [step for step, _ in scalars(RUN)["test/loss"]] == [15]  # of the run's own data
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_more_classes_than_the_model_has(trained: Path, tmp_path: Path, capsys: Capsys) -> None:
