@@ -110,9 +110,12 @@ class MNISTCLI(LightningCLI):
         except (ValueError, TypeError, LookupError, ImportError, RuntimeError, MisconfigurationException) as error:
             # what was configured cannot be made; jsonargparse 4.53 wraps the error of a link
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-            parts = vars(self.settings.own["trainer"]).items()
-            key = next((f"trainer.{key}: " for key, part in parts if str(error).endswith(f"Given value: {part}")), "")
-            raise UserError(key + one_line(cause)) from cause
+            said = one_line(cause)
+            for key, part in vars(self.settings.own["trainer"]).items():
+                if str(error).endswith(f"Given value: {part}"):
+                    name = str(getattr(part, "class_path", "")).rpartition(".")[2].removeprefix("Run")
+                    said = f"trainer.{key}: {f'{name}: ' * (name not in said)}{said}"
+            raise UserError(said) from cause
 
     def after_instantiate_classes(self) -> None:
         if not self.trainer.is_global_zero:
@@ -147,8 +150,8 @@ class MNISTCLI(LightningCLI):
             score = getattr(self.trainer, self.command)
             scores = score(model, datamodule=datamodule, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
-            part = "data.val_size or trainer.limit_val_batches, or trainer.limit_test_batches, leaves"
-            raise UserError(f"{self.command}: {part} no image to score")
+            part = "data.val_size or trainer.limit_val" if self.command == "validate" else "trainer.limit_test"
+            raise UserError(f"{self.command}: {part}_batches leaves no image to score")
 
     test = validate
 

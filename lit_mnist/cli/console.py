@@ -46,7 +46,9 @@ def one_line(error: object) -> str:
     """Return an error's message on one line; of jsonargparse 4.53's only the setting and the reasons."""
     text = re.sub(NOISE, "", re.sub(r"(?s)Does not validate against any .*?Errors:", "", str(error)))
     text = re.sub(r"Problem with given class_path '(?:\w+\.)*(?:Run)?(\w+)'", r"\1", text)
-    return shortened(" ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", text).split()), 300)
+    text = text.replace("Expected a dot import path string", "no such class")
+    lines = dict.fromkeys(re.sub(r'Parser key "([\w.]+)":', r"\1:", text).splitlines())  # several types, one reason
+    return shortened(" ".join(" ".join(lines).split()), 500)
 
 
 def resume_command(checkpoint: Path | None) -> str:

@@ -156,9 +156,10 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     try:
         if not paths:
             raise ValueError("it is missing or not the known file" if known else "it is missing")
-        content = zipfile.ZipFile(path).read(f"gzip/{file}.gz") if path.suffix == ".zip" else path.read_bytes()
-        content = gzip.decompress(content) if path.suffix in (".gz", ".zip") else content
-        head = content[:4]
+        packed = zipfile.ZipFile(path).read(f"gzip/{file}.gz") if path.suffix == ".zip" else b""
+        packed = path.read_bytes() if path.suffix == ".gz" else packed
+        content: Any = gzip.decompress(packed) if packed else np.fromfile(path, np.uint8)  # the one copy in memory
+        head = bytes(content[:4])
         if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in KINDS or not head[3]:
             raise ValueError(f"it starts with {head!r}, not with two zeros, a type and the number of dimensions")
         shape = struct.unpack_from(f">4x{head[3]}I", content)
@@ -167,7 +168,8 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
         if not whole or shape[1:] != sides or dtype.kind not in types:
             found = f"{dtype.name} {shape} in {len(content):,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        return np.frombuffer(content, dtype, offset=start).reshape(shape).copy()  # a tensor's memory must be writable
+        # a tensor's memory must be writable
+        return np.require(np.frombuffer(content, dtype, offset=start).reshape(shape), requirements="W")
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError) as error:
         raise UserError(f"data.root: cannot read {path} as an IDX file: {error}") from None
 

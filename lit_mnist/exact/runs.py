@@ -33,7 +33,7 @@ def number_of(run: Path) -> int:
 
 def is_run(folder: Path) -> bool:
     """Say whether a run lies here: it may have been renamed or copied, so its files decide."""
-    return number_of(folder) >= 0 or any((folder / name).is_file() for name in ("results.json", "config.yaml"))
+    return any((folder / name).exists() for name in ("results.json", "config.yaml", "checkpoints"))
 
 
 def versions(runs: Path) -> list[Path]:

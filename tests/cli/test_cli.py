@@ -171,7 +171,7 @@ SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"sch
         (["--data.val_size", "50", "--trainer.limit_train_batches", "0"], ["limit_train_batches"]),
         (["--seed_everything", "true"], ["seed_everything", "true"]),
         (["--trainer.max_epochs", "x"], ["trainer.max_epochs: Expected a int Given value: x"]),
-        (["--trainer.callbacks", "EarlyStoping"], ["trainer.callbacks: Expected a dot import path", "EarlyStoping"]),
+        (["--trainer.callbacks", "EarlyStoping"], ["trainer.callbacks: no such class: EarlyStoping"]),
         (["--config", "typo.yaml"], ["lrr", "typo.yaml"]),
         (["--trainer.default_root_dir", "typo.yaml"], ["typo.yaml", "Not a directory"]),
         (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
