@@ -86,7 +86,6 @@ def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root:
 
 @pytest.mark.parametrize("device", [CUDA])
 def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Patch, request: Any) -> None:
-    """test_fake_device.py looks for it without a GPU."""
     mode, steps = torch.cuda.set_sync_debug_mode, []
     request.addfinalizer(lambda: mode("default"))
 

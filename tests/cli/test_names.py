@@ -38,8 +38,7 @@ def test_another_network(flags: list[str], parameters: int, command: Command, mo
 def test_own_data_with_twelve_classes(command: Command, tmp_path: Path, capsys: Capsys) -> None:
     write_tiny_mnist(tmp_path / "own", 240, 60, classes=12)
     own = ["--data.root", str(tmp_path / "own")]
-    flags = ["--data.name", "idx", "--data.val_size", "24"]
-    assert command("fit", *TINY, *MORE, *flags, *own) == 0
+    assert command("fit", *TINY, *MORE, "--data.name", "idx", "--data.val_size", "24", *own) == 0
     fit = results()["fit"]
     assert (fit["parameters"], fit["model"]["classes"]) == (100 + 8 + 288 + 16 + 8 * 12 + 12, 12)
     assert (fit["data"]["name"], {"root", "download"} & set(fit["data"])) == ("idx", set())

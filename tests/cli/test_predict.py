@@ -97,7 +97,6 @@ def test_pictures(network: nn.Module, capsys: Capsys) -> None:
 
 @pytest.mark.usefixtures("network")
 def test_several_digits() -> None:
-    """Each digit of a picture gets a row with its box; a picture without one, a row that says so."""
     picture(Path("number.png"), 0, (40, 140, 240), 300)
     picture(Path("blank.png"), places=())
     assert main(["predict", "number.png", "blank.png", "--split", "--ckpt_path", BEST, "--output", "a.csv"]) == 0

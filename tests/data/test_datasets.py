@@ -131,7 +131,6 @@ def test_a_wrong_file_is_refused_fetched_again_and_kept(
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_what_is_there_in_another_form_is_read(allowed: bool, tiny_root: Path, raw: Path, contents: Contents) -> None:
-    """Archives, and the names of 7-Zip and Kaggle, beside a wrong file or a folder: read, and left alone."""
     for name in NAMES:
         packed(raw / name).write_bytes(gzip.compress(contents[name]))
         (raw / name).unlink() if name == NAMES[0] else (raw / name).write_bytes(b"mine")

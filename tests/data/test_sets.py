@@ -146,7 +146,6 @@ def write_own(root: Path, packed: bool = False) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_fashion_mnist_of_debian(plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compressed by another program, or not at all: what counts is what is in it; another content is refused."""
     mirror = Mirror({})
     published = Published("fashion_mnist", mirror, monkeypatch)
     mirror.close()
