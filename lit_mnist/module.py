@@ -30,7 +30,7 @@ class LitMNIST(LightningModule):
         dropout: probability of dropout after each layer but the last.
         activation: activation after each layer.
         optimizer: sgd, or adamw with betas 0.9 and 0.99.
-        lr: highest learning rate of the schedule.
+        lr: highest learning rate of the schedule; each step's is `train/learning_rate` in TensorBoard.
         momentum: momentum of sgd; adamw ignores it.
         nesterov: whether sgd uses Nesterov momentum (https://proceedings.mlr.press/v28/sutskever13.html).
         weight_decay: weight decay of convolutions and linear layers, never of biases and batch norm.
@@ -96,15 +96,15 @@ class LitMNIST(LightningModule):
         self.test_metrics.update(self(images), targets)
 
     def on_train_epoch_end(self) -> None:
-        self._log(self.train_metrics)
+        self._log_and_reset(self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        self._log(self.val_metrics)
+        self._log_and_reset(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._log(self.test_metrics)
+        self._log_and_reset(self.test_metrics)
 
-    def _log(self, metrics: MetricCollection) -> None:
+    def _log_and_reset(self, metrics: MetricCollection) -> None:
         self.log_dict(metrics.compute(), prog_bar=metrics is self.val_metrics)
         metrics.reset()
 
@@ -127,17 +127,17 @@ class LitMNIST(LightningModule):
         hp: Any = self.hparams
         if step == 0 or (hp.schedule == "constant" and hp.warmup == 0):
             return 0.1 if hp.warmup > 0 else 1.0  # at step 0 the trainer does not know yet how many steps there are
-        # counted from this epoch on: in a resumed run those before it may have had other numbers of steps
+        # all steps: those before this epoch, which may have had other lengths, and those of the epochs left
         trainer, total = self.trainer, math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
         if (epochs := trainer.max_epochs or 0) > 0:
             this, each = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
-            done, steps_an_epoch = (math.ceil(batches / trainer.accumulate_grad_batches) for batches in (this, each))
-            total = min(total, step - done + steps_an_epoch * (epochs - trainer.current_epoch))
+            past, steps_an_epoch = (math.ceil(batches / trainer.accumulate_grad_batches) for batches in (this, each))
+            total = min(total, step - past + steps_an_epoch * (epochs - trainer.current_epoch))
         warmup_steps = hp.warmup * total
         if step < warmup_steps:
             return 0.1 + 0.9 * step / warmup_steps
-        done = min(1.0, (step - warmup_steps) / max(1.0, total - warmup_steps))
-        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[hp.schedule]
+        share = min(1.0, (step - warmup_steps) / max(1.0, total - warmup_steps))
+        return {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[hp.schedule]
 
 
 def check_ranges(hp: Any) -> None:

@@ -133,9 +133,10 @@ class MNISTCLI(LightningCLI):
         with translate_failures(self), hold(run, trainer):
             trainer.fit(model, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
         reason, longer = ended_by(trainer, self.settings.own["trainer.max_time"])
-        finished = f"Nothing to train: this run has finished. To train longer, raise {' and '.join(longer)}."
+        limits = " and ".join([*longer, *["the patience of EarlyStopping"] * ("EarlyStopping" in reason)])
+        finished = f"Nothing to train: this run has finished. To train longer, raise {limits}."
         untrained = trainer.global_step == run.loaded.get("global_step")
-        if untrained and run.made:
+        if untrained and run.claimed:
             run.started = False  # the new run's folder has nothing that is not its parent's
             raise UserError(finished)
         if not (run.started or run.continues):

@@ -71,6 +71,7 @@ class Settings:
 
     @property
     def own(self) -> Any:
+        """The command's part of `config`."""
         return self.config[self.command]
 
     @property

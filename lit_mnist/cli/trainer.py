@@ -22,7 +22,7 @@ from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.loggers import RunLogger
-from lit_mnist.exact.progress import Progress, say
+from lit_mnist.exact.progress import Progress, print_once
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import run_folder
@@ -68,11 +68,11 @@ def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
     sizes = {name: len(part[1]) for name, part in trainer.datamodule.sets.items()}  # type: ignore[attr-defined]
     device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    say(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
-    say(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
-    say(trainer, f"The run:    {shown(run.folder) if run.folder else 'not kept'}")
+    print_once(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
+    print_once(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
+    print_once(trainer, f"The run:    {shown(run.folder) if run.folder else 'not kept'}")
     if run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
-        say(trainer, f"Look at it: tensorboard --logdir {shlex.quote(shown(run.folder.parent))}")
+        print_once(trainer, f"Look at it: tensorboard --logdir {shlex.quote(shown(run.folder.parent))}")
 
 
 def make_run(settings: Settings) -> Run:
@@ -145,15 +145,15 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
     """Return the user's loggers, or of a fit TensorBoard's in the run's folder."""
     if given in (None, True):
         given = settings.command == "fit" and not settings.own["trainer.fast_dev_run"] and make_logger(run)
-    defaults, shown = settings.parser.get_defaults(), {"recipe": settings.recipe}
+    defaults, hparams = settings.parser.get_defaults(), {"recipe": settings.recipe}
     for key, value in settings.plain.items():
         if key.startswith("trainer.") and key not in MACHINE:
             # one type in all runs: TensorBoard 2.21 compares no text with a number
             number = type(value) in (int, float) and type(defaults[key]) in (int, float)
-            shown[key.removeprefix("trainer.")] = value if number else str(value)
+            hparams[key.removeprefix("trainer.")] = value if number else str(value)
     for logger in as_list(given):
         if isinstance(logger, RunLogger):
-            logger.log_hyperparams(shown)  # beside the module's and the data's, which Lightning logs
+            logger.log_hyperparams(hparams)  # beside the module's and the data's, which Lightning logs
     return given
 
 

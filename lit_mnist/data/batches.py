@@ -60,7 +60,7 @@ class TensorBatches:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The epoch whose order this is, and the number within it of the batch that was handed out last."""
+        """The epoch whose order this is, and the number within it of the batch that was handed out last, from -1."""
         return 0 if self.fixed else self.epoch, self._batches_done - 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -37,8 +37,8 @@ class Run:
     checkpoint: Path | None = None  # what it begins with
     loaded: Mapping[str, Any] = field(default_factory=dict)  # the content of that checkpoint
     origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
-    unchanged: bool = True  # whether with its own settings: then it stays stopped if a callback had stopped it
-    made: bool = False  # whether this process has made the folder
+    unchanged: bool = True  # whether its settings are those it had: then a run that a callback stopped stays stopped
+    claimed: bool = False  # whether this process has made the folder
     started: bool = False
 
     @classmethod
@@ -48,7 +48,7 @@ class Run:
         run.folder = None
         if is_first():
             try:
-                run.folder, run.made = claim_folder(runs.absolute(), name), True
+                run.folder, run.claimed = claim_folder(runs.absolute(), name), True
             except OSError as error:
                 raise UserError(f"no run can be written to {runs / (name or '')} ({error.strerror})") from error
         return run
@@ -67,11 +67,11 @@ class Run:
     @property
     def continues(self) -> bool:
         """Whether it continues in the folder of its checkpoint."""
-        return self.origin is not None and not self.made and self.folder == self.origin
+        return self.origin is not None and not self.claimed and self.folder == self.origin
 
     def discard_unused(self) -> None:
         """Remove the folder that was made for a run which never started."""
-        if self.folder and self.made and not self.started:
+        if self.folder and self.claimed and not self.started:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # it has other runs
                 self.folder.parent.rmdir()

@@ -28,7 +28,7 @@ class Progress(Callback):
         self.epoch_seconds = 0.0  # of training and validation, in this process
         self._started = self._window_started = self._lr = 0.0
         self._window_samples = 0
-        self.loss: Tensor | None = None
+        self.loss: Tensor | None = None  # of the latest step, in this process, on its device
         self._ended = False  # an epoch, whose line is not printed yet
         self._validated = 0  # the step of this epoch's latest validation
         self.metrics: dict[str, float] = {}  # that the latest epoch computed
@@ -109,7 +109,9 @@ class Progress(Callback):
             self._validated = trainer.global_step
             if not trainer.is_last_batch:
                 values = {k: v for k, v in epoch_metrics(trainer).items() if not k.startswith("train/")}
-                say(trainer, f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(words(values))}")
+                print_once(
+                    trainer, f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(words(values))}"
+                )
             self.validation_seconds += self._stop_timer(pl_module)
             check_losses(trainer)
 
@@ -118,7 +120,7 @@ class Progress(Callback):
 
     def _print_evaluation(self, trainer: Trainer, title: str) -> None:
         self.samples = sum(gather_all(self.samples))
-        say(trainer, f"{title}: {', '.join(words(epoch_metrics(trainer), self.samples))}")
+        print_once(trainer, f"{title}: {', '.join(words(epoch_metrics(trainer), self.samples))}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds += self._stop_timer(pl_module)
@@ -139,7 +141,7 @@ class Progress(Callback):
             values = {k: v for k, v in self.metrics.items() if not k.startswith("train/") or k == "train/loss"}
             best = " (best)" if keeper and keeper.best_values.get("step") == self._validated else ""
             line = ", ".join([*words(values), f"{self.epoch_seconds:.1f} s{best}"])
-            say(trainer, f"Epoch {trainer.current_epoch - 1}: {line}")
+            print_once(trainer, f"Epoch {trainer.current_epoch - 1}: {line}")
             self._ended = False
 
     def _check_finite(self, trainer: Trainer) -> float:
@@ -188,7 +190,7 @@ def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:
     return texts
 
 
-def say(trainer: Trainer, line: str) -> None:
+def print_once(trainer: Trainer, line: str) -> None:
     """Print a line once; `Trainer.print` of Lightning 2.6 does so on each machine."""
     if trainer.is_global_zero:
         trainer.print(line)

@@ -13,7 +13,7 @@ from .conditions import conditions
 from .console import Interrupted
 from .ddp import lost
 from .loggers import show_tests
-from .progress import Progress, epoch_metrics, say
+from .progress import Progress, epoch_metrics, print_once
 from .runs import evaluations, read_results, replaced, section, test_score
 
 KEY = ("checkpoint", "step", "test_set", "samples")  # of an evaluation
@@ -29,7 +29,7 @@ class Results(Callback):
         self.progress = progress
         self.settings = settings
         # the checkpoint of another run that this one begins with
-        parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.made else None
+        parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.claimed else None
         self._kept: dict[str, Any] = {"recipe": recipe, "parent": parent, "commands": [command]}
         self._created = section(read_results(run.folder), "fit").get("created", time()) if run.folder else None
 
@@ -65,7 +65,7 @@ class Results(Callback):
         self._write(trainer, pl_module, "test", test)
         score = test_score(read_results(self.run.folder)) if self.run.folder else test
         if any(score.get(key) != test[key] for key in (*KEY, "whole")):
-            say(trainer, f"Not counted as the run's test score: {of[0]}, {of[3]} samples of {data}")
+            print_once(trainer, f"Not counted as the run's test score: {of[0]}, {of[3]} samples of {data}")
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
         keeper, best = callback_of(trainer, CheckpointKeeper), None

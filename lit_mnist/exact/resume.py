@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import GradientAccumulationScheduler, ProgressBar
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -40,6 +40,7 @@ class ExactResume(Callback):
         self.run = run
         self.config = config
         self._configured: dict[str, Any] = {}
+        self._patience: list[tuple[EarlyStopping, int]] = []
         # of a resumed run, until its first step
         self._rng: dict[str, Any] | None = None
         self._logged: list[Any] | None = None
@@ -47,6 +48,8 @@ class ExactResume(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # the folder, not who made it: the first process alone may remove it again
         self.run.folder = trainer.strategy.broadcast(self.run.folder)
+        stopping = [part for part in trainer.callbacks if isinstance(part, EarlyStopping)]  # type: ignore[attr-defined]
+        self._patience = [(part, part.patience) for part in stopping]
         # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
         trainer.precision_plugin.convert_module(pl_module)
 
@@ -82,6 +85,8 @@ class ExactResume(Callback):
         states = gather_all((trainer.current_epoch, trainer.global_step))
         if len(set(states)) > 1:
             raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
+        for stopping, patience in self._patience:  # Lightning 2.6 restores that of the checkpoint
+            stopping.patience = patience
         loaded = self.run.loaded
         if self.run.checkpoint:
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged

@@ -1,5 +1,3 @@
-"""fit, validate and test from the command line: what they write, which settings they run with, and what they refuse."""
-
 import logging
 import re
 import shlex
@@ -293,6 +291,12 @@ def test_what_ended_a_run(command: Command, capsys: Capsys, flags: str, stopped:
     steps, longer = results()["fit"]["steps"], shlex.split(re.findall("python -m lit_mnist (fit .+)", out)[-1])
     assert command(*longer) == 0
     assert results()["fit"]["steps"] > steps
+
+
+def test_a_larger_patience_trains_on(command: Command) -> None:
+    for start, patience, epochs in (([*TINY, "--trainer.max_epochs", "9"], "1", 2), (["--ckpt_path", "last"], "4", 5)):
+        assert command("fit", *start, *STOPPING.split(), "--trainer.callbacks.patience", patience) == 0
+        assert results()["fit"]["epochs"] == epochs
 
 
 def test_a_profiler_prints_its_report(command: Command, caplog: pytest.LogCaptureFixture, monkeypatch: Patch) -> None:

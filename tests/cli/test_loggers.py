@@ -1,5 +1,3 @@
-"""Loggers of the user's: a run's folder stays its own, and a resumed run logs where it did."""
-
 import uuid
 from pathlib import Path
 from typing import Any

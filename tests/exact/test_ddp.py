@@ -1,5 +1,3 @@
-"""Several processes do what one does: the same batches, losses and scores; losing one costs nothing."""
-
 import os
 import re
 import shutil
