@@ -198,7 +198,7 @@ def test_a_command_line(index: int, sandbox: tuple[Path, dict[str, Any]], tmp_pa
     if status == 2:
         about_data = "--data.root" in " ".join(case.args) or "MNIST" in errors[0]  # lists files and sources
         assert len(lines) == 1 or about_data, shown
-        assert all(about_data and "MNIST" in path for path in changed), changed
+        assert all(about_data and "MNIST" in path for path in changed), (changed, shown)
     else:
         assert all(may_write(path, case.args) for path in changed), changed
     if status == 0 and case.args[0] == "fit":

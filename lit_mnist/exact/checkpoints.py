@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf, isnan
@@ -38,7 +38,7 @@ class Run:
     loaded: Mapping[str, Any] = field(default_factory=dict)  # the content of that checkpoint
     origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
     unchanged: bool = True  # whether its settings are those it had: then a run that a callback stopped stays stopped
-    claimed: bool = False  # whether this process has made the folder
+    claimed: Sequence[Path] = ()  # what this process has made: the folder, and those above it that were missing
     started: bool = False
 
     @classmethod
@@ -48,7 +48,9 @@ class Run:
         run.folder = None
         if is_first():
             try:
-                run.folder, run.claimed = claim_folder(runs.absolute(), name), True
+                missing = [path for path in (runs.absolute(), *runs.absolute().parents) if not path.exists()]
+                run.folder = claim_folder(runs.absolute(), name)
+                run.claimed = [run.folder, *missing]
             except OSError as error:
                 raise UserError(f"no run can be written to {runs / (name or '')} ({error.strerror})") from error
         return run
@@ -73,8 +75,9 @@ class Run:
         """Remove the folder that was made for a run which never started."""
         if self.folder and self.claimed and not self.started:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # it has other runs
-                self.folder.parent.rmdir()
+            with suppress(OSError):  # another run is in it by now
+                for parent in self.claimed[1:]:
+                    parent.rmdir()
             self.folder = None
 
 
