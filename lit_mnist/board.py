@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.ddp import gather_in_order
-from lit_mnist.exact.loggers import TEXTS, RunLogger, own_tests, write_events
+from lit_mnist.exact.loggers import TEXTS, RunLogger, tests_by_step, write_events
 from lit_mnist.exact.results import Results
 from lit_mnist.network import Batch
 
@@ -147,7 +147,7 @@ class Board(Callback):
         results: Any = callback_of(trainer, Results)
         answers, folder, step = self._gather(), results.run.folder, results.run.loaded.get("global_step")
         # unless an earlier test has done it
-        if answers and folder and step in own_tests(folder) and not (folder / f"{step:05d}" / "test").exists():
+        if answers and folder and step in tests_by_step(folder) and not (folder / f"{step:05d}" / "test").exists():
             images, features, targets = answers
             with SummaryWriter(folder, filename_suffix=".empty") as writer:
                 writer.add_embedding(features, [str(int(target)) for target in targets], images / 255, step, "test")

@@ -19,7 +19,7 @@ from torch.utils.tensorboard.summary import hparams, scalar
 from .checkpoints import Run
 from .console import UserError
 from .ddp import is_first
-from .runs import evaluations, read_results, replaced, section
+from .runs import own_tests, read_results, replaced
 
 # Event files that are replaced as a whole, the last one by each `test`, under a new name: a TensorBoard that is running
 # reads no file again. TensorBoard 2.21 reads a folder's files in the order of their names, which contain `tfevents`,
@@ -93,16 +93,14 @@ def event_files(folder: Path) -> list[Path]:
     return list(folder.glob("events.out.tfevents.*"))
 
 
-def own_tests(run: Path) -> dict[int, Mapping[str, Any]]:
-    """Return the evaluations of a run with a curve on all of its own test set, the latest of each step."""
-    results = read_results(run) if event_files(run) else {}
-    of = {"test_set": section(results, "fit").get("test_set"), "whole": True}
-    return {test["step"]: test for test in evaluations(results) if of.items() <= test.items()}
+def tests_by_step(run: Path) -> dict[int, Mapping[str, Any]]:
+    """Return the latest of each step of `own_tests`, of a run with a curve."""
+    return {test["step"]: test for test in own_tests(read_results(run) if event_files(run) else {})}
 
 
 def show_tests(run: Path) -> None:
-    """Write the scores of `own_tests` for TensorBoard."""
-    if tests := own_tests(run):
+    """Write the scores of `tests_by_step` for TensorBoard."""
+    if tests := tests_by_step(run):
         before = list(run.glob(f"{TESTS}*"))
         # TensorBoard drops the higher steps of a metric where it reads a lower one
         scores = [(step, item) for step in sorted(tests) for item in tests[step].items() if item[0].startswith("test/")]

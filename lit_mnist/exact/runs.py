@@ -127,12 +127,17 @@ def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
 
 
+def own_tests(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the evaluations of a run on all of its own test set."""
+    of = {"test_set": section(results, "fit").get("test_set"), "whole": True}
+    return [test for test in evaluations(results) if of.items() <= test.items()]
+
+
 def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the evaluation of the best state of a run, or the last if none is, on all of its own test set; or {}."""
     fit = section(results, "fit")
     step = section(fit, "best").get("step") if fit.get("best") else fit.get("steps")
-    of = {"step": step, "test_set": fit.get("test_set"), "whole": True}
-    return next((test for test in evaluations(results) if of.items() <= test.items()), {})
+    return next((test for test in own_tests(results) if test["step"] == step), {})
 
 
 def checkpoint_lines(wanted: str, path: Path, runs: Path) -> list[str]:
