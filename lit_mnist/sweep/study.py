@@ -16,6 +16,7 @@ import optuna
 from jsonargparse.typing import PositiveInt
 from optuna.trial import FrozenTrial
 
+from lit_mnist.cli.trainer import as_list
 from lit_mnist.exact.console import UserError, shortened
 from lit_mnist.exact.runs import replaced
 
@@ -177,10 +178,6 @@ def latest_trials(study: optuna.Study) -> dict[int, FrozenTrial]:
 def copy_of(recipe: str, folder: Path) -> Path:
     """Return the study's own copy of a recipe: somebody may edit theirs while it runs."""
     return Path(folder, "recipes", *Path(recipe).absolute().parts[1:])
-
-
-def as_list(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [given]
 
 
 def plain(value: Any) -> str:

@@ -25,12 +25,13 @@ from pytorch_lightning.callbacks import LambdaCallback
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain
 from lit_mnist.cli.settings import Parser, Settings, configs_first
+from lit_mnist.cli.trainer import as_list
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shortened, shown
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
-from lit_mnist.sweep.study import Study, as_list, latest_trials
+from lit_mnist.sweep.study import Study, latest_trials
 
 
 class UntrainedCLI(MNISTCLI):
@@ -221,6 +222,7 @@ def run_workers(workers: int, folder: Path, args: list[str]) -> None:
 
 
 def sweep(args: list[str]) -> None:
+    """Run the command with the flags after its name; TrainingFailed if the sweep is left without a result."""
 
     def stop(signum: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt(signum)
