@@ -42,14 +42,13 @@ def make_callbacks(
         command: the command line.
     """
     progress = Progress()
-    keeper = CheckpointKeeper(run, save, best) if save else None
     return [
         ExactResume(run, config),  # first: nothing may touch the run before all of it is restored
         *own,
         progress,
         Results(run, progress, recipe, command, settings),
         *board,  # after the timer, which leaves their time out
-        *([keeper] if keeper else []),  # last: it saves what all others have done
+        *([CheckpointKeeper(run, save, best)] if save else []),  # last: it saves what all others have done
     ]
 
 

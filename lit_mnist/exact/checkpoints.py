@@ -29,6 +29,10 @@ def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
     return next((part for part in trainer.callbacks if isinstance(part, kind)), None)  # type: ignore[attr-defined]
 
 
+def has_finite_weights(module: LightningModule) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
 @dataclass
 class Run:
     """The folder that a fit writes to, and what it begins with; `new` and `resumed` raise UserError."""
@@ -225,7 +229,7 @@ class CheckpointKeeper(Checkpoint):
 
         Not of a run that has diverged: Progress stops it soon, and its last sound state stays.
         """
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
+        if not has_finite_weights(trainer.lightning_module):
             return
         title = self.best.monitor.rpartition("/")[2] if self.best else ""
         if validated and self.best and self._is_best(trainer, self.best):

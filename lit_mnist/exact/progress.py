@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
-from .checkpoints import CheckpointKeeper, callback_of
+from .checkpoints import CheckpointKeeper, callback_of, has_finite_weights
 from .console import TrainingFailed
 from .ddp import gather_all, part_of_batch
 
@@ -109,9 +109,8 @@ class Progress(Callback):
             self._validated = trainer.global_step
             if not trainer.is_last_batch:
                 values = {k: v for k, v in epoch_metrics(trainer).items() if not k.startswith("train/")}
-                print_once(
-                    trainer, f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(words(values))}"
-                )
+                where = f"Epoch {trainer.current_epoch}, step {trainer.global_step}"
+                print_once(trainer, f"{where}: {', '.join(words(values))}")
             self.validation_seconds += self._stop_timer(pl_module)
             check_losses(trainer)
 
@@ -130,7 +129,7 @@ class Progress(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_epoch(trainer)
         check_losses(trainer)  # Lightning 2.6 logs the metrics of the last epoch just before this hook
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in pl_module.parameters()):
+        if not has_finite_weights(pl_module):
             raise diverged(trainer, "a weight", math.nan)
 
     def _print_epoch(self, trainer: Trainer) -> None:
