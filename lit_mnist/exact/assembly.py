@@ -14,7 +14,7 @@ from .console import UserError
 from .loggers import OURS, RunLogger
 from .progress import Progress
 from .results import Results
-from .resume import ExactResume
+from .resume import ExactResume, refuse_callbacks
 from .runs import only_process, read_results, section
 
 
@@ -34,12 +34,10 @@ def make_callbacks(
 
     Args:
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
-        own: the user's callbacks.
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key, for results.json.
         config: the text of config.yaml; empty for none.
         recipe: a name for the settings of a new run.
-        command: the command line.
     """
     progress = Progress()
     return [
@@ -54,11 +52,10 @@ def make_callbacks(
 
 @contextmanager
 def hold(run: Run, trainer: Trainer) -> Iterator[None]:
-    """Hold a run's folder for this process, and let SIGTERM and Ctrl-C stop the training after the current step.
-
-    Where another process has it, or its checkpoint cannot be restored, raise UserError.
-    """
+    """Hold a run's folder for this process, or raise UserError; signals stop the training after the current step."""
     with ExitStack() as held:
+        held.callback(run.discard_unused)
+        refuse_callbacks(trainer)  # here, too: Lightning 2.6 sets its finders up before all other callbacks
         if trainer.is_global_zero and run.folder:
             held.enter_context(only_process(run.folder))
             if run.checkpoint and not run.checkpoint.is_file():

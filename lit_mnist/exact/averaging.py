@@ -11,11 +11,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class MovingAverage(WeightAveraging):
     """Averages all weights and batch norm's statistics after each step; the average is validated, tested and kept.
 
-    WeightAveraging 2.6 leaves it on the CPU, so that with an accelerator each step would wait for a copy, and searches
-    all modules for their tensors in each step, a twentieth of its time on a CPU.
+    WeightAveraging 2.6 leaves it on the CPU, so that with an accelerator each step would wait for a copy.
     `decay` is the share of the average that stays in a step, 0 < decay < 1. Averaging begins after 1 / (1 - decay)
-    steps, with a smaller decay, a mean over the last tenth of the steps since then (https://arxiv.org/abs/1212.1824):
-    from the first step on, as in torch 2.15, the weights of that step are 65 % of the average after 44 steps of 0.99.
+    steps, with a smaller decay, a mean over the last tenth of the steps since then (https://arxiv.org/abs/1212.1824).
     """
 
     def __init__(self, decay: float) -> None:
@@ -27,11 +25,6 @@ class MovingAverage(WeightAveraging):
             if missing := {"current_model_state", "averaging_state"} - checkpoint.keys():
                 raise KeyError(min(missing))  # without these it would begin a new average
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights as they are until they are saved: a run that is trained longer continues with them."""
-
-    on_fit_end = WeightAveraging.on_train_end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None

@@ -22,11 +22,7 @@ RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "_load_
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint so that a kill at any moment leaves a whole one, and reads with `weights_only=True` alone.
-
-    TorchCheckpointIO of Lightning 2.6 writes to a temporary folder, which may be on another file system, and copies
-    from there without flushing: a kill in the middle leaves half a file.
-    """
+    """Writes checkpoints that a kill leaves whole, which Lightning 2.6 does not, and reads with `weights_only=True`."""
 
     def __init__(self, loaded: dict[str, dict[str, Any]] | None = None) -> None:
         self.loaded = loaded or {}  # checkpoints that were read before, by path
@@ -52,10 +48,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
-            finally:
-                os.close(folder)
+            os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
+            os.close(folder)
         except OSError as error:
             reason = f"{shortened(str(path))}: {error.strerror}"
             raise TrainingFailed(f"training stopped: {reason}; earlier checkpoints are intact") from error
@@ -70,11 +64,10 @@ def translate_restoring(checkpoint: Path | None) -> Iterator[None]:
     """Turn whatever fails while a checkpoint is restored into a UserError; bugs elsewhere keep their traceback."""
     try:
         yield
-    except (UserError, NameError, ImportError, torch.OutOfMemoryError):
-        raise  # which no checkpoint causes
     except Exception as error:
+        other = isinstance(error, (UserError, NameError, ImportError, torch.OutOfMemoryError))  # no checkpoint's fault
         functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if not checkpoint or functions.isdisjoint(RESTORING) or lost(error):
+        if not checkpoint or other or functions.isdisjoint(RESTORING) or lost(error):
             raise
         reason = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
         raise UserError(f"{checkpoint}: that checkpoint's state cannot be restored ({reason})") from error

@@ -2,18 +2,20 @@
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, isnan
 from pathlib import Path
 from time import monotonic
 from types import FrameType
 from typing import Any, Literal, TypeVar
+from unittest.mock import patch
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
@@ -118,12 +120,9 @@ class BestSettings:
 
 
 class CheckpointKeeper(Checkpoint):
-    """Keeps the newest state of a run, and the one of the best validation score where `best` says which that is.
+    """Keeps the newest state of a run, and the one of the best validation score where `best` says which that is."""
 
-    ModelCheckpoint 2.6 would write the newest state only where it has just written a best one, and forgets the best
-    score where the run's folder was moved. Lightning calls a `Checkpoint` after all other callbacks.
-    """
-
+    # ModelCheckpoint 2.6 writes the newest state only beside a best one, and forgets the best score of a moved run
     def __init__(self, run: Run, save: SaveSettings, best: BestSettings | None = None) -> None:
         self.run = run
         self.best = best
@@ -136,6 +135,7 @@ class CheckpointKeeper(Checkpoint):
         self._epoch = self._step = self._agreed_step = 0
         self._agreed_signal = 0  # that all processes know of, and act on
         self._saved_at = monotonic()
+        self._patches = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
@@ -148,17 +148,50 @@ class CheckpointKeeper(Checkpoint):
         if not (best["name"] and self.best and state_dict["by"] == [self.best.monitor, self.best.mode]):
             return
         before = self.run.origin and self.run.origin / "checkpoints" / Path(best["name"]).name
-        # without its file there is no best; the first process decides, as machines may have folders of their own
+        # without its file there is no best; of several machines' folders that of the first process decides
         if gather_all(before is not None and before.is_file())[0]:
-            self.best_path = self._folder / Path(best["name"]).name
-            # of an earlier version these two alone
-            old = {self.best.monitor: best.get("score"), self.best.loss: best.get("loss")}
-            self.best_values = best.get("values") or {name: old[name] for name in old if old[name] is not None}
+            self.best_path, self.best_values = self._folder / Path(best["name"]).name, best["values"]
 
     @property
     def _folder(self) -> Path:
         assert self.run.folder
         return self.run.folder / "checkpoints"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda part: part is self)  # type: ignore[attr-defined]
+        waiting = list[Callable[[], None]]()  # hooks of checkpoint callbacks, until the module had its turn
+
+        def then_save(function: Callable[[], Any]) -> Any:
+            result = function()
+            while waiting:
+                waiting.pop(0)()
+            return result
+
+        for part in trainer.callbacks:  # type: ignore[attr-defined]
+            for name in ("on_train_batch_end", "on_validation_end") if isinstance(part, Checkpoint) else ():
+                self._replace(part, name, lambda hook, *args: waiting.append(partial(hook, *args)))
+            if isinstance(part, ModelCheckpoint):
+                self._replace(part, "file_exists", partial(exists_anew, self._files_since(Path(part.dirpath or ""))))
+        # what Lightning 2.6 calls last after a batch, and in a validation
+        self._replace(trainer._logger_connector, "on_batch_end", then_save)
+        self._replace(trainer.fit_loop.epoch_loop.val_loop, "run", then_save)
+
+    def _replace(self, owner: Any, name: str, by: Callable[..., Any]) -> None:
+        """Replace a method, until the fit ends, by a function that gets it as its first argument."""
+        self._patches.enter_context(patch.object(owner, name, partial(by, getattr(owner, name))))
+
+    def _files_since(self, folder: Path) -> set[str]:
+        """Return the files that a process which was killed has written after the checkpoint that is resumed."""
+        found = set[str]()
+        if is_first() and self.run.continues and self.run.checkpoint:
+            saved = self.run.checkpoint.stat().st_mtime_ns
+            found = {str(path) for path in folder.rglob("*") if path.lstat().st_mtime_ns >= saved}
+        return gather_all(found)[0]
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._patches.close()
+
+    on_exception = teardown
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.handle_signals()  # again: Lightning 2.6 has put its own in place, which end a validation with status 0
@@ -176,15 +209,11 @@ class CheckpointKeeper(Checkpoint):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._score = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._epoch = trainer.current_epoch
         stepped = trainer.global_step > self._step
         self._step = trainer.global_step
-        # Not where gradients accumulate: they are in no checkpoint. Not before a validation or after the last batch of
-        # an epoch: Lightning 2.6 resumes from there after the validation, and leaves it out; it has no public name for
-        # what decides. And not after the very last step, before the end of its epoch.
+        # not where gradients accumulate, nor before a validation or an epoch's end: Lightning 2.6 resumes after them
         loop = trainer.fit_loop
         validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
         if not stepped or validates or 0 < trainer.max_steps <= trainer.global_step:
@@ -203,14 +232,8 @@ class CheckpointKeeper(Checkpoint):
             self._agree(trainer)
             self._stop_if_signalled()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer)
-
     def _agree(self, trainer: Trainer, due: bool = False) -> bool:
-        """Return whether a checkpoint is due for any process, and make a signal that one has got known to all.
-
-        A signal may come at any moment: `_agreed_signal`, which all processes act on, is set here alone.
-        """
+        """Return whether a checkpoint is due for any process, and let all act on a signal that one has got."""
         signum = self._signal
         if trainer.world_size > 1:
             self._agreed_step = trainer.global_step
@@ -224,12 +247,8 @@ class CheckpointKeeper(Checkpoint):
             raise Interrupted(self._agreed_signal, self.last_path)
 
     def save(self, trainer: Trainer, validated: bool = False) -> None:
-        """Write the state of this moment, as the best too where a validation has just found it so; then remove the
-        files before.
-
-        Not of a run that has diverged: Progress stops it soon, and its last sound state stays.
-        """
-        if not has_finite_weights(trainer.lightning_module):
+        """Write the state of this moment, as the best too where a validation has just found it so."""
+        if not has_finite_weights(trainer.lightning_module):  # Progress stops it soon, and its last sound state stays
             return
         title = self.best.monitor.rpartition("/")[2] if self.best else ""
         if validated and self.best and self._is_best(trainer, self.best):
@@ -237,8 +256,8 @@ class CheckpointKeeper(Checkpoint):
             trainer.save_checkpoint(self.best_path)
         name = f"last-epoch={self._epoch:02d}-step={trainer.global_step:06d}"
         name += "" if self._score is None else f"-{title}={self._score:.4f}"
-        trainer.save_checkpoint(self._folder / f"{name}.ckpt")
-        self.last_path = self._folder / f"{name}.ckpt"
+        trainer.save_checkpoint(path := self._folder / f"{name}.ckpt")
+        self.last_path = path
         if trainer.is_global_zero:  # now that the newest state names no other best
             run = self._folder.parent
             old = [*own_checkpoints(run, "last"), *self._folder.glob(".*.ckpt.*.tmp")]
@@ -258,10 +277,9 @@ class CheckpointKeeper(Checkpoint):
         # those of the first process: a module may log what each process has found alone
         values = gather_all(values | {"step": trainer.global_step})[0]
         self._score, before = values[best.monitor], self.best_values.get(best.monitor)
+        better = not isnan(self._score) and (before is None or (self._score > before) == (best.mode == "max"))
         if self._score == before:
             better = values.get(best.loss, inf) < self.best_values.get(best.loss, inf)
-        else:
-            better = not isnan(self._score) and (before is None or (self._score > before) == (best.mode == "max"))
         self.best_values = values if better else self.best_values
         return better
 
@@ -274,6 +292,13 @@ class CheckpointKeeper(Checkpoint):
 
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, note)
+
+
+def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer: Trainer) -> bool:
+    """Stand in for `ModelCheckpoint.file_exists` of Lightning 2.6, which would write beside a file that was left."""
+    unwritten = path in left
+    left.discard(path)  # it is written now
+    return not unwritten and exists(path, trainer)
 
 
 @contextmanager

@@ -25,10 +25,9 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
@@ -39,10 +38,6 @@ def conditions(device: torch.device) -> dict[str, Any]:
     for name in (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    hardware = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    hardware = {"device": name, "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"versions": versions, "hardware": hardware, "commit": commit()}

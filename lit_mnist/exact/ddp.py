@@ -2,22 +2,24 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from itertools import zip_longest
 from time import sleep
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch.distributed
 from lightning_fabric.strategies.launchers import subprocess_script
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
-from .console import number
+from .console import UserError, number
 
 T = TypeVar("T")
 
@@ -37,15 +39,25 @@ class ExactDDP(DDPStrategy):
         super().__init__(broadcast_buffers=not synchronized, **settings)
         self.synchronized = synchronized
         self._waiting = timedelta(seconds=waiting)
+        self._any_backward = False
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
 
     def configure_ddp(self) -> None:
+        assert self.lightning_module
+        if not self.lightning_module.automatic_optimization:
+            self._ddp_kwargs.setdefault("find_unused_parameters", True)  # one network's loss may not use the others
+        self.model = self.lightning_module
+        self._parameters = list(self.model.parameters())
+        self._trained = self._needing_gradients()
         super().configure_ddp()
         # DDP of torch 2.15 reorders the gradients after its first step, and three or more processes then add them in
         # another order: the steps of a resumed run would have other bits. Here it reorders at once, by parameters.
         assert isinstance(self.model, DistributedDataParallel)
         self.model.reducer._push_all_rebuilt_params()
         self.model.reducer._rebuild_buckets()
+
+    def _needing_gradients(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._parameters]
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
@@ -55,28 +67,36 @@ class ExactDDP(DDPStrategy):
         """Weigh the loss of this process's part, so that the mean over all processes is that of the batch."""
         assert self.lightning_module
         trainer = self.lightning_module.trainer
-        start, stop, size = part_of_batch(trainer, trainer.fit_loop.batch_idx, 1)
-        weight = (stop - start) * self.world_size / size
-        with paused(self.lightning_module, stop == start):
+        self._part, steps = part_of_batch(trainer, trainer.fit_loop.batch_idx, 1), trainer.global_step
+        if self._needing_gradients() != self._trained:
+            self.configure_ddp()  # DDP of torch 2.15 averages the gradients of what is trained when it is made
+        # Lightning 2.6 leaves it False in manual optimization, and DDP would not broadcast the running statistics
+        self.model.require_forward_param_sync = True  # type: ignore[union-attr]
+        with ExitStack() as paused:
+            for part in self.lightning_module.modules() if self._part[0] == self._part[1] else ():
+                if isinstance(part, Metric):  # those of torchmetrics 1.9 fail on no samples
+                    paused.enter_context(patch.object(part, "update", lambda *_, **__: None))
             output = super().training_step(*args, **kwargs)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if loss is not None:
-            loss = loss * weight if weight else loss.nan_to_num() * 0  # the mean of no samples is not a number
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+        if any(now and not before for now, before in zip(self._needing_gradients(), self._trained, strict=True)):
+            raise UserError("training_step sets requires_grad, too late for several processes: use a hook before it")
+        if trainer.global_step > steps and not self._any_backward:  # manual: an automatic step is counted later
+            raise UserError("a step without manual_backward(loss): loss.backward() leaves the other processes out")
+        if isinstance(output, Mapping):
+            return {name: self._weigh(value) if name == "loss" else value for name, value in output.items()}
+        return self._weigh(output)
 
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Weigh the loss here in manual optimization, where `training_step` returns it too late."""
+        assert self.lightning_module
+        self._any_backward = True
+        weigh = not self.lightning_module.automatic_optimization
+        return super().backward(self._weigh(closure_loss) if weigh else closure_loss, *args, **kwargs)
 
-@contextmanager
-def paused(module: torch.nn.Module | None, empty: bool) -> Iterator[None]:
-    """Keep an empty part of a batch from the metrics: those of torchmetrics 1.9 fail on it."""
-    metrics = [part for part in module.modules() if isinstance(part, Metric)] if module and empty else []
-    updates = [metric.update for metric in metrics]
-    for metric in metrics:
-        metric.update = lambda *_, **__: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for metric, update in zip(metrics, updates, strict=True):
-            metric.update = update  # type: ignore[method-assign]
+    def _weigh(self, loss: Any) -> Any:
+        start, stop, size = self._part
+        if loss is None or start == stop:  # the mean of no samples is not a number
+            return None if loss is None else loss.nan_to_num() * 0
+        return loss * ((stop - start) * self.world_size / size)
 
 
 def part_of_batch(trainer: Trainer, batch_idx: int, own: int) -> tuple[int, int, int]:
@@ -87,8 +107,7 @@ def part_of_batch(trainer: Trainer, batch_idx: int, own: int) -> tuple[int, int,
     """
     loader: Any = trainer.train_dataloader
     if trainer.world_size > 1 and hasattr(loader, "part"):
-        start, stop, size = loader.part(batch_idx)
-        return start, stop, size
+        return tuple(loader.part(batch_idx))
     return own * trainer.global_rank, own * (trainer.global_rank + 1), own * trainer.world_size
 
 
@@ -101,10 +120,8 @@ class Observer(subprocess_script._ChildProcessObserver):
 
 
 def launched() -> tuple[int, int]:
-    """Return the processes on each machine and the machines that torchrun or SLURM has started; (1, 1) without them.
-
-    Unless Lightning 2.6 is given these numbers, every process trains alone.
-    """
+    """Return the processes on each machine and the machines that torchrun or SLURM has started; (1, 1) without them."""
+    # unless Lightning 2.6 is given these numbers, every process trains alone
     if torch.distributed.is_torchelastic_launched():
         processes = number("LOCAL_WORLD_SIZE") or 1
         return processes, max(1, number("WORLD_SIZE") // processes)
@@ -123,15 +140,9 @@ def gather_all(value: T) -> list[T]:
 
 
 def gather_in_order(batches: list[T]) -> list[T]:
-    """Gather the parts of each batch on the first process, in the order of the samples; the others get an empty list.
-
-    A process may have no part of the last batches. All must call it.
-    """
-    gathered: list[Any] = gather_all(batches)
-    nothing = object()
-    if not is_first():
-        return []
-    return [part for batch in zip_longest(*gathered, fillvalue=nothing) for part in batch if part is not nothing]
+    """Return the parts of each batch, in the order of the samples, on the first process; all must call it."""
+    gathered: list[Any] = gather_all(batches)  # where the last batches are small, some processes have fewer parts
+    return [part for batch in zip_longest(*gathered) for part in batch if part is not None] if is_first() else []
 
 
 def is_first() -> bool:

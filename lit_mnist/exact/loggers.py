@@ -4,10 +4,11 @@ import csv
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import time
 from typing import Any
+from unittest.mock import patch
 
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
@@ -21,21 +22,17 @@ from .console import UserError
 from .ddp import is_first
 from .runs import own_tests, read_results, replaced
 
-# Event files that are replaced as a whole, the last one by each `test`, under a new name: a TensorBoard that is running
-# reads no file again. TensorBoard 2.21 reads a folder's files in the order of their names, which contain `tfevents`,
-# and keeps the first settings that it finds.
+# Event files that are replaced as a whole, the last one by each `test`, under a new name, as TensorBoard reads no file
+# again. Version 2.21 reads a folder's files in the order of their names, and keeps the first settings that it finds.
 SETTINGS, TEXTS, TESTS = "0settings.tfevents", "0texts.tfevents", "0tests.tfevents"
 
 
 class RewindableLogger(Logger):
-    """A logger that writes nothing before `load_state_dict`, which brings its files to where `state_dict` was called.
-
-    A run that does not continue in the folder of its checkpoint begins with a copy.
+    """A logger that writes nothing before `load_state_dict`, which brings its files to where `state_dict` was called,
+    or begins with a copy of them. A user's logger needs no more than these two methods.
     """
 
     opened = False
-    state_dict: Callable[[], dict[str, int]]
-    load_state_dict: Callable[[Mapping[str, Any], Run], None]
 
     @property
     def experiment(self) -> Any:
@@ -50,10 +47,7 @@ class RewindableLogger(Logger):
 
 
 class RunLogger(RewindableLogger, TensorBoardLogger):
-    """TensorBoard's events of one run, made with `default_hp_metric=False`.
-
-    Each metric of an epoch is there twice: against the step, and as `by_epoch/...` against the epoch.
-    """
+    """TensorBoard's events of one run; a metric of an epoch is also there as `by_epoch/...`, against the epoch."""
 
     def state_dict(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in event_files(Path(self.log_dir))}
@@ -70,16 +64,9 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
                 path.unlink()  # of a process that was killed before it could save
         if run.continues:  # TensorBoardLogger 2.6 would leave it as it is
             (folder / self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-        # TensorBoardLogger 2.6 writes nothing without a metric. Without a list of columns, the first summary,
-        # TensorBoard has one for each setting of any run, those that differ first.
+        # TensorBoardLogger 2.6 writes nothing without a metric; without the first summary TensorBoard finds all columns
         write_events(folder / SETTINGS, (0, hparams(self._sanitize_params(dict(self.hparams)), {})[1]))
         self.opened = True
-        # TensorBoard reads a file that sorts before an older one first, and then drops its steps; the clock may be
-        # behind. The writer of tensorboard 2.21 opens the file by this name each time.
-        events = self.experiment.file_writer.event_writer
-        own, latest = Path(events._file_name), max(path.name for path in folder.glob("*tfevents*"))
-        if own.name != latest:
-            events._general_file_writer.filename = os.fsencode(own.rename(folder / f"{latest}.1"))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
@@ -93,14 +80,9 @@ def event_files(folder: Path) -> list[Path]:
     return list(folder.glob("events.out.tfevents.*"))
 
 
-def tests_by_step(run: Path) -> dict[int, Mapping[str, Any]]:
-    """Return the latest of each step of `own_tests`, of a run with a curve."""
-    return {test["step"]: test for test in own_tests(read_results(run) if event_files(run) else {})}
-
-
 def show_tests(run: Path) -> None:
-    """Write the scores of `tests_by_step` for TensorBoard."""
-    if tests := tests_by_step(run):
+    """Write the scores of `own_tests`, the latest of each step, for TensorBoard, if the run has a curve."""
+    if tests := {test["step"]: test for test in own_tests(read_results(run) if event_files(run) else {})}:
         before = list(run.glob(f"{TESTS}*"))
         # TensorBoard drops the higher steps of a metric where it reads a lower one
         scores = [(step, item) for step in sorted(tests) for item in tests[step].items() if item[0].startswith("test/")]
@@ -120,11 +102,6 @@ def write_events(path: Path, *summaries: tuple[int, Any]) -> None:
     partial.replace(path)
 
 
-class _KeepingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        """Leave the table that is there; that of Lightning 2.6 removes it."""
-
-
 class RunCSVLogger(RewindableLogger, CSVLogger):
     """CSVLogger that continues in its run's table, and never overwrites another."""
 
@@ -141,7 +118,9 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
                 raise UserError(f"{path}: that file exists; give the logger another place")
         source = table if run.continues or not run.origin else run.origin / table.name
         lines = source.read_text().splitlines() if source.exists() else []
-        self.opened, self._experiment = True, _KeepingWriter(self.log_dir)
+        self.opened = True
+        with patch.object(ExperimentWriter, "_check_log_dir_exists"):  # that of Lightning 2.6 removes the table
+            self._experiment = ExperimentWriter(self.log_dir)
         if lines:
             rows = state.get("rows", len(lines))
             with replaced(table) as partial:
@@ -166,15 +145,14 @@ class RunMLFlowLogger(MLFlowLogger):
             super().log_hyperparams(settings)
 
 
-# of Lightning's loggers, those that are replaced
 OURS = {"CSVLogger": RunCSVLogger, "TensorBoardLogger": RunLogger, "MLFlowLogger": RunMLFlowLogger}
 
 
-def logger_states(loggers: Sequence[Logger]) -> list[dict[str, int]]:
+def logger_states(loggers: Sequence[Any]) -> list[dict[str, Any]]:
     """Return how much each logger has written; nothing of one that cannot be rewound."""
     for logger in loggers:
         logger.save()  # onto the disk first
-    return [logger.state_dict() if isinstance(logger, RewindableLogger) else {} for logger in loggers]
+    return [logger.state_dict() if hasattr(logger, "load_state_dict") else {} for logger in loggers]
 
 
 def open_loggers(trainer: Trainer, run: Run) -> None:
@@ -182,5 +160,8 @@ def open_loggers(trainer: Trainer, run: Run) -> None:
     states = dict(enumerate(run.loaded.get("curves", [])))
     # RunLogger, which refuses nothing, comes last: until then no event file has been cut
     for number, logger in sorted(enumerate(trainer.loggers), key=lambda pair: isinstance(pair[1], RunLogger)):
-        if trainer.is_global_zero and isinstance(logger, RewindableLogger):
+        if trainer.is_global_zero and hasattr(logger, "load_state_dict"):
             logger.load_state_dict(states.get(number, {}), run)
+        elif trainer.is_global_zero and run.continues:
+            stays = f"what it may have logged after step {trainer.global_step} stays"
+            trainer.print(f"{type(logger).__name__}: {stays}, as it has no state_dict and load_state_dict")

@@ -1,92 +1,154 @@
 """Partial metric states of an epoch, of each process, which a checkpoint of Lightning 2.6 leaves out."""
 
+from collections import deque
+from contextlib import suppress
+from copy import copy
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
+import torchmetrics
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import MetricTracker
 
-LOG_SETTINGS = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute")
+LOG_SETTINGS = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute", "enable_graph")
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype)
+CONTAINERS = (dict, list, tuple)
+Part = Metric | MetricCollection | MetricTracker
 
 
-def find_metrics(module: LightningModule) -> dict[str, Metric]:
-    """Return all metrics of a module by name, also those in plain lists and dictionaries, and those of callbacks."""
-    found = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
-    known = {id(metric) for metric in found.values()}
-    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    holders = {**dict(module.named_modules()), **{f"callback {n}": part for n, part in enumerate(callbacks)}}
-    for place, holder in holders.items():
-        if isinstance(holder, Metric) or type(holder).__module__.startswith(("torch", "pytorch_lightning.")):
-            continue
-        for name, value in vars(holder).items():
-            listed = value if isinstance(value, (list, tuple)) else [value]
-            for key, part in value.items() if isinstance(value, dict) else enumerate(listed):
-                if isinstance(part, Metric) and id(part) not in known:  # with those that it wraps
-                    found |= {f"{place}.{name}.{key}.{n}": m for n, m in part.named_modules() if isinstance(m, Metric)}
+def find_parts(module: LightningModule) -> dict[str, Part]:
+    """Return a module's metrics, collections and trackers by name, with those in plain containers and of callbacks."""
+    found: dict[str, Part] = {name: part for name, part in module.named_modules() if isinstance(part, Part)}
+    known = set(map(id, found.values()))
+
+    def search(value: Any, place: str) -> None:
+        if isinstance(value, CONTAINERS):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                search(part, f"{place}.{key}")
+        for name, part in value.named_modules() if isinstance(value, Part) else ():  # with those that it wraps
+            if isinstance(part, Part) and id(part) not in known:
+                found[f"{place}.{name}"] = part
+                known.add(id(part))
+
+    callbacks = enumerate(module.trainer.callbacks)  # type: ignore[attr-defined]
+    for place, holder in [*module.named_modules(), *((f"callback {n}", part) for n, part in callbacks)]:
+        if not isinstance(holder, Metric) and not type(holder).__module__.startswith(("torch.", "pytorch_lightning.")):
+            for name, value in vars(holder).items():
+                search(value if isinstance(value, CONTAINERS) else [value], f"{place}.{name}")
     return found
 
 
-def metric_states(trainer: Trainer, module: LightningModule) -> dict[str, dict[str, Any]]:
-    """Return the states of a module's metrics, without those that Lightning resets after the current validation."""
-    logged = trainer.fit_loop.epoch_loop.val_loop._results.values() if trainer.validating else ()
-    done = {id(entry.value) for entry in logged if not entry.is_tensor}
-    return {name: {} if id(metric) in done else metric_state(metric) for name, metric in find_metrics(module).items()}
+def plain_data(metric: Metric) -> dict[str, Any]:
+    """Return copies of the plain data that a metric has beside its states, settings included."""
+    found = {}
+    for name in vars(metric).keys() - metric._defaults.keys() - vars(nn.Module()).keys():
+        with suppress(TypeError):  # a function, a network
+            found[name] = as_plain(getattr(metric, name))
+    return found
 
 
-def metric_state(metric: Metric) -> dict[str, Any]:
-    """Return a metric's states, its counters (private integers) and the tensors that it keeps beside its states."""
-    beside = {
-        name: value
-        for name, value in vars(metric).items()
-        if (type(value) is int if name.startswith("_") else isinstance(value, Tensor))
-    }
-    state: dict[str, Any] = moved({**metric.metric_state, **beside}, torch.device("cpu"))
-    return state
+def as_plain(value: Any) -> Any:
+    """Copy data to what `weights_only=True` loads, on the CPU; TypeError for all that is no data."""
+    if isinstance(value, dict):
+        return {key: as_plain(part) for key, part in value.items()}
+    if isinstance(value, (list, deque, tuple, set)):
+        return (type(value) if type(value) in (tuple, set) else list)(map(as_plain, value))
+    if not isinstance(value, Tensor) and type(value) not in PLAIN:
+        raise TypeError
+    return moved(value)
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device | str = "cpu") -> Any:
     return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().to(device, copy=True))
+
+
+def metric_states(trainer: Trainer, module: LightningModule, initial: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return by name the states of metrics, the groups of collections and the lengths of trackers."""
+    comparable = partial(apply_to_collection, dtype=Tensor, function=Tensor.tolist)
+    logged = trainer.fit_loop.epoch_loop.val_loop._results.values() if trainer.validating else ()
+    done = {id(part) for entry in logged if not entry.is_tensor for part in entry.value.modules()}
+    states = dict[str, dict[str, Any]]()
+    for name, part in find_parts(module).items():
+        if isinstance(part, MetricTracker):
+            states[name] = {"n_steps": part.n_steps}
+        elif isinstance(part, MetricCollection):  # torchmetrics 1.9 groups by the values of the first batch, for good
+            states[name] = {"groups": list(map(list, part._groups.values())) if part._groups_checked else []}
+        elif id(part) in done:  # Lightning resets it after the current validation
+            states[name] = {}
+        else:  # what updates have changed beside the states: counters, cached values, states that they added
+            now, before = plain_data(part), initial.get(name, {})
+            new = {k: v for k, v in now.items() if k not in before or comparable(v) != comparable(before[k])}
+            if "_defaults" in new:
+                new["_reductions"] = {key: getattr(one, "__name__", "") for key, one in part._reductions.items()}
+            states[name] = new | moved(part.metric_state)
+    return states
+
+
+def restore_metrics(module: LightningModule, states: list[dict[str, Any]], any_process: dict[str, Any]) -> None:
+    """Restore what this process had, or all had where their number changed; groups and lengths are any process's."""
+    for name, part in find_parts(module).items():
+        if isinstance(part, MetricTracker):
+            for _ in range(part.n_steps, any_process[name]["n_steps"]):
+                part.increment()
+    for name, part in reversed(find_parts(module).items()):  # a collection, which joins states, after its metrics
+        if isinstance(part, Metric):
+            restore_metric(part, [state[name] for state in states if state[name]], name)
+        elif isinstance(part, MetricCollection) and part._enable_compute_groups is True:
+            groups = any_process.get(name, {}).get("groups", [])
+            if set(chain(*groups)) == set(part.keys(keep_base=True)):
+                part._groups, part._groups_checked = dict(enumerate(groups)), True
+                part._compute_groups_create_state_ref()
 
 
 def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> None:
     """Give a metric its state; where the number of processes has changed, the states of all are merged."""
-    form = {key: getattr(value, "shape", None) for key, value in metric_state(metric).items()}
     for number, state in enumerate(states):
-        if form != {key: getattr(value, "shape", None) for key, value in state.items()}:
-            raise ValueError(f"{name} has other states than that metric")
+        for key, default in metric._defaults.items():
+            kind = Tensor if isinstance(default, Tensor) else list
+            shape = default.shape if isinstance(default, Tensor) and default.numel() > 1 else None  # a number may grow
+            if not isinstance(state.get(key), kind) or (shape and state[key].shape != shape):
+                raise ValueError(f"{name} has other states than that metric")
         own = moved(state, metric.device)
         if number:
             metric.merge_state({key: own[key] for key in metric.metric_state})
-        else:
-            for key, value in own.items():
-                setattr(metric, key, value)
+            continue
+        for key, function in own.pop("_reductions", {}).items():
+            metric._reductions.setdefault(key, getattr(torchmetrics.utilities.data, function, None))
+        for key, value in own.items():
+            kept = copy(getattr(metric, key, None))
+            if isinstance(kept, (deque, dict)):  # with its longest length or default value
+                kept.clear()
+                (kept.extend if isinstance(kept, deque) else kept.update)(value)
+            setattr(metric, key, kept if isinstance(kept, (deque, dict)) else value)
 
 
 def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return what was given to `self.log` for the end of this epoch, and how it is to be logged.
-
-    Lightning 2.6 has no public name for it: after a resume its mean would begin anew, or never be logged.
-    """
+    """Return what was given to `self.log` in this epoch, and how: Lightning 2.6 would begin its mean anew."""
+    names = {id(part): name for name, part in find_parts(trainer.lightning_module).items()}
     return [
         {
             **{name: getattr(entry.meta, name) for name in ("fx", "name", *LOG_SETTINGS)},
             "reduce_fx": entry.meta.reduce_fx.__name__,
             **{"sync_dist": entry.meta.sync.should, "rank_zero_only": entry.meta.sync.rank_zero_only},
-            "state": metric_state(entry) if entry.is_tensor else {},
+            "metric": names.get(id(entry.value)),
+            "state": as_plain(entry.metric_state | {"_forward_cache": entry._forward_cache}) if entry.is_tensor else {},
         }
         for entry in trainer.fit_loop.epoch_loop._results.values()
-        if entry.meta.on_epoch and not entry.has_reset
+        if not entry.has_reset
     ]
 
 
 def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[dict[str, Any]]]) -> None:
     """Continue the logged values of an unfinished epoch: those of this process, or of all that there were."""
-    results, metrics = trainer.fit_loop.epoch_loop._results, find_metrics(module)
+    results, metrics = trainer.fit_loop.epoch_loop._results, find_parts(module)
     for entries in zip(*parts, strict=True):
-        settings = {key: value for key, value in entries[0].items() if key != "state"}
-        name = settings["metric_attribute"]
+        settings = {key: value for key, value in entries[0].items() if key not in ("metric", "state")}
+        name = entries[0].get("metric", settings["metric_attribute"])
         value: Any = metrics[name] if name else torch.zeros((), device=module.device)
         # as if the module had logged it, and then its state; all but the state must agree when it does
         results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **settings)
@@ -99,13 +161,8 @@ def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[d
             logged.value = combine(logged.value, state["value"])
             if "cumulated_batch_size" in state:
                 logged.cumulated_batch_size = logged.cumulated_batch_size + state["cumulated_batch_size"]
-    # The first step after a resume looks to Lightning 2.6 like an epoch's first, where it begins all values anew.
-    results.reset = lambda *_, **__: None  # type: ignore[method-assign]
-
-
-def unfreeze_reset(trainer: Trainer) -> None:
-    """End what `restore_logged` began: from the second step on, values are reset as usual."""
-    vars(trainer.fit_loop.epoch_loop._results).pop("reset", None)
+    if trainer._logger_connector._first_loop_iter:  # Lightning 2.6 would begin all values anew in an epoch's first step
+        trainer._logger_connector._first_loop_iter = False
 
 
 def pending(trainer: Trainer) -> dict[str, float]:

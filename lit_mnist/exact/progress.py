@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
@@ -16,43 +17,33 @@ from .ddp import gather_all, part_of_batch
 
 
 class Progress(Callback):
-    """Times the training and validation of a run over all its parts, logs each step's loss, learning rate and
-    throughput, prints a line after each epoch and each evaluation, and stops a run that diverged.
-    """
+    """Times a run over all its parts, logs its steps, prints epochs and evaluations, and stops it where it diverges."""
 
     samples = 0  # of an evaluation: of this process, and once it has ended, of all
 
     def __init__(self) -> None:
         self.train_seconds = self.validation_seconds = 0.0
-        self.samples_seen = 0
         self.epoch_seconds = 0.0  # of training and validation, in this process
         self._started = self._window_started = self._lr = 0.0
-        self._window_samples = 0
+        self.samples_seen = self._window_samples = 0
         self.loss: Tensor | None = None  # of the latest step, in this process, on its device
         self._ended = False  # an epoch, whose line is not printed yet
-        self._validated = 0  # the step of this epoch's latest validation
+        self.validated = 0  # the step of this epoch's latest validation
         self.metrics: dict[str, float] = {}  # that the latest epoch computed
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "validated": self._validated,
-            "metrics": self.metrics,
-            "train_seconds": self.train_seconds + (perf_counter() - self._started if self._started else 0),
-            "validation_seconds": self.validation_seconds,
-            "samples_seen": self.samples_seen,
-        }
+        state = {name: vars(self)[name] for name in ("validated", "metrics", "validation_seconds", "samples_seen")}
+        return state | {"train_seconds": self.train_seconds + (perf_counter() - self._started if self._started else 0)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in ("train_seconds", "validation_seconds", "samples_seen"):
-            setattr(self, name, state_dict[name])
-        self._validated, self.metrics = state_dict.get("validated", 1), state_dict.get("metrics", {})
+        vars(self).update(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_timer()  # a run that is resumed within an epoch starts none
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_epoch(trainer)
-        self.epoch_seconds, self._validated = 0.0, 0
+        self.epoch_seconds, self.validated = 0.0, 0
         self._start_timer()
 
     def _start_timer(self) -> None:
@@ -69,7 +60,7 @@ class Progress(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.optimizers:
-            self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the batch it is the next step's
+            self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])  # after the batch it is the next step's
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,13 +72,13 @@ class Progress(Callback):
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
             loss, now = self._check_finite(trainer), perf_counter()
-            # Not by `self.log`, which writes after all callbacks: a checkpoint that is saved after this step must find
-            # its events written.
+            # not by `self.log`, which writes after all callbacks, and so after a checkpoint
             metrics = {
-                "train/loss_step": loss,
                 "train/learning_rate": self._lr,
                 "train/samples_per_second": self._window_samples / (now - self._window_started),
             }
+            if not math.isnan(loss):  # with manual optimization a module may return none
+                metrics["train/loss_step"] = loss
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step - 1)
             self._window_started, self._window_samples = now, 0
@@ -106,7 +97,7 @@ class Progress(Callback):
         if trainer.state.fn != "fit":
             self._print_evaluation(trainer, "Validation set")
         elif not trainer.sanity_checking:
-            self._validated = trainer.global_step
+            self.validated = trainer.global_step
             if not trainer.is_last_batch:
                 values = {k: v for k, v in epoch_metrics(trainer).items() if not k.startswith("train/")}
                 where = f"Epoch {trainer.current_epoch}, step {trainer.global_step}"
@@ -136,9 +127,9 @@ class Progress(Callback):
         if self._ended:
             # without a validation Lightning 2.6 still has the values of the one before
             found, keeper = epoch_metrics(trainer), callback_of(trainer, CheckpointKeeper)
-            self.metrics = {k: found[k] for k in found if self._validated or k.startswith("train/")}
+            self.metrics = {k: found[k] for k in found if self.validated or k.startswith("train/")}
             values = {k: v for k, v in self.metrics.items() if not k.startswith("train/") or k == "train/loss"}
-            best = " (best)" if keeper and keeper.best_values.get("step") == self._validated else ""
+            best = " (best)" if keeper and keeper.best_values.get("step") == self.validated else ""
             line = ", ".join([*words(values), f"{self.epoch_seconds:.1f} s{best}"])
             print_once(trainer, f"Epoch {trainer.current_epoch - 1}: {line}")
             self._ended = False
@@ -152,6 +143,20 @@ class Progress(Callback):
         if not math.isfinite(loss):
             raise diverged(trainer, "train/loss_step", loss)
         return loss
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Return the steps of a whole run: those before this epoch, which may have had other lengths, and those left."""
+    # Lightning 2.6's `estimated_stepping_batches` multiplies this epoch's, and refuses an accumulation schedule
+    most, epochs = math.inf if trainer.max_steps == -1 else trainer.max_steps, trainer.max_epochs or 0
+    if epochs <= 0:
+        return most
+    this, each = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
+    counts = [trainer.accumulate_grad_batches], epochs - trainer.current_epoch
+    if schedule := callback_of(trainer, GradientAccumulationScheduler):
+        counts = [schedule.get_accumulate_grad_batches(epoch) for epoch in range(trainer.current_epoch, epochs)], 1
+    left = sum(math.ceil(each / count) for count in counts[0]) * counts[1]
+    return min(most, trainer.global_step - math.ceil(this / counts[0][0]) + left)
 
 
 def check_losses(trainer: Trainer) -> None:

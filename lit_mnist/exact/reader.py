@@ -1,6 +1,5 @@
 """Finding and reading checkpoints; imports torch, never Lightning."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 def find_checkpoint(wanted: str, runs: Path, kind: str = "best") -> Path:
-    """Return the file that a path, `best` or `last` (of the newest run that has one) means; UserError if none.
-
-    Of a run's folder it is the checkpoint of this kind, or its last one where it has no best.
-    """
+    """Return the file that a path, a run's folder, `best` or `last` (of the newest run that has one) means."""
     if wanted in ("best", "last"):
         for run in versions(runs):
             if found := newest(run, wanted):
@@ -39,9 +35,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     UserError if the file is not an intact checkpoint of this project, or of another format.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about the kinds of tensors that a hostile file may hold
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a file that it has not written
         reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 120)
         raise UserError(f"{path}: that file is not an intact checkpoint ({reason})") from error

@@ -16,7 +16,7 @@ from .loggers import show_tests
 from .progress import Progress, epoch_metrics, print_once
 from .runs import evaluations, read_results, replaced, section, test_score
 
-KEY = ("checkpoint", "step", "test_set", "samples")  # of an evaluation
+KEY = ("checkpoint", "step", "test_set", "samples", "whole")  # of an evaluation
 
 
 class Results(Callback):
@@ -57,14 +57,14 @@ class Results(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scored = None if self.run.started else self.run.checkpoint  # after a fit in this process it is not known
-        loaders: Any = trainer.test_dataloaders
-        sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+        limit: Any = trainer.limit_test_batches
+        step, whole = self.run.loaded.get("global_step") if scored else None, type(limit) is float and limit == 1
         data = getattr(trainer.datamodule, "test_set", None)  # type: ignore[attr-defined]
-        of = scored and scored.name, self.run.loaded.get("global_step") if scored else None, data, self.progress.samples
-        test = {**dict(zip(KEY, of, strict=True)), "whole": trainer.num_test_batches == sizes, **epoch_metrics(trainer)}
+        of = scored and scored.name, step, data, self.progress.samples, whole
+        test = {**dict(zip(KEY, of, strict=True)), **epoch_metrics(trainer)}
         self._write(trainer, pl_module, "test", test)
         score = test_score(read_results(self.run.folder)) if self.run.folder else test
-        if any(score.get(key) != test[key] for key in (*KEY, "whole")):
+        if any(score.get(key) != test[key] for key in KEY):
             print_once(trainer, f"Not counted as the run's test score: {of[0]}, {of[3]} samples of {data}")
 
     def _write_fit(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
@@ -73,24 +73,14 @@ class Results(Callback):
             best = {**keeper.best_values, "checkpoint": keeper.best_path.name}
         timer = self.progress.state_dict()
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
-        fit = {
-            "state": state,
-            "created": self._created,
-            **self._kept,
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "parameters": sum(p.numel() for p in pl_module.parameters()),
-            "metrics": self.progress.metrics,
-            "best": best,
-            "train_seconds": round(seconds, 3),
-            "validation_seconds": round(timer["validation_seconds"], 3),
-            "samples_per_second": round(timer["samples_seen"] / seconds, 1) if seconds else None,
-            "model": dict(pl_module.hparams),
-            "data": dict(data.hparams) if data else {},
-            "test_set": getattr(data, "test_set", None),
-            "settings": self.settings,
-            "loggers": [logger.version for logger in trainer.loggers],
-        }
+        fit = {"state": state, "created": self._created, **self._kept, "epochs": trainer.current_epoch}
+        fit |= {"steps": trainer.global_step, "parameters": sum(p.numel() for p in pl_module.parameters())}
+        fit |= {"metrics": self.progress.metrics, "best": best, "train_seconds": round(seconds, 3)}
+        fit["validation_seconds"] = round(timer["validation_seconds"], 3)
+        fit["samples_per_second"] = round(timer["samples_seen"] / seconds, 1) if seconds else None
+        fit |= {"model": dict(pl_module.hparams), "data": dict(data.hparams) if data else {}}
+        fit |= {"test_set": getattr(data, "test_set", None), "settings": self.settings}
+        fit["loggers"] = [logger.version for logger in trainer.loggers]
         self._write(trainer, pl_module, "fit", fit)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str, entry: dict[str, Any]) -> None:

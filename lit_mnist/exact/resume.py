@@ -1,81 +1,98 @@
 """Exact resume: saves and restores the state that Lightning's checkpoints omit, before any file is modified."""
 
-import random
-from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from lightning_fabric.utilities.data import sized_len
+from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ProgressBar
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning import callbacks as lightning
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from torchmetrics.wrappers import MetricTracker
+from torchmetrics import Metric
 
-from .checkpoints import Run
+from . import metrics, optimizers
+from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
 from .console import UserError
+from .dataloaders import load_states, make_loaders_exact
 from .ddp import ExactDDP, gather_all, part_of_batch
 from .loggers import logger_states, open_loggers
-from .metrics import find_metrics, logged_state, metric_states, pending, restore_logged, restore_metric, unfreeze_reset
+from .progress import Progress
 from .reader import FORMAT, FORMAT_ENTRY
 from .runs import replaced
 
-# hooks of the module that come after a checkpoint is saved: a resume would leave them out
-TOO_LATE = {"on_train_batch_end": "training_step", "on_validation_end": "on_validation_epoch_end"}
-PLAIN = (int, float, str, bool, type(None))
+# callbacks of Lightning 2.6 that cannot be resumed exactly: why, and what to do instead
+REFUSED: dict[type[Callback], str] = {
+    lightning.LearningRateFinder: "each start would search again; set the learning rate that it has found",
+    lightning.BatchSizeFinder: "each start would search again; set the batch size that it has found",
+    lightning.StochasticWeightAveraging: "it replaces the schedule, and resumes between epochs; use WeightAveraging",
+    lightning.ModelPruning: "checkpoints lack its masks; prune the trained weights",
+    lightning.OnExceptionCheckpoint: "it saves within a step; resume the run's last checkpoint",
+    lightning.SpikeDetection: "it cannot load its own state; stop the training in a callback",
+    lightning.ThroughputMonitor: "it counts its samples anew; look at train/samples_per_second",
+}
 
 
 class ExactResume(Callback):
-    """Adds to checkpoints what Lightning 2.6 leaves out, and restores it: RNG states, partial metric states, logged
-    values, the metrics that callbacks look at, and the loggers' states. The batches' order is the data's.
-
-    Only then is the run's folder touched: the loggers' files are cut to where the checkpoint was saved, and config.yaml
-    is written (SaveConfigCallback of Lightning 2.6 does so before).
-    """
+    """Adds to checkpoints what Lightning 2.6 leaves out, and restores it; only then is the run's folder touched."""
 
     def __init__(self, run: Run, config: str = "") -> None:
         self.run = run
         self.config = config
         self._configured: dict[str, Any] = {}
-        self._patience: list[tuple[EarlyStopping, int]] = []
-        # of a resumed run, until its first step
-        self._rng: dict[str, Any] | None = None
+        self._fresh: Any = None  # what `configure_optimizers` gave
+        self._initial: dict[str, dict[str, Any]] = {}  # of the metrics: what differs from it is kept in checkpoints
+        # until the first step: of a resumed run its weights, and what it has logged in this epoch
+        self._weights: dict[str, Any] | None = None
         self._logged: list[Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # the folder, not who made it: the first process alone may remove it again
         self.run.folder = trainer.strategy.broadcast(self.run.folder)
-        stopping = [part for part in trainer.callbacks if isinstance(part, EarlyStopping)]  # type: ignore[attr-defined]
-        self._patience = [(part, part.patience) for part in stopping]
+        refuse_callbacks(trainer)  # again, now with those of the module
         # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
         trainer.precision_plugin.convert_module(pl_module)
+        make_loaders_exact(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for part in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(part, lightning.EarlyStopping) and part.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][part.state_key]["patience"] = part.patience  # of 2.6 it would be the former one
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._rng is not None:  # the last callback saves in on_train_start: what the others drew does not count
-            set_rng_state(self._rng, pl_module.device)
-        latest = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        if self._weights:  # the last callback saves in on_train_start
+            self._restore_state(trainer, pl_module)
+            states = {part.state_key: part.state_dict() for part in trainer.callbacks}  # type: ignore[attr-defined]
+            checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+        # those that accumulate: at a validation, or at any step of a module with manual optimization
+        accumulated = not pl_module.automatic_optimization or trainer.fit_loop.epoch_loop._should_accumulate()
+        gradients = {name: part.grad for name, part in pl_module.named_parameters() if accumulated}
         own = {
             "random": rng_state(pl_module.device),
-            "metrics": metric_states(trainer, pl_module),
-            "logged": logged_state(trainer) if self._logged is None else self._logged,
+            "metrics": metrics.metric_states(trainer, pl_module, self._initial),
+            "logged": metrics.logged_state(trainer) if self._logged is None else self._logged,
+            "gradients": {name: metrics.moved(one) for name, one in gradients.items() if one is not None},
         }
         checkpoint |= {
             FORMAT_ENTRY: FORMAT,
             "configured": self._configured,
+            "frozen": optimizers.frozen_parts(trainer, pl_module),
             "conditions": conditions(pl_module.device),
             "stopped": trainer.should_stop,
-            "latest": {name: torch.tensor(value.item(), dtype=value.dtype) for name, value in latest.items()},
+            "latest": metrics.moved({k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}),
             "processes": gather_all(own),
-            "pending": pending(trainer),
+            "pending": metrics.pending(trainer),
+            "curves": logger_states(trainer.loggers) if trainer.is_global_zero else [],
         }
-        if trainer.is_global_zero:
-            checkpoint["curves"] = logger_states(trainer.loggers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._configured = configured_hparams(trainer, pl_module)  # before they are restored
+        self._configured = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
+        self._fresh = optimizers.fresh_states(trainer)
+        self._weights = metrics.moved(dict(pl_module.state_dict())) if self.run.checkpoint else {}
+        found = metrics.find_parts(pl_module).items()
+        self._initial = {name: metrics.plain_data(part) for name, part in found if isinstance(part, Metric)}
         if trainer.global_rank > 0:  # each process has its own dropout
             torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * trainer.global_rank) % 2**63)
 
@@ -85,16 +102,18 @@ class ExactResume(Callback):
         states = gather_all((trainer.current_epoch, trainer.global_step))
         if len(set(states)) > 1:
             raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
-        for stopping, patience in self._patience:  # Lightning 2.6 restores that of the checkpoint
-            stopping.patience = patience
-        loaded = self.run.loaded
         if self.run.checkpoint:
+            schedule: Any = callback_of(trainer, lightning.GradientAccumulationScheduler)
+            if schedule:
+                # Lightning 2.6 calls its epoch hook in no epoch that is resumed; its check would refuse what that sets
+                schedule.on_train_start(trainer, pl_module)
+                schedule.on_train_start = schedule.on_train_epoch_start
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
-            ended = trainer.global_step and trainer.optimizers and not any(group["lr"] for group in groups_of(trainer))
-            if loaded["stopped"] is True and not changed:
+            rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            if self.run.loaded["stopped"] is True and not changed:
                 trainer.should_stop = True  # a callback had ended this run, and no setting says to train it longer
-            elif ended and changed and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-                raise UserError(f"the learning rate is 0 after step {trainer.global_step}: configure a longer schedule")
+            elif changed and (step := trainer.global_step) and rates and not any(rates) and not trainer.is_last_batch:
+                raise UserError(f"the learning rate is 0 after step {step}: configure a longer schedule")
         problem: OSError | UserError | None = None
         try:
             self._open(trainer)
@@ -103,23 +122,26 @@ class ExactResume(Callback):
         if reason := next(filter(None, gather_all(str(problem or ""))), ""):  # all end with it: none waits for another
             raise problem or UserError(f"another process could not write to the run: {reason}")
         self.run.started = True
+        if self.run.checkpoint:
+            # Lightning 2.6 calls this last; within an epoch a batch's transfer is before other hooks
+            trainer.strategy.on_train_start = partial(self.on_train_epoch_start, trainer, pl_module)  # type: ignore[method-assign]
 
     def _open(self, trainer: Trainer) -> None:
         """Begin to write to the run's folder and loggers."""
         if trainer.is_global_zero and self.run.folder:
             self.run.folder.mkdir(parents=True, exist_ok=True)
         open_loggers(trainer, self.run)
-        if metrics := dict(self.run.loaded.get("pending", {})):
-            step = int(metrics.pop("step"))
+        if scalars := dict(self.run.loaded.get("pending", {})):
+            step = int(scalars.pop("step"))
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step)
-        if trainer.is_global_zero and self.run.folder and self.config:
-            with replaced(self.run.folder / "config.yaml") as partial:
-                partial.write_text(self.config)
+                logger.log_metrics(scalars, step)
+        if trainer.is_global_zero and self.run.folder and self.config:  # SaveConfigCallback 2.6 would be too early
+            with replaced(self.run.folder / "config.yaml") as unfinished:
+                unfinished.write_text(self.config)
 
     def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
-        loaded, rank, device = self.run.loaded, trainer.global_rank, pl_module.device
+        loaded, device = self.run.loaded, pl_module.device
         loop: Any = trainer.fit_loop
         epoch, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
         if epoch.current.started == epoch.current.processed:  # the next epoch is whole, also after one that was cut
@@ -129,59 +151,102 @@ class ExactResume(Callback):
             loop.reset_restart_stage()
             batches.reset_on_run()
         elif not batches.is_last_batch:
-            continue_epoch(trainer, pl_module, loaded["loops"]["fit_loop"]["state_dict"]["combined_loader"])
-        restore_optimizers(trainer, loaded)
-        changed = apply_settings(trainer, loaded["configured"], self._configured)
+            # Lightning 2.6 does not call these hooks where it resumes within an epoch
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                # what BaseFinetuning did is in its checkpoints
+                if is_users(callback) and not isinstance(callback, (lightning.ProgressBar, lightning.BaseFinetuning)):
+                    callback.on_train_epoch_start(trainer, pl_module)
+            pl_module.on_train_epoch_start()
+        load_states(trainer, loaded)
+        optimizers.restore_optimizers(trainer, loaded)
+        changed = optimizers.apply_settings(trainer, loaded["configured"], self._configured, self._fresh)
+        optimizers.restore_frozen(pl_module, loaded, self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
-        # on another number of processes the first has all that was counted
-        parts = loaded["processes"]
-        own = [parts[rank]] if len(parts) == trainer.world_size else parts if rank == 0 else []
-        for name, metric in find_metrics(pl_module).items():
-            restore_metric(metric, list(filter(None, (part["metrics"][name] for part in own))), name)
-        restore_logged(trainer, pl_module, [part["logged"] for part in own])
-        self._logged = logged_state(trainer)
+        own = self._own_parts(trainer)
+        for name, gradient in own[0].get("gradients", {}).items() if own else ():
+            if len(own) > 1:
+                raise ValueError("gradients that accumulate are those of as many processes")
+            pl_module.get_parameter(name).grad = gradient.to(device)
+        metrics.restore_logged(trainer, pl_module, [part["logged"] for part in own])
+        self._logged = metrics.logged_state(trainer)
         trainer.fit_loop.epoch_loop._results.clear()  # not to be seen before the next step
-        if rank < len(parts):
-            self._rng = parts[rank]["random"]
-            set_rng_state(parts[rank]["random"], device)
+        self._restore_state(trainer, pl_module)
         return changed
 
+    def _own_parts(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """Return what this process had; on another number of processes the first has all that was counted."""
+        parts: list[dict[str, Any]] = self.run.loaded["processes"]
+        if len(parts) == trainer.world_size:
+            return [parts[trainer.global_rank]]
+        return parts if trainer.global_rank == 0 else []
+
+    def _restore_state(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore what the hooks of a start may have changed, as they did when the run was first started."""
+        state: dict[str, Any] = pl_module.state_dict()
+        for name, value in (self._weights or {}).items():
+            if isinstance(value, Tensor) and name in state:
+                state[name].copy_(value)
+        parts, states = self.run.loaded["processes"], [part["metrics"] for part in self._own_parts(trainer)]
+        metrics.restore_metrics(pl_module, states, states[0] if states else parts[0]["metrics"])
+        if trainer.global_rank < len(parts):
+            _set_rng_states(random := parts[trainer.global_rank]["random"])
+            if "cuda" in random and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"], pl_module.device)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if is_users(callback) and callback.state_key in self.run.loaded["callbacks"]:
+                callback.load_state_dict(deepcopy(self.run.loaded["callbacks"][callback.state_key]))
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._rng is not None and trainer.global_step:
-            set_rng_state(self._rng, pl_module.device)  # what on_train_start of the module drew does not count
-        self._rng = None
+        if self._weights and trainer.global_step:
+            self._restore_state(trainer, pl_module)  # what on_train_start of the module did does not count
+        self._weights = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.on_train_epoch_start(trainer, pl_module)  # which Lightning does not call within an epoch
         if trainer.global_step == 0:
             # Lightning 2.6 resumes a checkpoint of step 0 with this counter of the loggers' steps at 1
             trainer.fit_loop.epoch_loop._batches_that_stepped = 0
-        unfreeze_reset(trainer)
         if self._logged is not None:
-            restore_logged(trainer, pl_module, [self._logged])
+            metrics.restore_logged(trainer, pl_module, [self._logged])
             self._logged = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_batch_start(trainer, pl_module)  # of a run that is resumed after an epoch's last step
-        unfreeze_reset(trainer)
         if trainer.fit_loop.restarting and trainer.max_steps == -1:
-            # Lightning 2.6 keeps no metrics, and so leaves ReduceLROnPlateau out at the end of a resumed epoch; here
-            # they are restored
+            # Lightning 2.6, which keeps no metrics, would leave ReduceLROnPlateau out
             trainer.fit_loop.restarting = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning 2.6 finds some settings wrong in on_train_start, such as a LearningRateMonitor without a logger
+        if self._weights is not None and self.run.claimed and isinstance(exception, Exception):
+            self.run.started = False  # no step was made, and nothing is lost with its folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # first: other callbacks may change the weights in their on_train_end, as WeightAveraging does, and a run that
+        # is trained longer continues without that
+        if progress := callback_of(trainer, Progress):
+            progress.on_train_end(trainer, pl_module)
+        if keeper := callback_of(trainer, CheckpointKeeper):
+            keeper.save(trainer)
+
+
+def refuse_callbacks(trainer: Trainer) -> None:
+    """Raise UserError for a callback that cannot be resumed exactly, or not be used with this module."""
+    for part in trainer.callbacks:  # type: ignore[attr-defined]
+        saves = getattr(part, "save_on_exception", False)  # a ModelCheckpoint
+        for kind in filter(REFUSED.get, [lightning.OnExceptionCheckpoint] if saves else type(part).__mro__):
+            raise UserError(f"{type(part).__name__} cannot be resumed exactly: {REFUSED[kind]}")
+        fits = trainer.training and isinstance(part, lightning.BackboneFinetuning)
+        if fits and not hasattr(trainer.lightning_module, "backbone"):
+            raise UserError(f"{type(part).__name__} is for a module with an attribute `backbone`")
 
 
 def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     """Refuse what could not be resumed exactly, or is not the same on several processes, with a UserError."""
     for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
-        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-            what = f"train_dataloader gives a {type(loader).__name__}, which has no state_dict and load_state_dict"
-            raise UserError(f"{what}: use torchdata's StatefulDataLoader, to resume within an epoch")
-    if any(isinstance(part, MetricTracker) for part in module.modules()):
-        raise UserError("a MetricTracker grows while it is used, and could not be restored; log its metric instead")
-    for hook, instead in TOO_LATE.items():
-        if is_overridden(hook, module):
-            what = f"{type(module).__name__}.{hook} comes after a checkpoint is saved, and is left out by a resume"
-            raise UserError(f"{what}; use {instead} or a callback")
+        if not hasattr(loader, "load_state_dict") or sized_len(loader) is None:
+            # Lightning 2.6 takes a batch ahead of a loader without a length
+            what = f"train_dataloader gives a {type(loader).__name__} that cannot be resumed within an epoch"
+            raise UserError(f"{what}: give a DataLoader with a length, in_order, no __iter__ and no IterableDataset")
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and (config.interval == "step" or trainer.max_steps != -1):
             what = "ReduceLROnPlateau is left out by a resume with interval step or trainer.max_steps"
@@ -194,99 +259,13 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
         raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
 
 
-def continue_epoch(trainer: Trainer, module: LightningModule, states: list[Any]) -> None:
-    """Do what Lightning 2.6 does not where it resumes within an epoch."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        theirs = not type(callback).__module__.startswith(("pytorch_lightning.", f"{__package__}."))
-        if (theirs and not isinstance(callback, ProgressBar)) or isinstance(callback, GradientAccumulationScheduler):
-            callback.on_train_epoch_start(trainer, module)
-    module.on_train_epoch_start()
-    # it gives loaders no states where `configure_optimizers` has read `trainer.estimated_stepping_batches` (issue
-    # 20550); a DataLoader keeps the iterator that it was asked for before
-    loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-    for loader, state in zip(loaders, states, strict=True):
-        if not isinstance(loader, DataLoader):
-            loader.load_state_dict(state)
+def is_users(callback: Callback) -> bool:
+    known = type(callback).__module__.startswith(("pytorch_lightning.", f"{__package__}."))
+    return isinstance(callback, lightning.LambdaCallback) or not known
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of the generators that a module may draw from: torch's, numpy's and Python's."""
-    numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
-    name, keys, *rest = numpy
-    state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
+    state = _collect_rng_states(include_cuda=False)
+    name, keys, *rest = state["numpy"]
+    state["numpy"] = [name, keys.tolist(), *rest]  # `weights_only=True` loads no arrays
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
-    random.setstate(state["python"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def groups_of(trainer: Trainer) -> list[dict[str, Any]]:
-    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-
-
-def configured_hparams(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return what `configure_optimizers` gives: plain settings of groups and schedules, names of parameters."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {
-        "groups": [plain_values(group) for group in groups_of(trainer)],
-        "schedules": [plain_values(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
-        "parameters": [[names.get(id(part), "") for part in group["params"]] for group in groups_of(trainer)],
-    }
-
-
-def is_plain(value: Any) -> bool:
-    """Return whether a value is a plain number, string, boolean, None or a list of them."""
-    return all(map(is_plain, value)) if isinstance(value, list) else type(value) in PLAIN
-
-
-def plain_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    return {key: value for key, value in listed.items() if key != "params" and is_plain(value)}
-
-
-def restore_optimizers(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
-    """Restore what `Optimizer.load_state_dict` of torch 2.15 rounds: NAdam's mu_product, to the parameter's type."""
-    for optimizer, saved in zip(trainer.optimizers, loaded["optimizer_states"], strict=True):
-        parameters = [part for group in optimizer.param_groups for part in group["params"]]
-        for number, state in saved["state"].items():
-            own = optimizer.state[parameters[number]]
-            for name, value in state.items():
-                if isinstance(value, Tensor) and parameters[number].ndim and not value.ndim:
-                    own[name] = value.to(own[name].device, copy=True)
-
-
-def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Let the present settings of optimizers and schedules win over the restored ones; return whether any differs.
-
-    Only what differs from what the saved run was configured with is set: what a schedule or a callback changes in
-    training stays as it was. A rate under a schedule is multiplied by as much as its highest; under LambdaLR, which is
-    a function of the step, it is computed anew; so is a rate of 0 that a product would never leave.
-    """
-    if before["parameters"] != now["parameters"]:  # torch takes the states of others, as long as there are as many
-        raise ValueError("the optimizers had other parameters, or the same ones in another order")
-    differs, schedulers = False, [config.scheduler for config in trainer.lr_scheduler_configs]
-    # a callback may have added groups
-    for group, old, new in zip(groups_of(trainer), before["groups"], now["groups"], strict=False):
-        changed = {key: value for key, value in new.items() if old.get(key) != value}
-        differs |= bool(changed)
-        if "lr" in changed and schedulers and old.get("lr"):
-            group["lr"] *= changed.pop("lr") / float(old["lr"])
-        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in changed.items()}
-    for scheduler, old, new in zip(schedulers, before["schedules"], now["schedules"], strict=True):
-        changed = {key: value for key, value in new.items() if old.get(key) != value and key != "_last_lr"}
-        differs |= bool(changed)
-        vars(scheduler).update(changed)
-        if isinstance(scheduler, LambdaLR):
-            parts = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            for group, base, factor in parts:
-                if not getattr(factor, "__dict__", None):  # an object with a state would count one call more
-                    group["lr"] = base * factor(scheduler.last_epoch)
-        elif changed and hasattr(scheduler, "_get_closed_form_lr") and not any(scheduler.get_last_lr()):
-            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr(), strict=True):
-                group["lr"] = rate
-    return differs

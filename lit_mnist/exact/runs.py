@@ -10,19 +10,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .console import UserError, shortened
+from .console import UserError
 
 # of the checkpoints that a run keeps; a user's own may lie beside them
 OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-epoch=\d{2,}-step=\d{6,}(-.+)?\.ckpt"}
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
-
-
-def expanded(path: str | Path, setting: str) -> Path:
-    """Replace `~` in a path by the home folder; where there is none, the UserError names the setting."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{setting} {shortened(str(path))}: no such home folder; give the whole path") from None
 
 
 def number_of(run: Path) -> int:
@@ -123,8 +115,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return what results.json has of `test`: one for each checkpoint, data and number of samples, the latest last."""
-    found = results.get("test")  # of an older version the latest alone
-    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
+    return [one for one in results.get("test", []) if isinstance(one, dict)]
 
 
 def own_tests(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -136,7 +127,7 @@ def own_tests(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the evaluation of the best state of a run, or the last if none is, on all of its own test set; or {}."""
     fit = section(results, "fit")
-    step = section(fit, "best").get("step") if fit.get("best") else fit.get("steps")
+    step = section(fit, "best").get("step", fit.get("steps"))
     return next((test for test in own_tests(results) if test["step"] == step), {})
 
 
