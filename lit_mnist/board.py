@@ -1,7 +1,4 @@
-"""What TensorBoard shows of digits beyond the scalars: pictures, curves of each class, texts, the graph.
-
-Nothing here changes the training: what it draws from is computed anyway.
-"""
+"""What TensorBoard shows beyond scalars: pictures, curves of each class, texts, the graph. No run is altered by it."""
 
 import json
 import warnings
@@ -12,11 +9,14 @@ from textwrap import indent
 from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeInt
 from PIL import Image, ImageDraw, ImageOps
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_summary.model_summary import ModelSummary
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
+from torch.random import fork_rng
 from torch.utils.tensorboard import SummaryWriter, summary
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -25,20 +25,16 @@ from torchvision.utils import make_grid
 from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.ddp import gather_in_order
-from lit_mnist.exact.loggers import TEXTS, RunLogger, tests_by_step, write_events
+from lit_mnist.exact.loggers import TEXTS, RunLogger, write_events
 from lit_mnist.exact.results import Results
 from lit_mnist.network import Batch
 
-# The tab "custom scalars": what belongs together on one chart.
-CHARTS = {
-    "by step": {
-        **{"loss": "^(train|val)/loss$", "accuracy": "^(train|val)/accuracy$"},
-        **{"learning rate": "^train/learning_rate$", "samples per second": "^train/samples_per_second$"},
-    },
-    "by epoch": {"loss": "^by_epoch/.*/loss$", "accuracy": "^by_epoch/.*/accuracy$"},
-    "each digit": {"validation accuracy": "val_class_accuracy/.*"},
+SCALARS = "loss", "accuracy", "learning_rate", "samples_per_second"
+LAYOUT = {  # of the tab "custom scalars": what belongs together on one chart
+    "by step": {name: ["Multiline", [f"^(train|val)/{name}$"]] for name in SCALARS},
+    "by epoch": {name: ["Multiline", [f"^by_epoch/.*/{name}$"]] for name in SCALARS[:2]},
+    "each digit": {"validation accuracy": ["Multiline", ["val_class_accuracy/.*"]]},
 }
-LAYOUT = {group: {name: ["Multiline", [tags]] for name, tags in charts.items()} for group, charts in CHARTS.items()}
 
 
 class Board(Callback):
@@ -46,23 +42,15 @@ class Board(Callback):
 
     Args:
         every_n_epochs: how often pictures and curves of each class are written; 0 turns all of it off.
-        histograms: also of each layer's weights, as often.
     """
 
-    def __init__(self, every_n_epochs: int = 1, histograms: bool = False) -> None:
-        if every_n_epochs < 0:
-            raise ValueError(f"board.every_n_epochs must be an integer from 0, got {every_n_epochs}")
+    def __init__(self, every_n_epochs: NonNegativeInt = 1) -> None:
         self.every_n_epochs = every_n_epochs
-        self.histograms = histograms
         self._batches: list[tuple[Tensor, ...]] = []  # of an evaluation: images, what the network made of them, targets
-        self._features: Tensor | None = None  # that the last layer was given for the latest batch
-
-    def callbacks(self) -> list[Callback]:
-        return [self] if self.every_n_epochs else []
 
     def writer(self, trainer: Trainer) -> SummaryWriter | None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
-        return loggers[0].experiment if loggers and trainer.is_global_zero else None
+        ours = (logger.experiment for logger in trainer.loggers if isinstance(logger, RunLogger))
+        return next(ours, None) if trainer.is_global_zero else None
 
     def due(self, trainer: Trainer) -> bool:
         """Return whether this epoch's pictures are to be written."""
@@ -81,8 +69,9 @@ class Board(Callback):
             write_events(Path(writer.log_dir, TEXTS), *((0, part) for part in parts))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        if batch_idx == 0 and self.due(trainer) and shows_pictures(batch) and (writer := self.writer(trainer)):
-            writer.add_image("train/images", grid(batch[0][:32], columns=8, zoom=2), trainer.global_step)
+        writer = self.writer(trainer) if batch_idx == 0 and self.due(trainer) else None
+        if writer and len(images := visible(pictures_of(trainer, batch))):
+            writer.add_image("train/images", grid(images[:32], columns=8, width=56), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         interval, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
@@ -95,82 +84,78 @@ class Board(Callback):
         if not (self.due(trainer) and (writer := self.writer(trainer))):
             return
         step, network = trainer.global_step - 1, getattr(pl_module, "network", pl_module)
+        network = network if isinstance(network, torch.nn.Module) else pl_module
         for kernels in [p.detach() for p in network.parameters() if p.ndim == 4][:1]:  # (out, in, K, K)
-            levels = kernels.flatten(0, 1)[:, None]
+            levels = (kernels if kernels.shape[1] == 3 else kernels.flatten(0, 1)[:, None])[:1024]  # of 3 in colours
             levels = 127.5 + 127.5 * levels / levels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # 0 is grey
-            writer.add_image("filters/first layer", grid(levels, columns=8, zoom=12), step)
-        for name, parameter in network.named_parameters() if self.histograms else ():
-            writer.add_histogram(f"weights/{name}", parameter.detach(), step)
-        if trainer.current_epoch == 0:
+            writer.add_image("filters/first layer", grid(levels, columns=8, width=60), step)
+        shape = getattr(trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
+        if trainer.current_epoch == 0 and shape:
             # a network that cannot be traced goes without its graph; attention takes another way with gradients
-            with warnings.catch_warnings(), suppress(Exception), torch.no_grad():
+            with warnings.catch_warnings(), suppress(Exception), torch.no_grad(), fork_rng([]):
                 warnings.simplefilter("ignore")  # torch 2.15 calls its own tracer deprecated
                 network = deepcopy(network).cpu().eval()  # tracing must not touch the one in training
-                writer.add_graph(network, torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+                writer.add_graph(network, torch.zeros(1, *shape, dtype=torch.uint8))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        outputs, batch = args[:2]
-        logits = isinstance(outputs, Tensor) and outputs.ndim == 2
-        if logits and self.due(trainer) and trainer.loggers and shows_pictures(batch):
-            self._batches.append((batch[0], outputs, batch[1]))
+        outputs, batch, _, *loader = args
+        targets = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+        # logits (B, C) and classes (B,), on which alone all below rests: another experiment's may be anything
+        if not (self.due(trainer) and trainer.loggers) or any(loader) or not isinstance(targets, Tensor):
+            return
+        integers = targets.ndim == 1 and targets.dtype in (torch.int64, torch.int32)
+        if integers and isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point():
+            images = pictures_of(trainer, batch)
+            images = images if len(images) == len(outputs) else outputs.new_empty(0)
+            self._batches.append((images, outputs, targets))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.due(trainer):  # on all processes, or on none
             return
-        answers, writer = self._gather(), self.writer(trainer)
-        if not (writer and answers) or int(answers[2].max()) >= answers[1].shape[1]:  # which are no logits
+        # copies: a part of a tensor is sent with all of it
+        batches = gather_in_order([tuple(part.cpu().clone() for part in batch) for batch in self._batches])
+        self._batches, writer = [], self.writer(trainer)
+        if not writer or len({tuple(part.shape[1:] for part in batch) for batch in batches}) != 1:
             return
-        images, logits, targets = answers
-        probabilities, step, classes = logits.softmax(1), trainer.global_step - 1, logits.shape[1]
+        images, logits, targets = map(torch.cat, zip(*batches, strict=True))
+        classes = logits.shape[1]
+        if classes == 1 or len(targets) != len(logits) or not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+            return  # which are no logits
+        probabilities, step = logits.softmax(1), trainer.global_step - 1
         counts = multiclass_confusion_matrix(logits, targets, classes)
         writer.add_image("answers/confusion matrix", confusion(counts), step)  # the first group of the tab is unfolded
-        writer.add_image("answers/most confident errors", wrong_digits(images, probabilities, targets), step)
+        if len(images := visible(images)):
+            writer.add_image("answers/most confident errors", wrong_digits(images, probabilities, targets), step)
         for digit, share in enumerate((counts.diag() / counts.sum(1).clamp(min=1)).tolist()):
             writer.add_scalar(f"val_class_accuracy/{digit}", share, step)
             writer.add_pr_curve(f"val_class/{digit}", targets == digit, probabilities[:, digit], step)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        linear = [part for part in pl_module.modules() if isinstance(part, torch.nn.Linear)]
-        self._hooks = [layer.register_forward_pre_hook(self._keep) for layer in linear[-1:]]
 
-    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-        self._features = inputs[0].flatten(1)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        features, batch = self._features, args[1]
-        if features is not None and shows_pictures(batch) and len(features) == len(batch[0]):
-            self._batches.append((batch[0], features, batch[1]))
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        results: Any = callback_of(trainer, Results)
-        answers, folder, step = self._gather(), results.run.folder, results.run.loaded.get("global_step")
-        # unless an earlier test has done it
-        if answers and folder and step in tests_by_step(folder) and not (folder / f"{step:05d}" / "test").exists():
-            images, features, targets = answers
-            with SummaryWriter(folder, filename_suffix=".empty") as writer:
-                writer.add_embedding(features, [str(int(target)) for target in targets], images / 255, step, "test")
-            for path in folder.glob("*.empty"):
-                path.unlink()
-
-    def _gather(self) -> list[Tensor]:
-        """Return what was kept of all batches on all processes, in the order of the images; on the first one alone."""
-        # copies: a part of a tensor is sent with all of it
-        batches = gather_in_order([tuple(part.cpu().clone() for part in batch) for batch in self._batches])
-        self._batches = []
-        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+def pictures_of(trainer: Any, batch: Any) -> Tensor:
+    """Return a batch's pictures (B, 1 or 3, H, W), of the data's `plot` or its first of that form; (0,) if none."""
+    plot = getattr(trainer.datamodule, "plot", None)
+    parts = plot(batch) if plot else tuple(batch.values()) if isinstance(batch, dict) else batch
+    for part in parts if isinstance(parts, (list, tuple)) else [parts]:
+        if isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] in (1, 3):
+            return part.detach()
+    return torch.empty(0)
 
 
-def shows_pictures(batch: Any) -> bool:
-    """Return whether a batch is images (B, 1, H, W) and their classes (B,): another experiment's may be anything."""
-    shapes = [part.shape for part in batch if isinstance(part, Tensor)] if isinstance(batch, (list, tuple)) else []
-    return [len(shape) for shape in shapes] == [4, 1] and shapes[0][1] == 1
+def visible(images: Tensor) -> Tensor:
+    """Bring images to the scale 0..255: bytes are, floats to 1 are scaled; empty if the scale cannot be known."""
+    if images.dtype == torch.uint8 or not images.numel():
+        return images
+    low, high = float(images.min()), float(images.max())
+    if not (images.is_floating_point() and low >= 0 and high <= 256):  # as of normalised images
+        return images.new_empty(0)
+    return images * 255 if high <= 1 else images
 
 
-def grid(images: Tensor, columns: int, zoom: int, padding: int = 4) -> Tensor:
-    """Put images (N, 1, H, W) on the scale 0..255 side by side, each pixel `zoom` wide: uint8 (3, H, W)."""
-    images = images.detach().float().cpu().clamp(0, 255).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+def grid(images: Tensor, columns: int, width: int, padding: int = 4) -> Tensor:
+    """Put images (N, 1 or 3, H, W) on the scale 0..255 side by side, `width` pixels at most each: uint8 (3, H, W)."""
+    longest = max(images.shape[2:])
+    zoom = max(width // longest, min(1.0, 256 / longest))  # by whole pixels, or smaller
+    images = F.interpolate(images.float().cpu().clamp(0, 255), scale_factor=zoom, mode="area")
     return make_grid(images, nrow=columns, padding=padding, pad_value=255).to(torch.uint8)
 
 
@@ -195,10 +180,11 @@ def wrong_digits(images: Tensor, probabilities: Tensor, targets: Tensor) -> Tens
     confidence, answers = probabilities.max(1)
     wrong = (answers != targets).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:24]
-    picture = Image.new("RGB", (924, 36), "white")
+    picture, right, down = Image.new("RGB", (924, 36), "white"), 0, 0
     if len(wrong):
-        picture = to_pil_image(grid(images[wrong], columns=6, zoom=4, padding=36))
+        picture = to_pil_image(grid(images[wrong], columns=6, width=112, padding=36))
+        right, down = (picture.width - 36) // min(6, len(wrong)), (picture.height - 36) // -(-len(wrong) // 6)
     texts = [f"is {targets[n]}\nread as {answers[n]}, {confidence[n]:.1%}" for n in wrong] or ["no wrong answer"]
     for place, text in enumerate(texts):
-        ImageDraw.Draw(picture).text((36 + place % 6 * 148, place // 6 * 148), text, "black", font_size=14)
+        ImageDraw.Draw(picture).text((36 + place % 6 * right, place // 6 * down), text, "black", font_size=14)
     return pil_to_tensor(picture)

@@ -1,8 +1,6 @@
-"""The networks that `model.network` names: raw pixels in, logits out.
+"""The networks that `model.network` names: raw pixels in, logits out."""
 
-Another one is a class that takes (layers, dropout, activation, classes), and a line in NETWORKS.
-"""
-
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -17,6 +15,8 @@ from lit_mnist.exact.console import UserError, shortened
 MEAN, STD = 0.1307, 0.3081
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 1, 28, 28), and targets int64 (B,)
+Shape = tuple[int, int, int]  # of an image: channels, height, width
+DIGITS: Shape = (1, 28, 28)
 Activation = Literal["relu", "silu"]
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}  # silu: smoother and slower (https://arxiv.org/abs/1702.03118)
 CROP = re.compile(r"crop(?P<pixels>[1-9])")
@@ -32,8 +32,6 @@ def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def nonlinearity(activation: str, dropout: float) -> list[nn.Module]:
     """Return what follows a layer's norm: the activation, and dropout unless it is 0."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"model.dropout must be in [0, 1), got {dropout}")
     return [ACTIVATIONS[activation](inplace=True), *([nn.Dropout(dropout)] if dropout else [])]
 
 
@@ -62,14 +60,15 @@ class DigitNet(nn.Module):
               parameters (https://arxiv.org/abs/1702.08782)
     ========  ==========================================================================================
 
-    Then come global average pooling and a linear layer to the logits: the same map as a 1x1 convolution before the
-    pooling, for a 49th of the work. ValueError if an argument is out of its range, or an image of 28x28 is pooled away.
+    Then come global average pooling and a linear layer. ValueError for other words, or if the image is pooled away.
     """
 
-    def __init__(self, layers: str, dropout: float = 0.0, activation: Activation = "relu", classes: int = 10) -> None:
+    def __init__(
+        self, layers: str, dropout: float = 0, activation: Activation = "relu", classes: int = 10, shape: Shape = DIGITS
+    ) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
-        channels, size = 1, 28
+        channels, size = shape[0], min(shape[1:])
         before: list[nn.Module] = []  # the convolutions of the previous layer, if its shape allows to repeat it
         for word in layers.split():
             repeated, before = before, []
@@ -91,12 +90,9 @@ class DigitNet(nn.Module):
                 same = width == channels and not match["halve"] and not match["valid"]
                 if match["add"] and not same:
                     raise ValueError(f"model.layers adds to {word!r} its input, which has another shape, in {layers!r}")
-                layer: list[nn.Module] = []
-                if match["depthwise"]:
-                    layer.append(nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, bias=False))
-                    layer.append(nn.Conv2d(channels, width, 1, bias=False))
-                else:
-                    layer.append(nn.Conv2d(channels, width, kernel, padding=padding, bias=False))
+                groups, out = (channels, channels) if match["depthwise"] else (1, width)
+                layer: list[nn.Module] = [nn.Conv2d(channels, out, kernel, 1, padding, groups=groups, bias=False)]
+                layer += [nn.Conv2d(channels, width, 1, bias=False)] if match["depthwise"] else []
                 before = list(layer) if same else []
                 size -= kernel - 1 - 2 * padding
                 if match["halve"]:
@@ -108,8 +104,8 @@ class DigitNet(nn.Module):
             else:
                 words = "16, 16x5, 16x5v, 16x5d+, 16/2, pool, crop2 or again"
                 raise ValueError(f"model.layers must be words such as {words}, got {word!r} in {layers!r}")
-        if channels == 1 or size < 1:
-            raise ValueError(f"model.layers must have a convolution and leave a pixel of 28x28, got {layers!r}")
+        if not any(map(LAYER.fullmatch, layers.split())) or size < 1:
+            raise ValueError(f"model.layers must have a convolution and leave a pixel of {shape}, got {layers!r}")
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, classes)
 
@@ -122,12 +118,14 @@ class DigitNet(nn.Module):
 class MLP(nn.Module):
     """A multilayer perceptron: `layers` are widths such as `128 64`, each followed by layer norm and the activation."""
 
-    def __init__(self, layers: str, dropout: float = 0.0, activation: Activation = "relu", classes: int = 10) -> None:
+    def __init__(
+        self, layers: str, dropout: float = 0, activation: Activation = "relu", classes: int = 10, shape: Shape = DIGITS
+    ) -> None:
         super().__init__()
         if not re.fullmatch(r"[1-9]\d{0,3}(\s+[1-9]\d{0,3})*", layers.strip()):
             raise ValueError(f"model.layers must be widths from 1 to 9999 such as 128 64 for mlp, got {layers!r}")
         blocks: list[nn.Module] = []
-        inputs = 28 * 28
+        inputs = math.prod(shape)
         for width in map(int, layers.split()):
             blocks += [nn.Linear(inputs, width, bias=False), nn.LayerNorm(width), *nonlinearity(activation, dropout)]
             inputs = width
@@ -139,25 +137,17 @@ class MLP(nn.Module):
         return self.head(self.hidden(normalise(images, self.head.weight.dtype).flatten(1)))
 
 
-NETWORKS: dict[str, Callable[[str, float, Activation, int], nn.Module]] = {"digitnet": DigitNet, "mlp": MLP}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"digitnet": DigitNet, "mlp": MLP}
 
 
 def load_network(checkpoint: Mapping[str, Any]) -> nn.Module:
-    """Build the network that a checkpoint's `hyper_parameters` name, in eval mode, with the weights under `network.`.
-
-    UserError if the settings make no network, or the weights do not fit it.
-    """
-    settings: dict[str, Any] = {"network": "digitnet", "dropout": 0.0, "activation": "relu", "classes": 10}
-    settings |= checkpoint["hyper_parameters"]
+    """Build a checkpoint's network with its weights, in eval mode; UserError if settings and weights do not fit."""
+    settings, weights = {"image_shape": DIGITS, **checkpoint["hyper_parameters"]}, checkpoint["state_dict"]
     try:
-        make = NETWORKS[settings["network"]]
-        network = make(settings["layers"], settings["dropout"], settings["activation"], settings["classes"])
+        arguments = [settings[name] for name in ("layers", "dropout", "activation", "classes", "image_shape")]
+        network = NETWORKS[settings["network"]](*arguments)
+        network.load_state_dict({name[8:]: weights[name] for name in weights if name.startswith("network.")})
     except Exception as error:  # a setting of another type fails wherever it is used first
         reason = shortened(f"{type(error).__name__}: {error}")
-        raise UserError(f"the checkpoint's settings make no network ({reason})") from error
-    weights = checkpoint["state_dict"]
-    try:
-        network.load_state_dict({name[8:]: weights[name] for name in weights if name.startswith("network.")})
-    except Exception as error:  # RuntimeError, and others for entries that are no tensors
-        raise UserError(f"the checkpoint's weights do not fit its network ({shortened(str(error))})") from error
+        raise UserError(f"the checkpoint's settings and weights make no network ({reason})") from error
     return network.to(memory_format=torch.channels_last).eval()  # 1.5 times as fast on a CPU

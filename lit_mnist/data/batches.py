@@ -1,7 +1,7 @@
 """Batches from tensors in memory, in a seeded order, and their random affine transform."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,29 +11,21 @@ from torch.nn import functional as F
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """Make a generator that depends on all the numbers of `key` (each >= 0) and on nothing else.
-
-    numpy's SeedSequence mixes them: neighbouring seeds and epochs share nothing. For it (1, 2) and (1, 2, 0) are the
-    same, so their count goes in as well.
-    """
+    """Make a generator that depends on all the numbers of `key` (each >= 0) and on nothing else."""
+    # SeedSequence mixes neighbouring seeds and epochs; for it (1, 2) and (1, 2, 0) are the same without their count
     (seed,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
 @dataclass(eq=False, repr=False)
 class TensorBatches:
-    """Batches (images, targets): each is one indexing operation on tensors that stay in memory.
+    """Batches (images, targets): each is one indexing operation on tensors that stay in memory."""
 
-    No sample is left out: the last batch of an epoch may be smaller. On several processes each takes a part of every
-    batch, in the order of their ranks; the parts differ by one image at most. Empty parts, of a batch smaller than the
-    number of processes, are left out in evaluation (without a seed), and take part in the step in training.
-    """
-
-    images: Tensor  # uint8 (N, 1, 28, 28); batches are made on the device where it lies
-    targets: Tensor  # int64 (N,), on the same device
+    images: Tensor  # uint8 (N, C, H, W); batches are made on the device where it lies
+    targets: Tensor  # int64 (N,), or of another form, on the same device
     batch_size: int  # images, of all processes together
     seed: int | None = None  # epoch e has a permutation by (seed, e); None keeps the order of the tensors
-    rank: int = 0  # which of the `processes` this is
+    rank: int = 0  # of this process, which gets a part of every batch; the parts differ by one image at most
     processes: int = 1
     fixed: bool = False  # whether every epoch has the order of the first
     epoch: int = field(default=0, init=False)
@@ -78,7 +70,7 @@ class TensorBatches:
             batch = slice(number * self.batch_size + start, number * self.batch_size + stop)
             if order is not None:
                 yield self.images.index_select(0, order[batch]), self.targets.index_select(0, order[batch])
-            elif stop > start:
+            elif stop > start:  # an empty part is left out in evaluation alone
                 yield self.images[batch], self.targets[batch]
 
     def state_dict(self) -> dict[str, int]:
@@ -87,41 +79,36 @@ class TensorBatches:
         return {"epoch": epoch, "batches_done": self._batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Make that epoch's next iteration skip the batches that the saved run had taken from it.
-
-        After a finished epoch, which `limit_train_batches` may end early, Lightning begins the next: none is skipped.
-        """
-        self._batches_done = state["batches_done"] % len(self)
+        """Make that epoch's next iteration skip the batches that the saved run had taken from it."""
+        self._batches_done = state["batches_done"] % len(self)  # none after a finished epoch
         self._resume_in = state["epoch"]
 
 
 def affine_matrices(
-    batch_size: int, rotation: float, shift: float, scale: float, generator: torch.Generator, share: float = 1.0
+    shape: Sequence[int], rotation: float, shift: float, scale: float, generator: torch.Generator, share: float = 1.0
 ) -> Tensor:
     """Draw one inverse affine map an image for `affine_grid`, uniformly: float (B, 2, 3), on the generator's device.
 
-    They map the coordinates of an output pixel to the input's, in units where the image spans -1..1. `rotation` is in
-    degrees and `shift` in pixels along each axis, either way; the scale is from 1 - `scale` to 1 + `scale`; each image
-    is moved at all with the probability `share`, and else gets the identity.
+    `shape` is the batch's (B, C, H, W), `rotation` in degrees, `shift` in pixels along each axis; the scale is within
+    1 ± `scale`; each image is moved with the probability `share`, and else gets the identity.
     """
+    batch_size, _, height, width = shape
     angle, zoom, dx, dy = torch.rand(4, batch_size, generator=generator, device=generator.device).mul_(2).sub_(1)
     angle, zoom = angle * math.radians(rotation), 1 + scale * zoom
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    dx, dy = dx * (shift / 14), dy * (shift / 14)
+    dx, dy = dx * (shift / (width / 2)), dy * (shift / (height / 2))
+    flat, steep = sine * (height / width), sine * (width / height)  # the units of the axes differ, a pixel is square
     # output = zoom * rotate(input) + shift, so input = rotate_back(output - shift) / zoom
-    moved = torch.stack([cosine, sine, -cosine * dx - sine * dy, -sine, cosine, sine * dx - cosine * dy], dim=1)
+    moved = torch.stack([cosine, flat, -cosine * dx - flat * dy, -steep, cosine, steep * dx - cosine * dy], dim=1)
     drawn = torch.rand(batch_size, 1, generator=generator, device=generator.device) < share
     return torch.where(drawn, moved, moved.new_tensor([1, 0, 0, 0, 1, 0])).view(-1, 2, 3)
 
 
-def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Apply maps of `affine_matrices`, on any device, to uint8 or float (B, 1, 28, 28), black beyond the edges.
-
-    Returns float (B, 1, 28, 28) on the scale of `images`.
-    """
+def affine(images: Tensor, matrices: Tensor, mode: str = "bilinear") -> Tensor:
+    """Apply maps of `affine_matrices` to uint8 or float (B, C, H, W), 0 beyond the edges: float on the same scale."""
     if not len(images):
         return images.to(matrices.dtype)  # affine_grid refuses it
     if images.device.type == "cuda":
         matrices = matrices.pin_memory()  # or the copy would wait for the device
     grid = F.affine_grid(matrices.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
-    return F.grid_sample(images.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(images.to(grid.dtype), grid, mode=mode, padding_mode="zeros", align_corners=False)

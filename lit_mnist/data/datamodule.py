@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, seeded_generator
 from lit_mnist.exact.console import UserError
-from lit_mnist.network import Batch
+from lit_mnist.network import DIGITS, Batch
 
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
 RANGES: dict[str, tuple[float, float]] = {"batch_size": (1, 60_000), "val_size": (0, 59_999)}
@@ -21,10 +21,9 @@ RANGES |= {"rotation": (0, 180), "shift": (0, 28), "scale": (0, 0.999), "augment
 
 
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out some images by their targets, int64 (N,): as many of each class as its share, to within one image.
-
-    Returns the sorted indices of both parts, int64 (N - val_size,) and (val_size,), a function of the arguments alone.
-    """
+    """Split by targets, int64 (N,), each class by its share to within one image: the sorted indices of both parts."""
+    if targets.ndim > 1 or targets.is_floating_point() or int(targets.min()) < 0:  # no classes
+        targets = torch.zeros(len(targets), dtype=torch.int64)
     shares = val_size * torch.bincount(targets).double() / len(targets)
     sizes = shares.long()
     # the largest remainders get what rounding left over
@@ -40,26 +39,22 @@ def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[T
 class MNISTDataModule(LightningDataModule):
     """MNIST or a set of its form, downloaded once, verified, split, and kept in memory as uint8 tensors.
 
-    An argument out of range, or data that cannot be had, is a UserError.
-
     Args:
         root: folder of the data; MNIST's files lie in `root/MNIST/raw`, as torchvision has them.
-        name: data set: `mnist`, `fashion_mnist`, `kmnist`, `qmnist` (tested on all its 60,000 test images),
-            `emnist_digits`, `emnist_letters`, `emnist_balanced` (these three upright); or `idx`: four files of your own
-            right in `root`, plain or as `.gz`, named as MNIST's are (`train-images-idx3-ubyte`,
-            `train-labels-idx1-ubyte`, `t10k-...`), images of 28x28 bytes, labels from 0.
+        name: data set: `mnist`, `fashion_mnist`, `kmnist`, `qmnist`, `emnist_digits`, `emnist_letters`,
+            `emnist_balanced`; or `idx`: four files of your own right in `root`, named as MNIST's are.
         batch_size: images in a training step, of all processes together.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
         split_seed: seed of their choice, independent of the run's seed: runs with different seeds hold out the same.
-        seed: seed of the order and augmentation of the training images: step s of epoch e is a function of
-            (seed, e, s). The command line sets it to `seed_everything`.
+        seed: seed of the order and augmentation of the training images. The command line sets it to `seed_everything`.
         download: whether missing or wrong files may be fetched.
         rotation: degrees by which training images are rotated at most, drawn uniformly.
         shift: pixels by which training images are shifted along each axis at most, drawn uniformly.
         scale: share by which training images are scaled up or down at most, drawn uniformly.
-        augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled. The
-            others stay as sharp as those that are scored: interpolation blurs.
+        augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled.
     """
+
+    image_shape = DIGITS  # channels, height and width, which the network must take
 
     def __init__(
         self,
@@ -79,11 +74,9 @@ class MNISTDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=["root", "download"])  # they depend on the machine
         self.root, self.download = root, download
         self.sets: dict[str, Batch] = {}
-        problems = [
-            f"data.{argument} must be in {low}..{high}, got {self.hparams[argument]}"
-            for argument, (low, high) in RANGES.items()
-            if not low <= self.hparams[argument] <= high
-        ]
+        hp = self.hparams
+        wrong = {key: limits for key, limits in RANGES.items() if not limits[0] <= hp[key] <= limits[1]}
+        problems = [f"data.{key} must be in {low}..{high}, got {hp[key]}" for key, (low, high) in wrong.items()]
         if name not in datasets.SETS:
             problems.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
         if problems:
@@ -91,7 +84,7 @@ class MNISTDataModule(LightningDataModule):
 
     @property
     def classes(self) -> int:
-        """How many classes the data has, which the network must have too; UserError if the labels cannot be read."""
+        """How many classes the data has (1 of values), and so the network; UserError if labels cannot be read."""
         return datasets.classes(self.root, self.hparams["name"])
 
     @cached_property
@@ -108,25 +101,21 @@ class MNISTDataModule(LightningDataModule):
         datasets.prepare(self.root, self.download, self.hparams["name"])
 
     def setup(self, stage: str) -> None:
-        if stage == "test" and "test" not in self.sets:
+        if stage == "test":
             self.sets["test"] = self._load(train=False)
-        elif stage in ("fit", "validate") and "train" not in self.sets:
+        elif stage in ("fit", "validate"):
             (images, targets), val_size = self._load(train=True), self.hparams["val_size"]
             if val_size >= len(targets):
                 raise UserError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
             self.sets["train"] = images, targets
             if val_size:  # else copies would double the memory
-                parts = stratified_split(targets, val_size, self.hparams["split_seed"])
                 # validate must score the same images that fit held out, so both stages split alike
-                for name, indices in zip(("train", "val"), parts, strict=True):
-                    self.sets[name] = images[indices], targets[indices]
+                train, val = stratified_split(targets, val_size, self.hparams["split_seed"])
+                self.sets |= {"train": (images[train], targets[train]), "val": (images[val], targets[val])}
 
     def _load(self, train: bool) -> Batch:
-        name = self.hparams["name"]
-        known = self.trainer.lightning_module.hparams.get("classes") if self.trainer else None
-        if known is not None and known < self.classes:
-            raise UserError(f"data.name {name} has {self.classes} classes, and the model was made for {known}")
-        return datasets.load(self.root, train, name)
+        """Load the images, uint8 (N, *image_shape), and their targets, (N,) or of another form."""
+        return datasets.load(self.root, train, self.hparams["name"])
 
     def train_dataloader(self) -> TensorBatches:
         self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
@@ -143,6 +132,12 @@ class MNISTDataModule(LightningDataModule):
 
     def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
         images, targets = self.sets[name]
+        model: Any = self.trainer.lightning_module.hparams if self.trainer else {}
+        classes, shape = model.get("classes", self.classes), tuple(model.get("image_shape", self.image_shape))
+        if classes < self.classes or shape != images.shape[1:] or (targets.is_floating_point() and classes != 1):
+            found = f"{self.classes} classes, images {tuple(images.shape[1:])} and targets {targets.dtype}"
+            made_for = f"{classes} classes (1 of values) and images {shape}"
+            raise UserError(f"data.name {self.hparams['name']} has {found}, and the model was made for {made_for}")
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             device = images.device  # too large: Lightning moves it there batch by batch
@@ -154,7 +149,7 @@ class MNISTDataModule(LightningDataModule):
         return self.augment(*batch) if self.trainer and self.trainer.training else batch
 
     def augment(self, images: Tensor, targets: Tensor) -> Batch:
-        """Move, turn and scale raw training images (B, 1, 28, 28) at random, equally whenever this step is taken."""
+        """Move, turn and scale raw images (B, C, H, W), and masks (B, ..., H, W) with them, by a draw of the step."""
         hp: Any = self.hparams
         if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
             return images, targets
@@ -162,5 +157,10 @@ class MNISTDataModule(LightningDataModule):
         start, stop, size = self.train_batches.part(step)
         generator = seeded_generator(hp.seed, epoch, step)
         # of the whole batch, of which each process takes its part: the same on any number of them
-        matrices = affine_matrices(size, hp.rotation, hp.shift, hp.scale, generator, hp.augmented)
-        return affine(images, matrices[start:stop]), targets
+        shape, ranges = (size, *images.shape[1:]), (hp.rotation, hp.shift, hp.scale)
+        matrices = affine_matrices(shape, *ranges, generator, hp.augmented)[start:stop]
+        if targets.ndim > 2 and len(targets):
+            masks = targets.view(len(targets), -1, *targets.shape[-2:])
+            mode = "bilinear" if targets.is_floating_point() else "nearest"  # classes have nothing in between
+            targets = affine(masks, matrices, mode).to(targets.dtype).view_as(targets)
+        return affine(images, matrices), targets

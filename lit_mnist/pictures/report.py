@@ -68,8 +68,8 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False) -> li
 
 def answer(paths: Sequence[Path], several: bool, network: nn.Module) -> list[Picture]:
     """Print and return a network's answers for files; raise UserError if none shows a digit."""
-    shown_paths = track(paths, "reading pictures", disable=not sys.stdout.isatty())
-    pictures = [picture for path in shown_paths for picture in read(network, path, several)]
+    tracked = track(paths, "reading pictures", disable=not sys.stdout.isatty())
+    pictures = [picture for path in tracked for picture in read(network, path, several)]
     rows = [row(picture) for picture in pictures]
     names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
     table = Table(*names, box=None, pad_edge=False)
@@ -124,12 +124,11 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """Draw each picture, beside it what the network saw, and below them the answer."""
     font, width, height = ImageFont.load_default(12), 2 * CELL + 2 * MARGIN, CELL + 56
-    columns_used = min(COLUMNS, len(pictures))
-    sides = columns_used * width + MARGIN, -(-len(pictures) // columns_used) * height + MARGIN
-    sheet = Image.new("RGB", sides, "white")
+    across = min(COLUMNS, len(pictures))
+    sheet = Image.new("RGB", (across * width + MARGIN, -(-len(pictures) // across) * height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(pictures):
-        left, above = MARGIN + index % columns_used * width, MARGIN + index // columns_used * height
+        left, above = MARGIN + index % across * width, MARGIN + index // across * height
         answer, name = picture.problem, Path(str(picture.file)).name
         if picture.digit is not None and picture.thumbnail:
             seen = Image.fromarray(picture.digit[0].numpy())
