@@ -1,8 +1,4 @@
-"""The command line: its commands, its help, and how errors become exit statuses.
-
-Nothing here imports torch: `--version` and `--help` answer at once. Each command is a function in a file of its name;
-fit, validate and test are methods of LightningCLI.
-"""
+"""The command line: its commands, its help, and how errors become exit statuses; imports torch for a command alone."""
 
 import errno
 import os
@@ -39,11 +35,7 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command, given without the program's name or in `sys.argv`.
-
-    Returns the exit status: 0, 2 for input that cannot be used, 3 for a training that failed, 128 + the signal's
-    number for one that a signal stopped. The reason is one message on stderr.
-    """
+    """Run one command, by default the one of `sys.argv`; return its exit status (docs/troubleshooting.md)."""
     args = list(sys.argv[1:] if args is None else args)
     try:
         call_command(args)
@@ -51,9 +43,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who closes a pipe early has read enough; Python would complain of the rest when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Interrupted as stop:
-        signum, checkpoint = stop.args
-        message = f"stopped by {signal.Signals(signum).name}; {resume_command(checkpoint)}"
-        return complain(message, 128 + signum, everywhere=False)
+        signum, checkpoint = signal.Signals(stop.args[0]), stop.args[1]
+        return complain(f"stopped by {signum.name}; {resume_command(checkpoint)}", 128 + signum, everywhere=False)
     except KeyboardInterrupt:
         return complain("stopped by SIGINT", 128 + signal.SIGINT)
     except TrainingFailed as error:
@@ -78,9 +69,9 @@ def call_command(args: list[str]) -> None:
         first = number("RANK", "SLURM_PROCID", "LOCAL_RANK") == 0 and "torch" not in sys.modules
         if first and SHORT.isdisjoint(arg.partition("=")[0] for arg in args):
             print("Loading PyTorch and Lightning ...", flush=True)  # which takes seconds
-        from lit_mnist.cli.cli import MNISTCLI, translate_errors
+        from lit_mnist.cli.cli import MNISTCLI, quiet
 
-        with translate_errors():
+        with quiet():
             if command == "sweep":
                 call_function("sweep.sweep", args)
             else:

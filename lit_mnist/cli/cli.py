@@ -1,23 +1,28 @@
 """fit, validate and test on LightningCLI."""
 
+import logging
 import math
 import os
+import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from shlex import quote
+from time import gmtime, strftime
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from jsonargparse.typing import PositiveFloat, restricted_number_type
+from jsonargparse.typing import restricted_number_type
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, Timer
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lit_mnist.board import Board
-from lit_mnist.cli.console import one_line, quiet, resume_command
+from lit_mnist.cli.console import one_line, resume_command
 from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
 from lit_mnist.cli.trainer import AutoTrainer, check_trainer, make_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
@@ -29,112 +34,112 @@ from lit_mnist.exact.ddp import launched, lost
 from lit_mnist.exact.progress import Progress, words
 from lit_mnist.module import LitMNIST
 
+MEANT = (  # warnings about what is meant here, or that a user can do nothing about
+    "does not have many workers",  # batches come from memory
+    "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
+    "callbacks used to create the checkpoint need to be provided",  # only fit writes checkpoints
+    "Total length of `.*` across ranks is zero",  # data.val_size is 0
+    "is not supported by the model summary",
+    "isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
+    "broadcast_buffers. is deprecated",  # in torch 2.15; torch 2.10 does not know the new name
+    "on epoch level in distributed setting",  # the metrics are those of all processes when they are logged
+)
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+Timeout = restricted_number_type("Timeout", float, [(">", 0), ("<=", 86400)])
 
 
 class MNISTCLI(LightningCLI):
-    """LightningCLI for this project; files and flags override the settings of the run of `--ckpt_path`.
+    """LightningCLI for one command, which `args` begin with; files and flags override the run's of `--ckpt_path`.
 
-    `args` begin with the command; the callbacks of `watch` are called before the user's own.
+    The callbacks of `watch` are called before the user's own. Without `start` everything is only made.
     """
 
     settings: Settings
     run = Run()
 
-    def __init__(self, args: list[str], watch: Sequence[Callback] = ()) -> None:
+    def __init__(self, args: list[str], watch: Sequence[Callback] = (), start: bool = True) -> None:
         self.command, self.watch = args[0], watch
         processes, machines = launched()
+        defaults = {"max_epochs": 4, "num_sanity_val_steps": 0, "devices": processes, "num_nodes": machines}
+        defaults["sync_batchnorm"] = True  # else another number of processes is another training
         try:
             super().__init__(
                 LitMNIST,
                 MNISTDataModule,
                 trainer_class=AutoTrainer,
-                seed_everything_default=DEFAULT_SEED,
-                trainer_defaults={
-                    "max_epochs": 4,
-                    "num_sanity_val_steps": 0,
-                    "devices": processes,
-                    "num_nodes": machines,
-                    "sync_batchnorm": True,  # else another number of processes is another training
-                },
+                trainer_defaults=defaults,
                 parser_class=Parser,
+                parser_kwargs={"usage": f"python -m lit_mnist {self.command} [options]"},
                 auto_configure_optimizers=False,
                 # it would put `_instantiator`, code to call, into every checkpoint
                 load_from_checkpoint_support=False,
                 save_config_callback=None,  # ExactResume does that, once everything is restored
                 args=args,
+                run=False,  # its subcommands would lay a checkpoint's settings over the flags
             )
+            if start:
+                with translate_failures(self):
+                    (self.fit if self.command == "fit" else self.score)()
         finally:
             self.run.discard_unused()
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        # parsers are built for this command alone: each costs a part of a second
-        return {self.command: LightningCLI.subcommands()[self.command] | {"ckpt_path", "weights_only", "verbose"}}
-
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        checkpoint = "What is resumed or scored: best or last of the newest run, a file, or a run's folder."
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help=checkpoint)
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="best, last, a file, or a run's folder.")
         if self.command == "fit":
             parser.add_argument("--name", type=str | None, default=None, help="A new run's folder (version_N).")
         # Lightning 2.6 allows true, a seed drawn at random; a run here can always be repeated
         parser.add_argument("--seed_everything", type=Seed, default=DEFAULT_SEED, help="Seed of everything random.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        self.subparser = parser
-        parser.usage = f"python -m lit_mnist {self.command} [options]"
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("data", "model.classes", compute_fn=self._classes, apply_on="instantiate")
+        for name in ("classes", "image_shape"):
+            compute = partial(self._of_data, name)
+            parser.link_arguments("data", f"model.{name}", compute_fn=compute, apply_on="instantiate")
         wait = "Seconds that a process waits for another before it is considered lost, once the training has started."
-        parser.add_argument("--processes.timeout", type=PositiveFloat, default=120.0, help=wait)
+        parser.add_argument("--processes.timeout", type=Timeout, default=120.0, help=wait)
         # in each command, so that each takes a run's config.yaml
         for part, name in ((SaveSettings, "checkpoint"), (BestSettings, "best"), (Board, "board")):
             parser.add_class_arguments(part, name)
 
-    def _classes(self, data: MNISTDataModule) -> int:
-        # a trained network has those of the data that it was trained on
-        return int(self.settings.loaded.get("hyper_parameters", {}).get("classes", data.classes))
+    def _of_data(self, name: str, data: MNISTDataModule) -> Any:
+        # a trained network has that of the data that it was trained on
+        return self.settings.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        assert isinstance(args, list)
-        self.settings = parse(parser, self.subparser, args)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.settings = parse(parser, args)
         self.config = self.settings.config
 
     def instantiate_classes(self) -> None:
         self.run = make_run(self.settings)
         try:
-            self.config_init = self.parser.instantiate_classes(self.config)
-            made = self.config_init[self.command]
+            made = self.parser.instantiate_classes(self.config)
             self.datamodule, self.model = made["data"], made["model"]
             self.trainer = AutoTrainer(**trainer_settings(self.settings, self.run, made, self.watch))
         except (ValueError, TypeError, LookupError, ImportError, RuntimeError, MisconfigurationException) as error:
             # what was configured cannot be made; jsonargparse 4.53 wraps the error of a link
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
             said = one_line(cause)
-            for key, part in vars(self.settings.own["trainer"]).items():
+            for key, part in vars(self.config["trainer"]).items():
                 if str(error).endswith(f"Given value: {part}"):
                     name = str(getattr(part, "class_path", "")).rpartition(".")[2].removeprefix("Run")
                     said = f"trainer.{key}: {f'{name}: ' * (name not in said)}{said}"
             raise UserError(said) from cause
-
-    def after_instantiate_classes(self) -> None:
         if not self.trainer.is_global_zero:
             self.run.discard_unused()  # the first process alone makes a folder; this one did not know that it is not
         check_trainer(self.settings, self.trainer)
         for line in self.settings.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
 
-    # LightningCLI calls these three in place of the trainer's methods: checkpoints load with weights_only=True
-
-    def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+    def fit(self) -> None:
         trainer, run = self.trainer, self.run
         # glibc's malloc maps each large block anew until one of nearly 32 MB was freed: a fifth of the first epoch
         torch.empty(31 * 2**20, dtype=torch.uint8)
-        with translate_failures(self), hold(run, trainer):
-            trainer.fit(model, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
-        reason, longer = ended_by(trainer, self.settings.own["trainer.max_time"])
-        limits = " and ".join([*longer, *["the patience of EarlyStopping"] * ("EarlyStopping" in reason)])
-        finished = f"Nothing to train: this run has finished. To train longer, raise {limits}."
+        with hold(run, trainer):
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=run.checkpoint, weights_only=True)
+        reason, longer = ended_by(trainer, self.config["trainer.max_time"])
+        limits = [*longer, *["the patience of EarlyStopping"] * ("EarlyStopping" in reason)]
+        finished = f"Nothing to train: this run has finished. To train longer, raise {' and '.join(limits)}."
         untrained = trainer.global_step == run.loaded.get("global_step")
         if untrained and run.claimed:
             run.started = False  # the new run's folder has nothing that is not its parent's
@@ -145,20 +150,17 @@ class MNISTCLI(LightningCLI):
             print(f"stopped: {reason}\n" if reason else "", f"{finished}\n" if untrained else "", sep="", end="")
             self._print_summary(longer)
 
-    def validate(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+    def score(self) -> None:
         path = self.settings.checkpoint
-        with translate_failures(self), translate_restoring(path):
+        with translate_restoring(path):
             score = getattr(self.trainer, self.command)
-            scores = score(model, datamodule=datamodule, ckpt_path=path, weights_only=True, verbose=False)
+            scores = score(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
-            part = "data.val_size or trainer.limit_val" if self.command == "validate" else "trainer.limit_test"
-            raise UserError(f"{self.command}: {part}_batches leaves no image to score")
-
-    test = validate
+            raise UserError("no image to score: data.val_size or trainer.limit_val_batches or limit_test_batches is 0")
 
     def _print_summary(self, longer: dict[str, str]) -> None:
         """Print the result of a fit, and the commands for what comes next."""
-        trainer, root = self.trainer, self.settings.own["data.root"]
+        trainer, root = self.trainer, self.config["data.root"]
         progress: Any = callback_of(trainer, Progress)
         keeper, epochs, best = callback_of(trainer, CheckpointKeeper), trainer.current_epoch, ""
         seconds = progress.train_seconds + progress.validation_seconds
@@ -181,8 +183,8 @@ def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:
         reason = f"EarlyStopping: {stopping.stopping_reason_message.partition(' Signaling')[0]}"
     if timer and (timer.time_remaining() or 1) <= 0:  # `trainer.max_time` makes one, too
         reason = f"{'trainer.max_time' if max_time else 'the duration of the Timer'} is used up"
-        minutes, seconds = divmod(math.ceil(2 * timer.time_elapsed()), 60)
-        longer["trainer.max_time"] = f"{minutes // 1440:02}:{minutes // 60 % 24:02}:{minutes % 60:02}:{seconds:02}"
+        seconds = math.ceil(2 * timer.time_elapsed())
+        longer["trainer.max_time"] = f"{seconds // 86400:02}:{strftime('%H:%M:%S', gmtime(seconds))}"
     if 0 <= trainer.max_steps <= trainer.global_step:
         longer["trainer.max_steps"] = str(2 * max(1, trainer.global_step))
     if not longer or 0 <= most <= epochs:
@@ -209,7 +211,8 @@ def translate_failures(cli: MNISTCLI) -> Iterator[None]:
         cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
         module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
         says = isinstance(error, (RuntimeError, ImportError, ValueError)) and module.startswith("pytorch_lightning.")
-        if cli.run.started and (says or isinstance(cause, (OSError, MisconfigurationException))):
+        says |= isinstance(cause, MisconfigurationException)
+        if cli.run.started and (says or isinstance(cause, OSError)):
             # such as a full disk, or a score that a callback waits for and the module does not log
             raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
         if says:
@@ -218,11 +221,15 @@ def translate_failures(cli: MNISTCLI) -> Iterator[None]:
 
 
 @contextmanager
-def translate_errors() -> Iterator[None]:
-    """Turn what Lightning raises about settings into `UserError`, and keep it quiet otherwise."""
+def quiet() -> Iterator[None]:
+    """Keep advertisements, and warnings about what is meant, off the console."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("callbacks", "profilers"):  # which print what a user asked for
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.INFO)
+    # TensorBoard 2.21 writes in a thread, which prints its failure; whoever writes next gets the same exception
+    threading.excepthook = lambda _: isinstance(_.exc_value, OSError) or threading.__excepthook__(_)
     # Lightning 2.6 sets variables when it launches: the next run of this process would wait for others in vain
-    with quiet(), patch.dict(os.environ):
-        try:
-            yield
-        except MisconfigurationException as error:
-            raise UserError(one_line(error)) from error
+    with warnings.catch_warnings(), patch.dict(os.environ):
+        warnings.filterwarnings("ignore", f".*({'|'.join(MEANT)})")
+        yield

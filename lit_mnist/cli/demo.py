@@ -1,23 +1,22 @@
 """demo: serves a page on which to draw a digit or drop a photograph of one, with a network's answers."""
 
+import html
 import json
 from collections.abc import Sequence
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lit_mnist.cli.export import fill_page
 from lit_mnist.cli.predict import checkpoint_parser, open_network
 from lit_mnist.exact.console import UserError
 from lit_mnist.pictures.report import read
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers the requests of one connection; nothing is kept."""
-
     def __init__(self, network: nn.Module, page: bytes, *connection: Any) -> None:
         self.network, self.page = network, page
         super().__init__(*connection)  # which answers
@@ -43,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content if known else b"")
 
     def log_message(self, *args: Any) -> None:
-        """Print nothing: http.server would print each request."""
+        """Print no request."""
 
 
 def demo(args: Sequence[str]) -> None:
@@ -54,8 +53,8 @@ def demo(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     path, _, network = open_network(options)
     try:
-        page = fill_page({"checkpoint": path.name})
-        server = ThreadingHTTPServer((options.host, options.port), partial(Handler, network, page))
+        page = Path(__file__).with_name("page.html").read_text().replace("{{checkpoint}}", html.escape(path.name))
+        server = ThreadingHTTPServer((options.host, options.port), partial(Handler, network, page.encode()))
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from error
     with server:

@@ -1,18 +1,11 @@
-"""export: a checkpoint's network for other runtimes, raw pixels in, probabilities out; or a page to draw on."""
+"""export: a checkpoint's network for other runtimes, raw pixels in, probabilities out."""
 
-import base64
-import gzip
-import html
 import io
 import json
-import subprocess
-import tarfile
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,15 +14,14 @@ from torch import Tensor, nn
 from lit_mnist import __version__
 from lit_mnist.cli.predict import check_output, checkpoint_parser, load_test_set, open_network
 from lit_mnist.exact.conditions import commit
-from lit_mnist.exact.console import UserError, shortened, shown
+from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.runs import replaced
+from lit_mnist.network import DIGITS
 from lit_mnist.pictures.report import classify
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
-RUNTIME = "onnxruntime-web@1.30.0"  # on the npm registry
-RUNTIME_FILES = {"runtime": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
 TOLERANCE = 1e-5  # of a probability
-EXAMPLE = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+EXAMPLE = torch.zeros(2, *DIGITS, dtype=torch.uint8)
 SHAPES = ({0: torch.export.Dim("batch")},)  # any number of images
 
 
@@ -55,52 +47,26 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, Callable
     return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def fetch_runtime() -> dict[str, bytes]:
-    """Fetch ONNX Runtime Web's files from the npm registry; UserError if npm is missing, or cannot."""
-    with TemporaryDirectory(prefix="lit_mnist-") as folder:
-        command = ["npm", "pack", RUNTIME, "--loglevel=error", "--pack-destination", folder]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, timeout=300)
-        except (subprocess.SubprocessError, OSError) as error:
-            reason = shortened(str(getattr(error, "stderr", None) or error), 120)
-            raise UserError(f"npm cannot fetch {RUNTIME}, which a page needs: {reason}") from error
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed:
-            return {name: packed.extractfile(f"package/dist/{file}").read() for name, file in RUNTIME_FILES.items()}  # type: ignore[union-attr]
-
-
-def fill_page(metadata: dict[str, str], parts: dict[str, bytes] | None = None) -> bytes:
-    """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
-    packed = {name: base64.b64encode(gzip.compress(part, mtime=0)).decode() for name, part in (parts or {}).items()}
-    licence = files("onnxruntime").joinpath("LICENSE").read_text() if parts else ""  # npm's package has none
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = page.replace("{{parts}}", json.dumps(packed or None)).replace("{{licence}}", html.escape(licence))
-    return page.replace("{{metadata}}", html.escape(json.dumps(metadata, indent=2))).encode()
-
-
 def export(args: Sequence[str]) -> None:
     """Run the command with the flags after its name; UserError for these, or if the file does not answer as it must."""
     parser = checkpoint_parser("export", "Write a checkpoint's network to a file.")
-    parser.add_argument("--output", required=True, type=Path, help="digits.pt2; with [export] digits.onnx, digits.html")
+    parser.add_argument("--output", required=True, type=Path, help="digits.pt2; with [export] digits.onnx")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set, to check with (data)")
     options = parser.parse_args(args)
     output: Path = options.output
-    check_output(output, [".pt2", ".onnx", ".html"], options.overwrite)
+    check_output(output, [".pt2", ".onnx"], options.overwrite)
     if output.suffix != ".pt2" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise UserError(f"--output {output}: needs {' and '.join(missing)}: pip install 'lit_mnist[export]'")
     path, checkpoint, network = open_network(options)
     name, images, targets = load_test_set(checkpoint, options.root)
     expected = classify(network, images)
-    correct = int((expected.argmax(1) == targets).sum())
+    correct, parameters = int((expected.argmax(1) == targets).sum()), sum(p.numel() for p in network.parameters())
     metadata = {
         "description": f"images uint8 (batch, 1, 28, 28), white on black, to {expected.shape[1]} probabilities each",
-        "data": name,
         **{setting: str(value) for setting, value in checkpoint["hyper_parameters"].items()},
-        "parameters": str(sum(p.numel() for p in network.parameters())),
-        "test_accuracy": str(correct / len(targets)),
-        "checkpoint": path.name,
-        "lit_mnist": __version__,
-        "commit": commit() or "unknown",
+        **{"data": name, "parameters": str(parameters), "test_accuracy": str(correct / len(targets))},
+        **{"checkpoint": path.name, "lit_mnist": __version__, "commit": commit() or "unknown"},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own deprecations
@@ -110,10 +76,7 @@ def export(args: Sequence[str]) -> None:
     difference = float((answers - expected).abs().max())
     if not difference <= TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):  # NaN is refused, too
         raise UserError(f"--output {output}: nothing was written; its probabilities differ by {difference:.1e}")
-    if output.suffix == ".html":
-        content = fill_page(metadata, fetch_runtime() | {"network": content})
     with replaced(output) as partial:
         partial.write_bytes(content)
-    size = f"{len(content):,} bytes, {metadata['parameters']} parameters"
-    score = f"accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), every digit as the checkpoint's"
-    print(f"Exported: {shown(output)}, {size}; checked on the test set: {score}, probabilities within {difference:.0e}")
+    score = f"accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), probabilities within {difference:.0e}"
+    print(f"Exported: {shown(output)}, {len(content):,} bytes, {parameters} parameters; on the test set: {score}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_mnist.cli.console import OneLineParser
@@ -12,7 +13,7 @@ from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
 from lit_mnist.exact.runs import checkpoint_lines, run_folder
-from lit_mnist.network import load_network
+from lit_mnist.network import DIGITS, load_network
 from lit_mnist.pictures import report
 
 
@@ -32,6 +33,11 @@ def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
         checkpoint = read_checkpoint(path)
         found = f"{path}: "
         network = load_network(checkpoint)
+        shape = tuple(checkpoint["hyper_parameters"].get("image_shape", DIGITS))
+        with torch.inference_mode():
+            answers = network(torch.zeros(1, *shape, dtype=torch.uint8))
+        if shape != DIGITS or answers.ndim != 2 or answers.shape[1] < 2:
+            raise UserError(f"its network maps {shape} to {tuple(answers.shape[1:])}, not images {DIGITS} to classes")
     except UserError as error:
         raise UserError(f"--ckpt_path {found}{error}") from error
     print(*checkpoint_lines(options.ckpt_path, path, options.root_dir / "lightning_logs"), sep="\n", flush=True)

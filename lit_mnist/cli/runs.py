@@ -46,14 +46,8 @@ def runs(args: Sequence[str]) -> None:
     else:
         for name in FORMS.keys() & {*columns}:
             table[name] = table[name].map(FORMS[name].format, na_action="ignore")
-        table, fitting = table.fillna("-"), columns[:1]
         width = shutil.get_terminal_size((10**9, 0)).columns  # a file has no width
-        for name in columns[1:]:
-            if table[[*fitting, name]].to_string(index=False).index("\n") <= width:
-                fitting.append(name)
-        print(table[fitting].to_string(index=False))
-        if left_out := [name for name in columns if name not in fitting]:
-            print(f"Left out, as {width} characters are too few: {', '.join(left_out)} (--columns chooses)")
+        print(table.fillna("-").to_string(index=False, line_width=width))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

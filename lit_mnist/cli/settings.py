@@ -12,25 +12,22 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lit_mnist.cli.console import one_line
+from lit_mnist.cli.console import OneLineParser, one_line
 from lit_mnist.exact import runs
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
+from lit_mnist.exact.optimizers import plain_values
 from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
-from lit_mnist.exact.resume import is_plain
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
 # What decides where a command runs and what it prints is no part of a run.
 MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_dir", "profiler")}
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
-# Settings that must be the checkpoint's: in which commands, and why.
-FIXED = {
-    ("model.network", "model.layers", "model.activation"): ("fit validate test", "its weights fit no other"),
-    ("data.name", "data.val_size", "data.split_seed"): ("fit validate", "others would be held out"),
-    ("model.optimizer",): ("fit", "its state fits no other"),
-    ("seed_everything",): ("fit", "it decides the order of the batches"),
-}
+# Settings that must be the checkpoint's: the weights, the images held out, the optimizer's state, the order of batches
+FIXED = {"test": {"model.network", "model.layers", "model.activation"}}
+FIXED["validate"] = FIXED["test"] | {"data.name", "data.val_size", "data.split_seed"}
+FIXED["fit"] = FIXED["validate"] | {"model.optimizer", "seed_everything"}
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
 CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
@@ -58,10 +55,9 @@ class Settings:
     command: str
     line: str  # as typed
     recipe: str  # a name for the settings
-    parser: LightningArgumentParser  # the part that is the command's
-    config: Any  # as parsed, the command's under its name
-    text: str = ""  # the command's as YAML, for config.yaml
-    plain: dict[str, Any] = field(default_factory=dict)  # these by dotted key
+    config: Any  # as parsed
+    text: str = ""  # as YAML, for config.yaml
+    plain: dict[str, Any] = field(default_factory=dict)  # by dotted key
     name: str | None = None  # of a new run's folder
     checkpoint: Path | None = None
     loaded: dict[str, Any] = field(default_factory=dict)  # its content
@@ -70,52 +66,44 @@ class Settings:
     continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
-    def own(self) -> Any:
-        """The command's part of `config`."""
-        return self.config[self.command]
-
-    @property
     def runs(self) -> Path:
-        root = self.own["trainer.default_root_dir"] or "."
-        return runs.expanded(root, "trainer.default_root_dir") / "lightning_logs"
+        root = self.config["trainer.default_root_dir"] or "."
+        return Path(root).expanduser() / "lightning_logs"
 
 
-def parse(parser: LightningArgumentParser, subparser: LightningArgumentParser, args: list[str]) -> Settings:
-    """Parse a command line, by a parser and its part for the command, over the settings of a checkpoint's run."""
-    defaults = subparser.get_defaults()
+def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
+    """Parse a command line over the settings of a checkpoint's run."""
     (command, *flags), before = args, dict[str, Any]()
     files, flags = configs_first(flags)
     recipe = "+".join(Path(file).stem for file in files) or "default"
-    settings = Settings(command, shlex.join(args), recipe, subparser, parse_args(parser, [command, *flags], files))
-    if wanted := settings.own["ckpt_path"]:
+    config, known = parse_args(parser, flags, files), parser.get_defaults()
+    settings = Settings(command, shlex.join(args), recipe, config)
+    if wanted := config["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
-        # a setting of an older version may be gone
-        text = yaml.safe_dump({key: value for key, value in base.items() if key in defaults})
-        files = ["the checkpoint's run", *files]
-        settings.config = parse_args(parser, [command, "--config", text, *flags], files)
+        text = yaml.safe_dump({key: value for key, value in base.items() if key in known})  # an old one may be gone
+        settings.config = config = parse_args(parser, ["--config", text, *flags], ["the checkpoint's run", *files])
     elif command != "fit":
         raise UserError(f"{command} needs --ckpt_path best, last or the path of a checkpoint")
-    if settings.own["trainer.precision"] == "auto":
-        settings.own["trainer.precision"], reason = quickest_precision(settings.own["trainer.accelerator"])
-        settings.lines.append(f"Precision: {settings.own['trainer.precision']}, as {reason}")
-    # The methods that run the trainer pass it on. LightningCLI 2.6 would lay the checkpoint's settings over the flags.
-    settings.own["ckpt_path"] = None
-    settings.name = name = settings.own.pop("name", None)
+    if config["trainer.precision"] == "auto":
+        config["trainer.precision"] = quickest_precision(config["trainer.accelerator"])
+        settings.lines.append(f"Precision: {config['trainer.precision']}")
+    config["ckpt_path"] = None  # config.yaml repeats the run
+    settings.name = name = config.pop("name", None)
     if name is not None and (settings.continues or not name or name.startswith(".") or name != Path(name).name):
         raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
-    settings.text = subparser.dump(settings.own, skip_unset=False)
+    settings.text = parser.dump(config, skip_unset=False)
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
     if command == "fit":
-        for key, old in before.items():
-            if old != (new := now.get(key, "no longer a setting")):
-                settings.lines.append(f"{key}: {shortened(str(old))} -> {shortened(str(new))}")
-                settings.unchanged = False
+        changed = {
+            key: (old, new) for key, old in before.items() if old != (new := now.get(key, "no longer a setting"))
+        }
         here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(settings.loaded, "conditions"))
-        for key in CONDITIONS & there.keys():
-            if there[key] != here[key]:
-                other = f"{key.partition('.')[2]}: {shortened(str(there[key]))} -> {here[key]}"
-                settings.lines.append(f"{other} (the last bits may differ)")
+        other = {key: (there[key], here[key]) for key in CONDITIONS & there.keys() if there[key] != here[key]}
+        settings.unchanged = not changed
+        for key, (old, new) in (changed | other).items():
+            line = f"{key.partition('.')[2] if key in other else key}: {shortened(str(old))} -> {shortened(str(new))}"
+            settings.lines.append(line + " (the last bits may differ)" * (key in other))
     return settings
 
 
@@ -128,19 +116,14 @@ def parse_args(parser: LightningArgumentParser, args: list[str], files: list[str
 
 def configs_first(args: list[str]) -> tuple[list[str], list[str]]:
     """Return the files of `--config`, and the flags with these before all others: in jsonargparse the last wins."""
-    files, flags, rest = list[str](), list[str](), iter(args)
-    for arg in rest:
-        found = re.fullmatch(r"(?:-c|--config(?==|$))=?(.*)", arg, re.DOTALL)
-        file = found and (found[1] or next(rest, None))
-        (flags if file is None else files).append(arg if file is None else file)
-    return files, [*(f"--config={file}" for file in files), *flags]
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    found, flags = parser.parse_known_args(args)
+    return found.config, [*(f"--config={file}" for file in found.config), *flags]
 
 
 def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from.
-
-    A fit takes the run's config.yaml, which may name classes; else they are the checkpoint's hyperparameters.
-    """
+    """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from."""
     kind = "last" if settings.command == "fit" else "best"
     try:
         settings.checkpoint = path = find_checkpoint(wanted, settings.runs, kind)
@@ -172,10 +155,9 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     return {key: value for key, value in before.items() if key not in PLACES}, base
 
 
-def plain_settings(prefix: str, settings: Any) -> dict[str, Any]:
-    """Return a mapping's plain entries by dotted key: nothing else that a checkpoint may name, classes above all."""
-    named = settings.items() if isinstance(settings, dict) else ()
-    return {f"{prefix}.{key}": value for key, value in named if type(key) is str and key[:1] != "_" and is_plain(value)}
+def plain_settings(prefix: str, settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the plain entries by dotted key: nothing else that a checkpoint may name, classes above all."""
+    return {f"{prefix}.{key}": old for key, old in settings.items() if str(key)[:1] != "_" and plain_values(old) == old}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,25 +167,24 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in config if name not in parts} | settings
 
 
-def quickest_precision(accelerator: Any) -> tuple[str, str]:
-    """Return the precision that this machine trains fastest in, and why: without units for it bfloat16 is slow."""
+def quickest_precision(accelerator: Any) -> str:
+    """Return the precision that this machine trains fastest in: without units for it bfloat16 is slow."""
+    # avx512_bf16 alone was no faster than 32 bits; torch 2.10 does not have get_capabilities
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = accelerator in ("auto", "cpu") and found.get("amx_bf16")
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        device, fast = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # avx512_bf16 alone was no faster than 32 bits; torch 2.10 does not have get_capabilities
-        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
-        device, fast = "the processor", accelerator in ("auto", "cpu") and capabilities.get("amx_bf16")
-    return ("bf16-mixed", f"{device} has bfloat16") if fast else ("32-true", f"{device} has no fast bfloat16")
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if fast else "32-true"
 
 
 def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
     """Refuse settings that would turn the checkpoint's run into another one."""
-    now, command = settings.plain, settings.command
-    reasons = {key: reason for keys, (commands, reason) in FIXED.items() if command in commands for key in keys}
-    if command == "fit":
-        reasons |= {key: "a run has it or not" for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
+    now, fixed = settings.plain, FIXED[settings.command]
+    if settings.command == "fit":
+        fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
         loop = runs.section(runs.section(settings.loaded, "loops"), "fit_loop")
         if not runs.section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
-            reasons["data.batch_size"] = "the checkpoint lies within an epoch, whose batches are counted"
-    for key, reason in reasons.items():
-        if key in before and before[key] != now[key]:
-            raise UserError(f"{key} was {before[key]} in this run and cannot become {now[key]}: {reason}")
+            fixed |= {"data.batch_size"}  # the batches of the epoch are counted
+    for key in sorted(fixed & before.keys()):
+        if before[key] != now[key]:
+            raise UserError(f"{key} was {before[key]} in this run and cannot become {now[key]}")

@@ -22,17 +22,10 @@ from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.loggers import RunLogger
-from lit_mnist.exact.progress import Progress, print_once
+from lit_mnist.exact.progress import Progress, print_once, total_steps
 from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import run_folder
-
-REFUSED = {  # callbacks that could not be resumed exactly, and what to do instead
-    lightning.LearningRateFinder: "set model.lr to what it found",
-    lightning.BatchSizeFinder: "set data.batch_size to what it found",
-    lightning.StochasticWeightAveraging: "use model.ema_decay",
-    lightning.GradientAccumulationScheduler: "use trainer.accumulate_grad_batches",  # a schedule needs the steps of all
-}
 
 
 class AutoTrainer(Trainer):
@@ -55,12 +48,11 @@ class Bar(lightning.RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         progress: Any = callback_of(trainer, Progress)
-        times, steps = progress.state_dict(), trainer.estimated_stepping_batches / max(trainer.global_step, 1)
+        times, steps = progress.state_dict(), total_steps(trainer) / max(trainer.global_step, 1)
         left = (times["train_seconds"] + times["validation_seconds"]) * (steps - 1)
         time = {"time left": str(timedelta(seconds=round(left)))} if left < inf else {}
         # the loss is read when it is shown: in each step that would wait for a GPU
-        metrics = {"loss": progress.loss, **time, **super().get_metrics(trainer, pl_module)}
-        return {name: value for name, value in metrics.items() if name != "v_num"}
+        return {"loss": progress.loss, **time, **super().get_metrics(trainer, pl_module)}
 
 
 def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
@@ -82,13 +74,13 @@ def make_run(settings: Settings) -> Run:
         assert checkpoint
         folder = run_folder(checkpoint)
         return Run(folder, checkpoint, {key: loaded[key] for key in ENTRIES}, folder)
-    if settings.own["trainer.fast_dev_run"]:
+    if settings.config["trainer.fast_dev_run"]:
         return Run(None, checkpoint, loaded)
     if checkpoint and settings.continues:
         run = Run.resumed(checkpoint, loaded, settings.unchanged)
     else:
         run = Run.new(settings.runs, checkpoint, loaded, settings.name)
-    for number, logger in enumerate(as_list(settings.own["trainer.logger"])):
+    for number, logger in enumerate(as_list(settings.config["trainer.logger"])):
         if hasattr(logger, "init_args"):
             place_logger(run, logger, number, settings.runs)
     return run
@@ -117,7 +109,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
             made["checkpoint"] if keeps else None,
             made["best"] if keeps and now["data.val_size"] > 0 else None,
             own=callbacks,
-            board=made["board"].callbacks(),
+            board=[made["board"]] if made["board"].every_n_epochs > 0 else [],
             settings={key: value for key, value in now.items() if key.startswith(parts) and key not in MACHINE},
             config=settings.text,
             recipe=settings.recipe,
@@ -128,7 +120,7 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
         callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
     else:
         callbacks.append(progress := Progress())
-        callbacks += [Results(run, progress), *made["board"].callbacks()] if command == "test" else []
+        callbacks += [Results(run, progress)] if command == "test" else []
     return {
         **trainer,
         "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
@@ -144,13 +136,13 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
 def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
     """Return the user's loggers, or of a fit TensorBoard's in the run's folder."""
     if given in (None, True):
-        given = settings.command == "fit" and not settings.own["trainer.fast_dev_run"] and make_logger(run)
-    defaults, hparams = settings.parser.get_defaults(), {"recipe": settings.recipe}
+        given = settings.command == "fit" and not settings.config["trainer.fast_dev_run"] and make_logger(run)
+    hparams: dict[str, Any] = {"recipe": settings.recipe}
     for key, value in settings.plain.items():
         if key.startswith("trainer.") and key not in MACHINE:
             # one type in all runs: TensorBoard 2.21 compares no text with a number
-            number = type(value) in (int, float) and type(defaults[key]) in (int, float)
-            hparams[key.removeprefix("trainer.")] = value if number else str(value)
+            name = key.removeprefix("trainer.")
+            hparams[name] = value if name in ("max_epochs", "max_steps") else str(value)
     for logger in as_list(given):
         if isinstance(logger, RunLogger):
             logger.log_hyperparams(hparams)  # beside the module's and the data's, which Lightning logs
@@ -174,12 +166,8 @@ def check_trainer(settings: Settings, trainer: Trainer) -> None:
         raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
     if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
         raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
-    for kind, instead in REFUSED.items():
-        if any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UserError(f"trainer.callbacks must have no {kind.__name__}: {instead}")
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    if processes * machines > 1 and environment and not environment.creates_processes_externally:
-        # Lightning 2.6 takes a SLURM job of the name bash or interactive for a session in which it starts processes
-        raise UserError("the SLURM job needs another name than bash or interactive: srun --job-name digits")
+    if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
+        raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
     if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
         raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")

@@ -20,7 +20,7 @@ VALUES = ["mean", "std", "best", "worst"]
 
 
 def table(plan: Study, study: optuna.Study) -> pd.DataFrame:
-    """Return a line for each configuration and its runs (`trials`), the best first, and pruned and failed ones last."""
+    """Return a line for each configuration and its runs (`trials`), the best first, and failed ones last."""
     lines, least, attrs = [], plan.direction == "minimize", study.user_attrs
     for sample, trial in sorted(latest_trials(study).items()):
         runs = [{"seed": n, **run, **attrs.get(f"test {sample} {n}", {})} for n, run in plan.ended_runs(trial).items()]
@@ -52,9 +52,8 @@ def difference(first: pd.Series, second: pd.Series) -> dict[str, Any]:
     lines = [pd.Series({run["seed"]: run["value"] for run in line["trials"]}) for line in (first, second)]
     pairs = pd.concat(lines, axis=1, join="inner")
     apart = pairs[0] - pairs[1]
-    low = high = None
-    if apart.std() > 1e-6:  # else there is one seed, or chance or rounding made them equal
-        low, high = map(float, ttest_rel(pairs[0], pairs[1]).confidence_interval(0.95))
+    several = apart.std() > 1e-6  # else there is one seed, or chance or rounding made them equal
+    low, high = ttest_rel(pairs[0], pairs[1]).confidence_interval(0.95) if several else (None, None)
     return {"seeds": pairs.index.tolist(), "mean": float(apart.mean()), "low": low, "high": high}
 
 
@@ -103,16 +102,11 @@ def report(plan: Study, study: optuna.Study, folder: Path, settled: bool) -> pd.
     with replaced(folder / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2) + "\n")
     if plan.varied:
-        plot(plan, study, folder / "settings.png")
+        latest = optuna.create_study(direction=plan.direction)
+        latest.add_trials(latest_trials(study).values())
+        axes = np.asarray(plot_slice(latest, target_name=plan.compare))
+        with replaced(folder / "settings.png") as partial:
+            axes.flat[0].figure.savefig(partial, format="png", dpi=100, bbox_inches="tight")
+        pyplot.close("all")
     print(f"Written to: {shown(folder)}")
     return found
-
-
-def plot(plan: Study, study: optuna.Study, path: Path) -> None:
-    """Draw Optuna's plot of each setting against the compared value."""
-    latest = optuna.create_study(direction=plan.direction)
-    latest.add_trials(latest_trials(study).values())
-    axes = plot_slice(latest, target_name=plan.compare)
-    with replaced(path) as partial:
-        np.atleast_1d(np.asarray(axes))[0].figure.savefig(partial, format="png", dpi=100, bbox_inches="tight")
-    pyplot.close("all")

@@ -1,7 +1,7 @@
 """A study: which configurations are compared, with which seeds, and by which value; and its queue of trials.
 
-A trial has as user attributes the number of its configuration (`sample`), a `reason` where it was pruned or failed, and
-for each seed, as `seed N`, its run and, once that has ended, what came of it. A retried trial inherits them.
+A trial has as user attributes the number of its configuration (`sample`), a `reason` where it failed, and for each
+seed, as `seed N`, its run and, once that has ended, what came of it. A retried trial inherits them.
 """
 
 import json
@@ -14,10 +14,13 @@ from typing import Any, Literal
 
 import optuna
 from jsonargparse.typing import PositiveInt
+from optuna.storages import RDBStorage
+from optuna.storages import RetryFailedTrialCallback as Retry  # Optuna 4.6's name for it
 from optuna.trial import FrozenTrial
 
+from lit_mnist.cli.console import one_line
 from lit_mnist.cli.trainer import as_list
-from lit_mnist.exact.console import UserError, shortened
+from lit_mnist.exact.console import UserError
 from lit_mnist.exact.runs import replaced
 
 # what the sweep sets for each run
@@ -32,16 +35,14 @@ class Study:
 
     Args:
         base: recipe, a file or a list of them, as after `fit --config`; without one the default.
-        settings: what is tried, by dotted names such as model.lr: a list of values, or for random and tpe a range
-            `{low: 0.1, high: 0.8}` with `log: true` or a `step`; a plain value is the same in all trials. Values of
-            `config` are recipe files.
+        settings: by dotted name a list of values, or for random and tpe a range `{low: 0.1, high: 0.8}` with
+            `log: true` or a `step`; a plain value is the same in all trials. Values of `config` are recipe files.
         seeds: how many, from 1 on, or a list of them.
         sampler: every combination (grid), or what random or TPE, a Parzen estimator that prefers what was good, draw.
         samples: how many configurations random and tpe draw.
         compare: metric of held-out images, or of the training, that decides.
         mode: whether its least or greatest value is the best; by default a loss's least and an accuracy's greatest.
         of: whether the value of a run's best checkpoint counts, or of its last epoch.
-        pruner: median skips the remaining seeds of a configuration worse than the median of five others so far.
         heartbeat: seconds between a worker's heartbeats; after three without, another worker resumes its trial.
     """
 
@@ -53,7 +54,6 @@ class Study:
     compare: str = "val/accuracy"
     mode: Literal["min", "max"] | None = None
     of: Literal["best", "last"] = "best"
-    pruner: Literal["none", "median"] = "none"
     heartbeat: PositiveInt = 20
 
     def __post_init__(self) -> None:
@@ -86,11 +86,11 @@ class Study:
         """Return the flags of `fit` for a configuration, with the folder's copies of the recipes if one is given."""
         given = self.settings | dict(params) | ALIKE
         values = {name: value for name, value in given.items() if not isinstance(value, (list, dict))}
-        recipes = [*as_list(self.base), *([values.pop("config")] if "config" in values else [])]
+        recipes = [*as_list(self.base), *as_list(values.pop("config", None))]
         if self.compare.startswith("val/") and self.of == "best":
             values |= {"best.monitor": self.compare, "best.mode": self.direction[:3]}
-        configs = [copy_of(recipe, folder) if folder else recipe for recipe in recipes]
-        return [*(f"--config={config}" for config in configs), *(f"--{name}={plain(values[name])}" for name in values)]
+        configs = [f"--config={copy_of(recipe, folder) if folder else recipe}" for recipe in recipes]
+        return configs + [f"--{name}={plain(values[name])}" for name in values]
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """Return the parameters of a trial: those that it was queued with, or else drawn ones."""
@@ -103,8 +103,7 @@ class Study:
                     whole = isinstance(given["low"], int) and isinstance(given["high"], int)
                     params[name] = (trial.suggest_int if whole else trial.suggest_float)(name, **given)
             except (ValueError, TypeError, KeyError) as error:
-                needed = "a list, or a range of low and high with log: true or a step"
-                raise UserError(f"settings.{name} must be {needed}, got {given} ({error})") from error
+                raise UserError(f"settings.{name} must be a list, or low and high, got {given} ({error})") from error
         return params
 
     def open(self, name: str, url: str | None, folder: Path) -> optuna.Study:
@@ -112,29 +111,24 @@ class Study:
 
         UserError if the database cannot be used, or its study is another one; seeds and samples may grow.
         """
-        url = url or f"sqlite:///{folder / 'trials.db'}"
-        engine = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        url = url or f"sqlite:///{folder / 'trials.db'}?timeout=30"  # seconds, while another worker writes
         beats = {"heartbeat_interval": self.heartbeat, "grace_period": 3 * self.heartbeat}
         for patience in (1, 1, 0):  # Optuna 4.9 and 5 fail where two processes create the tables at once
             try:
-                storage = optuna.storages.RDBStorage(url, engine, **beats, failed_trial_callback=retry)
+                storage = RDBStorage(url, {"pool_pre_ping": True}, **beats, failed_trial_callback=Retry())
                 break
             except Exception as error:  # SQLAlchemy's, a driver's, or an import's
                 if not patience:
-                    reason = shortened(" ".join(str(error.__cause__ or error).split()))
-                    raise UserError(f"--storage: that database cannot be used ({reason})") from error
+                    raise UserError(f"--storage: {one_line(error.__cause__ or error)}") from error
                 sleep(patience)
-        how: Any = {"pruner": optuna.pruners.MedianPruner(), "direction": self.direction, "load_if_exists": True}
-        study = optuna.create_study(storage=storage, study_name=name, **how)
+        study = optuna.create_study(storage=storage, study_name=name, direction=self.direction, load_if_exists=True)
         recipes = [*as_list(self.base), *as_list(self.settings.get("config", []))]
         now = asdict(self) | {"seeds": self.all_seeds, "recipes": {name: Path(name).read_text() for name in recipes}}
         before = study.user_attrs.get("study", now)
         grown = now["seeds"][: len(before["seeds"])] == before["seeds"] and now["samples"] >= before["samples"]
         changed = [name for name in now if now[name] != before[name]]
         if not grown or {*changed} - {"seeds", "samples", "heartbeat"}:
-            raise UserError(
-                f"{', '.join(changed)} changed since this study began: change it back, or give a new study a --name"
-            )
+            raise UserError(f"{', '.join(changed)} changed since this study began: change it back or give a --name")
         study.set_user_attr("study", now)
         for recipe, text in now["recipes"].items():
             (copy := copy_of(recipe, folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -152,22 +146,15 @@ class Study:
             if not (trial := trials.get(sample)):
                 study.enqueue_trial(params, {"sample": sample}, skip_if_exists=self.sampler == "grid")
             elif trial.state.is_finished() and (not self.is_done(trial) or (again and trial.user_attrs["reason"])):
-                retry(study, trial)
+                Retry()(study, trial)
 
     def ended_runs(self, trial: FrozenTrial) -> dict[int, dict[str, Any]]:
-        """Return what came of a trial's runs, by seed."""
         runs = {seed: trial.user_attrs.get(f"seed {seed}", {}) for seed in self.all_seeds}
         return {seed: run for seed, run in runs.items() if "value" in run}
 
     def is_done(self, trial: FrozenTrial) -> bool:
-        """Whether a trial was pruned, has failed, or was trained with all seeds."""
-        whole = len(self.ended_runs(trial)) == len(self.all_seeds)
-        return trial.state.is_finished() and bool(trial.user_attrs.get("reason") or whole)
-
-
-def retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue a trial again, with its attributes and what it has reported."""
-    optuna.storages.RetryFailedTrialCallback(inherit_intermediate_values=True)(study, trial)  # Optuna 4.6's name for it
+        trained = len(self.ended_runs(trial)) == len(self.all_seeds)
+        return trial.state.is_finished() and bool(trained or trial.user_attrs.get("reason"))
 
 
 def latest_trials(study: optuna.Study) -> dict[int, FrozenTrial]:

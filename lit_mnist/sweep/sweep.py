@@ -18,43 +18,34 @@ from typing import Any, NoReturn
 import optuna
 import torch
 from jsonargparse.typing import NonNegativeInt
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LambdaCallback
 
 from lit_mnist.cli.cli import MNISTCLI
-from lit_mnist.cli.console import complain
+from lit_mnist.cli.console import complain, one_line
 from lit_mnist.cli.settings import Parser, Settings, configs_first
-from lit_mnist.cli.trainer import as_list
 from lit_mnist.exact.checkpoints import callback_of
-from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shortened, shown
+from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shown
 from lit_mnist.exact.results import Results
-from lit_mnist.exact.runs import being_trained, expanded, newest, read_results
+from lit_mnist.exact.runs import being_trained, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
 from lit_mnist.sweep.study import Study, latest_trials
-
-
-class UntrainedCLI(MNISTCLI):
-    def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Train nothing."""
 
 
 def check(flags: list[str]) -> Settings:
     """Return the settings of a `fit` with these flags; a UserError says why they cannot be used."""
     with redirect_stdout(io.StringIO()):
-        return UntrainedCLI(["fit", *flags]).settings
+        return MNISTCLI(["fit", *flags], start=False).settings
 
 
 class Worker:
-    """Opens a study, and trains what is in its queue."""
-
     def __init__(self, plan: Study, options: Any) -> None:
         places = {"data.root": options["data.root"], "trainer.default_root_dir": options.root_dir}
         usual = check([*plan.flags({}), *(f"--{name}={place}" for name, place in places.items() if place)])
         plan.suggest(optuna.create_study().ask())
         self.plan, self.runs, self.folder = plan, usual.runs, usual.runs / "sweeps" / options.name
         self.parent = os.getppid() if options.worker is not None else None
-        self.places = [f"--data.root={usual.own['data.root']}", f"--trainer.default_root_dir={self.runs.parent}"]
+        self.places = [f"--data.root={usual.config['data.root']}", f"--trainer.default_root_dir={self.runs.parent}"]
         if options.worker is None:
             for name, given in plan.varied.items():
                 for value in given if isinstance(given, list) else (given["low"], given["high"]):
@@ -67,7 +58,7 @@ class Worker:
 
     def work(self) -> None:
         """Train what is in the queue, until nothing is and no other worker may leave something undone."""
-        while True:
+        while not self.is_settled():
             optuna.storages.fail_stale_trials(self.study)
             states = {trial.state.name for trial in self.study.get_trials(deepcopy=False)}
             try:
@@ -76,8 +67,6 @@ class Worker:
                     self.study.optimize(self.train, n_trials=1)
                 elif "RUNNING" in states:
                     sleep(1)
-                elif self.is_settled():
-                    return
                 else:  # a trial whose worker was stopped
                     self.plan.fill_queue(self.study, again=False)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
@@ -87,7 +76,7 @@ class Worker:
 
     def train(self, trial: optuna.Trial) -> float:
         """Train a configuration with each seed, and return the mean of what is compared: Optuna's objective."""
-        sample, seeds, values = trial.user_attrs.get("sample"), self.plan.all_seeds, []
+        sample, values = trial.user_attrs.get("sample"), []
         if sample is None:
             raise optuna.TrialPruned  # another worker has emptied the queue just now, and Optuna has created a trial
         trial.set_user_attr("reason", None)
@@ -98,15 +87,11 @@ class Worker:
         params = self.plan.suggest(trial)
         if any(other.params == params for number, other in latest_trials(self.study).items() if number < sample):
             self.end(trial, "drawn before")
-        for step, seed in enumerate(seeds):
-            new = "value" not in trial.user_attrs.get(f"seed {seed}", {})
-            if new:
+        for seed in self.plan.all_seeds:
+            if "value" not in trial.user_attrs.get(f"seed {seed}", {}):
                 flags = [*self.plan.flags(params, self.folder), f"--seed_everything={seed}", *self.places]
                 self.train_run(trial, f"seed {seed}", flags)
             values.append(trial.user_attrs[f"seed {seed}"]["value"])
-            trial.report(sum(values) / len(values), step)
-            if new and self.plan.pruner == "median" and seed != seeds[-1] and trial.should_prune():
-                self.end(trial, f"pruned after seed {seed}")
         return sum(values) / len(values)
 
     def end(self, trial: optuna.Trial, reason: str) -> NoReturn:
@@ -135,11 +120,11 @@ class Worker:
                 flags = resumed if check(resumed).unchanged else flags
             with redirect_stdout(self.log):
                 MNISTCLI(["fit", *flags], [LambdaCallback(on_train_start=keep_place)])
-        except (TrainingFailed, ValueError, MisconfigurationException, torch.OutOfMemoryError) as error:
+        except (TrainingFailed, ValueError, torch.OutOfMemoryError) as error:
             cause = error.__cause__
             if isinstance(cause, OSError) or isinstance(getattr(cause, "__cause__", None), OSError):
                 raise  # a full disk, or data that is gone, would end every run
-            self.end(trial, shortened(" ".join(str(error).partition(";")[0].split())))
+            self.end(trial, one_line(str(error).partition(";")[0]))
         run = self.runs / trial.user_attrs[seed]["run"]
         fit, last = read_results(run)["fit"], newest(run)
         best = fit["best"] if self.plan.of == "best" else None  # whose checkpoint is tested, whatever is compared
@@ -153,9 +138,9 @@ class Worker:
         self.say(trial, f"{seed}: {self.plan.compare} {score} in {kept['seconds']:.1f} s")
 
     def say(self, trial: optuna.Trial, text: str) -> None:
-        trials = latest_trials(self.study).values()
-        done = f"{sum(one.state.is_finished() for one in trials)}/{len(trials)}"
-        print(f"[{done}] {named(trial.params)}, {text}\n", end="", flush=True)  # in one piece: workers share a terminal
+        done = [one.state.is_finished() for one in latest_trials(self.study).values()]
+        # in one piece: workers share a terminal
+        print(f"[{sum(done)}/{len(done)}] {named(trial.params)}, {text}\n", end="", flush=True)
 
     def is_settled(self) -> bool:
         return all(map(self.plan.is_done, latest_trials(self.study).values()))
@@ -168,8 +153,7 @@ class Worker:
             if (checkpoint := folder / "checkpoints" / run["checkpoint"]).is_file() and run["host"] == platform.node():
                 with redirect_stdout(self.log):
                     MNISTCLI(["test", *self.places, "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"])
-                latest = read_results(folder)["test"][-1].items()
-                scores = {name: x for name, x in latest if name.startswith("test/")}
+                scores = {name: x for name, x in read_results(folder)["test"][-1].items() if name.startswith("test/")}
                 self.study.set_user_attr(f"test {best['sample']} {run['seed']}", scores)
             else:
                 missing.append(f"{run['run']} (seed {run['seed']}, trained on {run['host']})")
@@ -181,12 +165,11 @@ def read(args: list[str]) -> tuple[Study, Any]:
     parser = Parser(prog="python -m lit_mnist sweep", description="Compare settings over seeds, by a study file.")
     add = parser.add_argument
     add("-c", "--config", action="config", metavar="STUDY.yaml", help="the study file")
-    add("--name", type=str, help="of the study (that of the study file, and of a --base)")
+    add("--name", type=str, help="of the study (that of the study file)")
     add("--workers", type=NonNegativeInt, default=1, help="processes that train; 0 shows the table so far (1)")
     add("--test", action="store_true", help="in the end score the chosen configuration, and only it, on the test set")
     add("--storage", type=str, help="URL of a database for several machines (an SQLite file in the study's folder)")
-    add("--output", type=str, help="folder of the tables and plots (the study's, under lightning_logs/sweeps)")
-    add("--retry", action="store_true", help="try pruned and failed configurations again")
+    add("--retry", action="store_true", help="try failed configurations again")
     add("--root_dir", type=str, help="the folder of lightning_logs (the recipe's, or this one)")
     add("--data.root", type=str, help="the folder of the data (the recipe's)")
     add("--worker", type=int, help=SUPPRESS)  # the number of a worker that another process has started
@@ -194,8 +177,7 @@ def read(args: list[str]) -> tuple[Study, Any]:
     files, line = configs_first(args)
     options = parser.parse_args(line)
     plan = Study(**{name: options.pop(name) for name in Study.__dataclass_fields__})
-    bases = as_list(plan.base) if any(arg.partition("=")[0] == "--base" for arg in args) else []
-    options.name = options.name or "-".join(Path(file).stem for file in [*files, *bases]) or "study"
+    options.name = options.name or "-".join(Path(file).stem for file in files) or "study"
     return plan, options
 
 
@@ -228,21 +210,18 @@ def sweep(args: list[str]) -> None:
         raise KeyboardInterrupt(signum)
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    before = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        with warnings.catch_warnings():
-            # by Optuna 4.6 to 5 and, of plots with one value, matplotlib
-            warnings.filterwarnings("ignore", "(?s).*(experimental|deprecated|already reported|identical low)")
-            run(*read(args), args)
+        # by Optuna 4.6 to 5 and, of plots with one value, matplotlib
+        warnings.filterwarnings("ignore", "(?s).*(experimental|deprecated|identical low)")
+        run(*read(args), args)
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = next(iter(stopped.args), signal.SIGINT)  # of both their first argument
         message = f"Stopped by {signal.Signals(signum).name}. Run the same command to continue the sweep."
         raise SystemExit(complain(message, 128 + signum)) from stopped
     except optuna.exceptions.StorageInternalError as error:
-        reason = shortened(" ".join(str(error.__cause__ or error).split()))
+        reason = one_line(error.__cause__ or error)
         raise TrainingFailed(f"the database failed ({reason}); run the same command to continue the sweep") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run(plan: Study, options: Any, args: list[str]) -> None:
@@ -255,14 +234,13 @@ def run(plan: Study, options: Any, args: list[str]) -> None:
         return
     settled = worker.is_settled()
     missing = worker.test() if options.test and settled else []
-    found = report(plan, worker.study, expanded(options.output or worker.folder, "--output"), settled)
+    found = report(plan, worker.study, worker.folder, settled)
     if options.workers and not settled:
         raise TrainingFailed("the sweep is not complete, and no worker is left; run the same command to continue it")
     if settled and found["reason"].notna().all():
-        raise TrainingFailed("all configurations were pruned or failed; --retry tries them again")
+        raise TrainingFailed("all configurations failed; --retry tries them again")
     if settled:
-        choose = min if plan.direction == "minimize" else max
-        best = choose(found.iloc[0]["trials"], key=lambda run: run["value"])
+        best = next(run for run in found.iloc[0]["trials"] if run["value"] == found.iloc[0]["best"])
         if (path := worker.runs / best["run"] / "checkpoints" / best["checkpoint"]).is_file():
             command = shlex.join(["test", "--ckpt_path", shown(path), worker.places[0]])
             print(f"Best run:   {shown(path)}\nTest it:    python -m {PROGRAM} {command}")
