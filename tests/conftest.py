@@ -42,9 +42,10 @@ def network(tmp_path: Path, monkeypatch: Patch) -> nn.Module:
     network = DigitNet("4x5/2 8/2", activation="silu").eval().to(memory_format=torch.channels_last)
     folder = Path("lightning_logs/version_0/checkpoints")
     folder.mkdir(parents=True)
+    settings = {"network": "digitnet", "layers": "4x5/2 8/2", "activation": "silu", "dropout": 0.0, "classes": 10}
     checkpoint = {
         "state_dict": {f"network.{name}": weights for name, weights in network.state_dict().items()},
-        "hyper_parameters": {"layers": "4x5/2 8/2", "activation": "silu", "classes": 10},
+        "hyper_parameters": settings,
         "datamodule_hyper_parameters": {"name": "mnist"},
         **{"epoch": 0, "global_step": 1, "pytorch-lightning_version": "2.6.6"},
     }
@@ -52,17 +53,12 @@ def network(tmp_path: Path, monkeypatch: Patch) -> nn.Module:
     return network
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_group() -> Iterator[None]:
-    """Leave a process group that torch keeps from an earlier run, and this test's: another's may be of another kind."""
-
-    def leave() -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-    leave()
+    """Leave a process group that torch keeps from a test's run: another's may be of another kind."""
     yield
-    leave()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

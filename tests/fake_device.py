@@ -1,6 +1,6 @@
-"""A device without a GPU: its tensors lie in the processor's memory, but refuse to meet the processor's, and in the
-steps of a training everything that would wait for a GPU raises: a value that is read, a copy back, a copy there that is
-not `non_blocking`, and an operation whose values decide the size of its result.
+"""A device without a GPU: its tensors lie in the processor's memory, but refuse to meet the processor's, and once
+`set_sync_debug_mode` says so, everything that would wait for a GPU raises: a value that is read, a copy back, a copy
+there that is not `non_blocking`, and an operation whose values decide the size of its result.
 
 It is torch's device `lazy`, which nothing else uses: `privateuse1`, meant for backends in Python, cannot train where
 torch is built for CUDA and has no driver (2.15). A GPU's arithmetic, memory and order of execution are not imitated.
@@ -9,11 +9,9 @@ torch is built for CUDA and has no driver (2.15). A GPU's arithmetic, memory and
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from pytorch_lightning.accelerators import AcceleratorRegistry, CPUAccelerator
-from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,6 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 DEVICE = torch.device("lazy", 0)
 READS = "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "bincount"
+# by which a command runs on it; a wrapped tensor made outside of inference mode cannot be detached in it (torch 2.15)
+FLAGS = ["--trainer.accelerator=fake", "--trainer.strategy=fake", "--trainer.inference_mode=false"]
 waiting_forbidden = False
 
 
@@ -34,6 +34,10 @@ class FakeTensor(Tensor):
 
     raw: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:
+        raise DeviceError("outside of fake_device()")
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> "FakeTensor":
@@ -53,32 +57,11 @@ class FakeTensor(Tensor):
         raw = self.raw.detach()
         return (torch.nn.Parameter(raw, self.requires_grad) if self.requires_grad else raw).__reduce_ex__(protocol)
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-        leaves = is_on("cpu", kwargs.get("device"))
-        if name == "copy_":
-            target, source, *non_blocking = args
-            leaves = not isinstance(target, FakeTensor)
-            if not leaves and source.dim() and not isinstance(source, FakeTensor) and not any(non_blocking):
-                check_waiting(name)
-        elif any(tensor.dim() and not isinstance(tensor, FakeTensor) for tensor in tensors):
-            raise DeviceError(f"{name}: tensors of two devices, shapes {[list(t.shape) for t in tensors]}")
-        masked = name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
-        if name in READS or masked or leaves:
-            check_waiting(name)
-        raw_args, raw_kwargs = tree_map_only(FakeTensor, lambda each: each.raw, (args, kwargs))
-        made = func(*raw_args, **raw_kwargs)
-        if leaves:
-            return args[0] if name == "copy_" else made
-        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, FakeTensor, made))
 
-
-def check_waiting(name: str) -> None:
-    if waiting_forbidden:
-        raise DeviceError(f"{name}: waits for the device within a step")
+def set_sync_debug_mode(mode: str) -> None:
+    """Do for this device what `torch.cuda.set_sync_debug_mode` does for a GPU."""
+    global waiting_forbidden
+    waiting_forbidden = mode == "error"
 
 
 def is_on(kind: str, device: Any) -> bool:
@@ -86,18 +69,29 @@ def is_on(kind: str, device: Any) -> bool:
 
 
 class FakeDevice(TorchDispatchMode):
-    """Makes what is created on the device, or copied to it, one of its tensors."""
+    """Makes what is created on the device, or copied to it, one of its tensors, and checks what is done with those."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not is_on("lazy", kwargs.get("device")):
+        name = func._schema.name.removeprefix("aten::")
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+        others = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        arrives, leaves = (is_on(kind, kwargs.get("device")) for kind in ("lazy", "cpu"))
+        if len(others) == len(tensors) and not arrives:
             return func(*args, **kwargs)
-        own = any(isinstance(each, FakeTensor) for each in tree_flatten(args)[0])
-        if func is torch.ops.aten._to_copy.default and not own and args[0].dim() and not kwargs.get("non_blocking"):
-            check_waiting("_to_copy")
-        raw_args = tree_map_only(FakeTensor, lambda each: each.raw, args)
-        made = func(*raw_args, **{**kwargs, "device": torch.device("cpu")})
-        return tree_map_only(Tensor, FakeTensor, made)
+        waits = name == "_to_copy" and arrives and not kwargs.get("non_blocking")
+        if name == "copy_":
+            leaves, waits = not isinstance(args[0], FakeTensor), not any(args[2:])
+        elif any(tensor.dim() for tensor in others) and not arrives:
+            raise DeviceError(f"{name}: tensors of two devices, shapes {[list(t.shape) for t in tensors]}")
+        masked = name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        if waiting_forbidden and (name in READS or masked or leaves or (waits and others and others[0].dim())):
+            raise DeviceError(f"{name}: waits for the device")
+        raw_args, raw_kwargs = tree_map_only(FakeTensor, lambda each: each.raw, (args, kwargs))
+        made = func(*raw_args, **raw_kwargs | ({"device": torch.device("cpu")} if arrives else {}))
+        if leaves:
+            return args[0] if name == "copy_" else made
+        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, FakeTensor, made))
 
 
 class FakeValues(TorchFunctionMode):
@@ -124,22 +118,11 @@ class FakeAccelerator(CPUAccelerator):
 
 
 @contextmanager
-def fake_device() -> Iterator[list[str]]:
-    """Give the flags by which a command runs on the device. From an epoch's second step on none may wait for
-    it, from taking its batch to the last callback.
-    """
+def fake_device() -> Iterator[None]:
     AcceleratorRegistry.register("fake", FakeAccelerator, override=True)
     StrategyRegistry.register("fake", SingleDeviceStrategy, override=True, device=DEVICE, accelerator=FakeAccelerator())
-    original = _TrainingEpochLoop.advance
-
-    def advance(self: _TrainingEpochLoop, data_fetcher: Any) -> None:
-        global waiting_forbidden
-        waiting_forbidden = self.batch_progress.current.ready > 0
+    with FakeValues(), FakeDevice():  # type: ignore[no-untyped-call]
         try:
-            original(self, data_fetcher)
+            yield
         finally:
-            waiting_forbidden = False
-
-    with patch.object(_TrainingEpochLoop, "advance", advance), FakeValues(), FakeDevice():  # type: ignore[no-untyped-call]
-        # a wrapped tensor made outside of inference mode cannot be detached in it (torch 2.15)
-        yield ["--trainer.accelerator=fake", "--trainer.strategy=fake", "--trainer.inference_mode=false"]
+            set_sync_debug_mode("default")

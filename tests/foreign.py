@@ -1,142 +1,208 @@
-"""Another project with lit_mnist's exact/ in it, under the name `machinery`: its own module, metrics, data, loggers.
+"""Three projects in the style of Lightning's tutorials, with lit_mnist's exact/ among them as `machinery`.
 
-Nothing here is of lit_mnist. tests/exact/test_lifted.py copies both to a folder and kills it there.
+Nothing here is of lit_mnist. tests/exact/test_lifted.py and benchmarks/kill.py copy both to a folder and kill them.
 """
 
 import random
-from collections.abc import Iterator
+import sys
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import numpy as np
 import torch
-from machinery.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
+from machinery.assembly import hold, make_callbacks, make_logger, make_plugins
 from machinery.checkpoints import BestSettings, Run, SaveSettings
 from machinery.ddp import ExactDDP
 from machinery.reader import read_checkpoint
 from machinery.runs import newest
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
-from torchmetrics import MeanSquaredError, MinMaxMetric, SpearmanCorrCoef
-from torchmetrics.wrappers import Running
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Accuracy, MeanSquaredError
 
-STEPS = 7  # an epoch
+
+class Bars(Dataset[Tensor]):
+    """Images, float (1, 8, 8) in 0..1, of a bright row each; for training turned and shifted at random."""
+
+    def __init__(self, size: int, train: bool) -> None:
+        self.size, self.train = size, train
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = torch.zeros(1, 8, 8)
+        image[0, index % 8] = 0.9
+        if self.train:
+            image = image.rot90(random.randrange(4), (1, 2)).roll(int(torch.randint(8, ())), 1)
+            image += 0.1 * np.random.rand()  # noqa: NPY002
+        return image
 
 
-class Regression(LightningModule):
-    """Logs in each way that Lightning has, draws from each generator, and reduces its rate on a plateau."""
+class Autoencoder(LightningModule):
+    """Learns a code of a few numbers for an image, at a lower rate once the validation is no better."""
+
+    def __init__(self, width: int = 4, code: int = 6) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(16 * width, code)
+        )
+        self.decoder = nn.Sequential(nn.Linear(code, 16 * width), nn.GELU(), nn.Unflatten(1, (width, 4, 4)))
+        self.decoder.append(nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1))
+        self.val_error = MeanSquaredError()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(self.encoder(images))
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        loss = mse_loss(self(images), images)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+        return loss
+
+    def validation_step(self, images: Tensor, batch_idx: int) -> None:
+        self.val_error(self(images), images)
+        self.log("val_loss", self.val_error)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+class GAN(LightningModule):
+    """A network that draws images and one that tells them from real ones, with an optimizer each."""
+
+    def __init__(self, latent: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(latent, 64), nn.Unflatten(1, (4, 4, 4)), nn.BatchNorm2d(4), nn.ReLU())
+        self.generator.append(nn.ConvTranspose2d(4, 1, 4, stride=2, padding=1))
+        self.discriminator = nn.Sequential(nn.Conv2d(1, 4, 4, stride=2, padding=1), nn.LeakyReLU(0.2), nn.Flatten())
+        self.discriminator.extend([nn.Dropout(0.3), nn.Linear(64, 1)])
+        self.examples = torch.randn(2, latent)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return torch.sigmoid(self.generator(noise))
+
+    def loss(self, images: Tensor, real: float) -> Tensor:
+        answers = self.discriminator(images)
+        return binary_cross_entropy_with_logits(answers, torch.full_like(answers, real))
+
+    def training_step(self, images: Tensor, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        draws, judges = optimizers
+        drawn = self(torch.randn(len(images), self.examples.shape[1]).type_as(images))
+        for optimizer, name in ((draws, "generator"), (judges, "discriminator")):
+            self.toggle_optimizer(optimizer)
+            loss = self.loss(drawn, 1) if optimizer is draws else self.loss(images, 1) + self.loss(drawn.detach(), 0)
+            self.log(f"{name}_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+    def on_train_epoch_end(self) -> None:
+        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+            schedule.step()
+        pictures: Any = self.logger
+        pictures.experiment.add_images("examples", self(self.examples.to(self.device)), self.current_epoch)
+
+    def configure_optimizers(self) -> Any:
+        parts = self.generator, self.discriminator
+        optimizers = [torch.optim.Adam(part.parameters(), lr=2e-3, betas=(0.5, 0.999)) for part in parts]
+        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in optimizers]
+
+
+def sentences(size: int, seed: int) -> list[tuple[Tensor, int]]:
+    """Return texts of 3 to 12 of the words 1 to 19, int64 (T,), and whether their first word comes again."""
+    chosen = random.Random(seed)
+    texts = [[chosen.randint(1, 19) for _ in range(chosen.randint(3, 12))] for _ in range(size)]
+    return [(torch.tensor(text), int(text[0] in text[1:])) for text in texts]
+
+
+def pad(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return texts, padded with 0 to the longest, int64 (B, T), their lengths and classes, int64 (B,)."""
+    texts, classes = zip(*samples, strict=True)
+    return pad_sequence([*texts], batch_first=True), torch.tensor([*map(len, texts)]), torch.tensor(classes)
+
+
+class TextClassifier(LightningModule):
+    """Reads embedded words one after the other, and decides between two classes."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.layers = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 1))
-        self.mse = MeanSquaredError()
-        self.rank = SpearmanCorrCoef()  # keeps all that it has seen
-        self.recent = Running(MeanSquaredError(), window=3)
-        self.wrapped = {"range": MinMaxMetric(MeanSquaredError())}  # in a plain dict, as `unregistered`
-        self.unregistered = {"own": MeanSquaredError()}
-        self.val_mse = MeanSquaredError()
+        self.embedding = nn.Embedding(20, width, padding_idx=0)
+        self.reader = nn.LSTM(width, width, batch_first=True, bidirectional=True)
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * width, 2))
+        scores = {f"{part}_acc": Accuracy("multiclass", num_classes=2) for part in ("train", "val")}
+        self.scores: Any = nn.ModuleDict(scores)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        noise = 0.01 * (np.random.rand() + random.random())  # noqa: NPY002
-        answers = self.layers(batch["inputs"] + noise)[:, 0]
-        loss = nn.functional.mse_loss(answers, batch["values"])
-        for metric in (self.mse, self.rank, self.recent, self.wrapped["range"], *self.unregistered.values()):
-            metric.update(answers.detach(), batch["values"])
-        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
-        self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
-        self.log("mse", self.mse, on_step=False, on_epoch=True)
+    def forward(self, texts: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.embedding(texts), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(self.reader(packed)[1][0].transpose(0, 1).flatten(1))
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor], part: str) -> Tensor:
+        *inputs, classes = batch
+        logits = self(*inputs)
+        loss = cross_entropy(logits, classes)
+        self.scores[f"{part}_acc"](logits, classes)
+        self.log(f"{part}_loss", loss, batch_size=len(classes), sync_dist=part == "val")
+        self.log(f"{part}_acc", self.scores[f"{part}_acc"], on_step=False, on_epoch=True)
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        metrics = {"rank": self.rank, "recent": self.recent, "range": self.wrapped["range"], **self.unregistered}
-        values = {name: metric.compute() for name, metric in metrics.items()}
-        self.log_dict({"least": values.pop("range")["min"], **values})
-        for metric in metrics.values():
-            metric.reset()
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self.step(batch, "train")
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_mse(self.layers(batch["inputs"])[:, 0], batch["values"])
-        self.log("val/mse", self.val_mse)
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        self.step(batch, "val")
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/mse"}}
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class Shuffled:
-    """A loader with a state of its own: a generator that goes on from epoch to epoch, and how far it has come."""
-
-    def __init__(self, samples: list[dict[str, Tensor]], batch_size: int, shuffle: bool) -> None:
-        self.samples, self.batch_size, self.shuffle = samples, batch_size, shuffle
-        self.generator = torch.Generator().manual_seed(3)
-        self.done = self.first = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self.begun, first, self.first = self.generator.get_state(), self.first, 0
-        size = len(self.samples)
-        order = torch.randperm(size, generator=self.generator) if self.shuffle else torch.arange(size)
-        for self.done, batch in enumerate(order.split(self.batch_size)[first:], first + 1):  # noqa: B020
-            yield {key: torch.stack([self.samples[i][key] for i in batch]) for key in self.samples[0]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "generator": self.begun if self.done % len(self) else self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done, self.first = state["done"], state["done"] % len(self)
-        self.begun = state["generator"]
-        self.generator.set_state(self.begun)
+# module, data sets for training and, in two of them, for validation, and what else its loaders are given
+PROJECTS: dict[str, tuple[type[LightningModule], list[Any], dict[str, Any]]] = {
+    "autoencoder": (Autoencoder, [Bars(56, True), Bars(16, False)], {"num_workers": 2}),
+    "gan": (GAN, [Bars(56, True)], {"drop_last": True}),
+    "text": (TextClassifier, [sentences(60, 1), sentences(20, 2)], {"collate_fn": pad}),
+}
 
 
-class Numbers(LightningDataModule):
-    def setup(self, stage: str) -> None:
-        generator = torch.Generator().manual_seed(1)
-        inputs = torch.randn(8 * STEPS, 3, generator=generator)
-        values = inputs[:, 0] - inputs[:, 1] * inputs[:, 2]
-        self.samples = [{"inputs": x, "values": y} for x, y in zip(inputs, values, strict=True)]
-
-    def train_dataloader(self) -> Shuffled:
-        processes = self.trainer.world_size  # type: ignore[union-attr]
-        return Shuffled(self.samples[self.trainer.global_rank :: processes], 8 // processes, shuffle=True)  # type: ignore[union-attr]
-
-    def val_dataloader(self) -> Shuffled:
-        return Shuffled(self.samples[:20], 10, shuffle=False)
-
-
-def fit(folder: str, devices: int = 1) -> None:
+def fit(name: str, folder: str, devices: int = 1) -> None:
     """Train in the folder, from its newest checkpoint on where there is one."""
     runs = Path(folder)
     seed_everything(5)
+    kind, sets, settings = PROJECTS[name]
+    module = kind()
+    loaders: Any = [DataLoader(part, 8, shuffle=part is sets[0], **settings) for part in sets]
     checkpoint = newest(runs / "version_0")
     run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run.new(runs)
-    arguments: dict[str, Any] = {"save_dir": folder, "name": "", "version": None}
-    own: Any = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": arguments}
-    place_logger(run, own, 1, runs)
-    own_logger: Any = locate(own["class_path"])
+    best = BestSettings("val_loss", "min", "val_loss") if len(loaders) > 1 else None
+    own = [EarlyStopping("val_loss")] if best else []
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=ExactDDP(60, True, start_method="popen") if devices > 1 else "auto",
         max_epochs=4,
         log_every_n_steps=2,
-        num_sanity_val_steps=0,
         enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=make_callbacks(
-            run,
-            SaveSettings(every_n_steps=1),
-            BestSettings("val/mse", "min", "loss"),
-            own=[EarlyStopping("val/mse", patience=3)],
-            config="a: 1\n",
-        ),
+        callbacks=make_callbacks(run, SaveSettings(every_n_steps=1), best, own=own),
         plugins=make_plugins(run),
-        logger=[make_logger(run), own_logger(**arguments)],
+        logger=make_logger(run),
     )
     with hold(run, trainer):
-        trainer.fit(Regression(), datamodule=Numbers(), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, loaders[0], loaders[1:] or None, ckpt_path=checkpoint, weights_only=True)
+
+
+if __name__ == "__main__":
+    fit(sys.argv[1], sys.argv[2], int(sys.argv[3]))

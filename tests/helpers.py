@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,16 +63,31 @@ def fails(capsys: Capsys, *args: str, run: Command | None = None, status: int = 
     return error
 
 
-def assert_same(ours: Any, theirs: Any, path: str = "") -> None:
-    """Compare two trees of a checkpoint bit for bit, types included."""
-    assert type(ours) is type(theirs), path
-    if isinstance(ours, dict | list):
-        ours, theirs = (each if isinstance(each, dict) else dict(enumerate(each)) for each in (ours, theirs))
-        assert ours.keys() == theirs.keys(), path
+def assert_same(ours: Any, theirs: Any, path: str = "", ignored: str = "") -> None:
+    """Compare two trees of a checkpoint bit for bit, types included, but for keys that match a pattern."""
+    assert type(ours) is type(theirs), f"{path}: {ours!r}, not {theirs!r}"[-300:]
+    if isinstance(ours, dict | list | tuple):
+        ours, theirs = (
+            {key: value for key, value in pairs if not re.fullmatch(ignored, str(key))}
+            for pairs in (each.items() if isinstance(each, dict) else enumerate(each) for each in (ours, theirs))
+        )
+        assert ours.keys() == theirs.keys(), f"{path}: {sorted(map(str, ours.keys() ^ theirs.keys()))}"
         for key in ours:
-            assert_same(ours[key], theirs[key], f"{path}/{key}")
+            assert_same(ours[key], theirs[key], f"{path}/{key}", ignored)
+    elif isinstance(ours, torch.Tensor):
+        both = (ours.dtype, ours.shape), (theirs.dtype, theirs.shape)
+        assert both[0] == both[1], f"{path}: {both}"
+        one, other = (each.detach().to_dense().flatten().contiguous().view(torch.uint8) for each in (ours, theirs))
+        assert torch.equal(one, other), f"{path}: {ours}, not {theirs}"
     else:
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, path
+        assert ours == theirs, f"{path}: {ours}, not {theirs}"
+
+
+class Hostile:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("run by the pickle",)
 
 
 class Killed(BaseException):
@@ -100,6 +116,20 @@ def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> It
 def last_checkpoint(run: Path = RUN) -> dict[str, Any]:
     (last,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
     return dict(torch.load(last, weights_only=True))
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Return every tensor of the last and best checkpoint, every logged value, and the files' names, but no timings."""
+    loaded = last_checkpoint(run)
+    best = [torch.load(path, weights_only=True)["state_dict"] for path in run.glob("checkpoints/best-*.ckpt")]
+    del loaded["conditions"], loaded["curves"]
+    del loaded["callbacks"]["Results"], loaded["callbacks"]["Progress"]  # commands and timings
+    files = sorted(str(path.relative_to(run)) for path in run.rglob("*.ckpt"))
+    return {"state": loaded, "best": best, "curves": scalars(run), "files": files}
+
+
+def assert_alike(ours: Path, theirs: Path, ignored: str = "") -> None:
+    assert_same(outcome(ours), outcome(theirs), "", ignored)
 
 
 def results(run: Path = RUN) -> dict[str, Any]:

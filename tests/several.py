@@ -12,6 +12,7 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datamodule, datasets
+from lit_mnist.module import LitMNIST
 
 
 class Death(NamedTuple):
@@ -38,9 +39,8 @@ def run(
     longest: float = LONGEST,
 ) -> list[Outcome]:
     """Run `main(arguments)` in the folder on each of the processes, and return how each ended."""
-    flags = [*arguments, *(["--trainer.devices", str(processes)] if environment is None else [])]
-    own = enumerate(environments(processes, environment))
-    calls = [(rank, flags, files, each, death if death and death.rank == rank else None) for rank, each in own]
+    flags = [*arguments, *([f"--trainer.devices={processes}"] if environment is None else [])]
+    calls = [(rank, flags, files, each, death) for rank, each in enumerate(environments(processes, environment))]
     return in_processes(folder, _command, *calls, longest=longest)
 
 
@@ -48,10 +48,8 @@ def _command(rank: int, flags: list[str], files: Any, variables: dict[str, str],
     os.environ.update(variables)
     datasets.FILES = files
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
-    if rank and any(name in variables for name in ("LOCAL_RANK", "SLURM_LOCALID")):
+    if rank and variables.keys() & {"LOCAL_RANK", "SLURM_LOCALID"}:
         datasets.prepare = partial(fail, AssertionError("only the first process prepares the data"))
-    if death:
-        from lit_mnist.module import LitMNIST
-
+    if death and death.rank == rank:
         kill_before(death.step, LitMNIST, death.signum)
     return main(flags)

@@ -1,14 +1,16 @@
-"""What must hold on a GPU. Each test runs on the processor too; `pytest -m gpu` runs those on the GPU alone."""
+"""What must hold on a GPU, tested on the processor and on an imitation; `pytest -m gpu` takes the GPU alone."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fake_device
 import pytest
 import torch
-from helpers import Capsys, Command, Killed, Patch, assert_same, at_call, fail, last_checkpoint, results
+from helpers import RUN, Capsys, Command, Killed, Patch, assert_same, at_call, fail, outcome, results
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -17,7 +19,8 @@ from lit_mnist import LitMNIST, MNISTDataModule
 # torch reads it once in a process, at the first matrix product; Lightning sets it when it makes a deterministic Trainer
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
+FLAGS = {"cpu": ["--trainer.accelerator=cpu", "--trainer.strategy=auto"], "cuda": ["--trainer.accelerator=gpu"]}
+FLAGS["lazy"] = fake_device.FLAGS
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 # 7 batches of 50 an epoch, and whatever has a state
@@ -28,14 +31,15 @@ TINY += ["--data.rotation", "8", "--data.scale", "0.1", "--data.augmented", "0.7
 BOARD = "--board.every_n_epochs", "1"
 
 
-@pytest.fixture(params=["cpu", CUDA])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["cpu", "lazy", CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fake_device.fake_device() if request.param == "lazy" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture
 def fit(command: Command, device: str) -> Command:
-    return lambda *flags: command("fit", *TINY, *flags, "--trainer.accelerator", ACCELERATORS[device])
+    return lambda *flags: command("fit", *TINY, *FLAGS[device], *flags)
 
 
 def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], None]) -> None:
@@ -47,15 +51,6 @@ def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], None]) -> None:
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(LitMNIST, "training_step", watched)
-
-
-def last_state(version: int) -> dict[str, Any]:
-    """Return weights, their average, the optimizer's state and the RNG states of a run's last checkpoint."""
-    loaded = last_checkpoint(Path(f"lightning_logs/version_{version}"))
-    random = {name: loaded["processes"][0]["random"].get(name) for name in ("torch", "cuda")}
-    optimizers = [optimizer["state"] for optimizer in loaded["optimizer_states"]]
-    names = "state_dict", "current_model_state", "averaging_state", "global_step"
-    return {**{name: loaded[name] for name in names}, "optimizers": optimizers, "random": random}
 
 
 def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root: Path, monkeypatch: Patch) -> None:
@@ -84,9 +79,9 @@ def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root:
         assert torch.equal(ours[1], theirs[1])
 
 
-@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("device", ["lazy", CUDA], indirect=True)
 def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Patch, request: Any) -> None:
-    mode, steps = torch.cuda.set_sync_debug_mode, []
+    mode, steps = (torch.cuda if device == "cuda" else fake_device).set_sync_debug_mode, list[int]()
     request.addfinalizer(lambda: mode("default"))
 
     def look(*_: Any) -> None:
@@ -100,37 +95,47 @@ def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Pa
     assert len(steps) == 117
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_run_that_is_cut_short_is_resumed(command: Command, fit: Command, device: str, precision: str) -> None:
-    flags = ["--trainer.deterministic", "true", "--trainer.precision", precision, "--model.dropout", "0.1"]
-    flags += ["--checkpoint.every_n_steps", "1"]
+FAULTS: dict[str, Callable[[Tensor], object]] = {
+    "_local_scalar_dense: waits for": lambda images: float(images[0, 0]),
+    "_to_copy: waits for": lambda images: torch.ones(5).to(images.device),
+    "index: waits for": lambda images: images[images > 3],
+    "mul: tensors of two devices": lambda images: images * torch.zeros(3),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_faults_are_found(message: str) -> None:
+    with fake_device.fake_device():
+        images = torch.ones(2, 3).to("lazy")
+        fake_device.set_sync_debug_mode("error")
+        with pytest.raises(fake_device.DeviceError, match=message):
+            FAULTS[message](images)
+
+
+@pytest.mark.parametrize("own", ["precision=32-true", "precision=bf16-mixed", "strategy=ddp"])
+def test_a_run_that_is_cut_short_is_resumed(command: Command, fit: Command, device: str, own: str) -> None:
+    if device == "lazy" and own != "precision=32-true":
+        pytest.skip("not imitated")
+    flags = [f"--trainer.{own}", "--trainer.devices", "1", "--trainer.deterministic", "true"]
+    flags += ["--model.dropout", "0.1", "--checkpoint.every_n_steps", "1"]
     assert fit(*flags) == 0
     with at_call(10, partial(fail, Killed()), LitMNIST, "training_step"), pytest.raises(Killed):
         fit(*flags)  # which stops within the second epoch
     torch.rand(3, device=device)  # another process has another random state
-    assert command("fit", "--ckpt_path", "last", "--trainer.accelerator", ACCELERATORS[device]) == 0
-    uninterrupted, ours = last_state(0), last_state(1)
-    assert (ours["random"]["cuda"] is not None) == (device == "cuda")
-    assert_same(ours, uninterrupted)
+    assert command("fit", "--ckpt_path", "last", FLAGS[device][0]) == 0
+    whole, ours = (outcome(RUN.with_name(f"version_{version}")) for version in (0, 1))
+    assert ("cuda" in ours["state"]["processes"][0]["random"]) == (device == "cuda")
+    assert_same(ours, whole)
+    if own == "strategy=ddp":
+        assert torch.distributed.get_backend() == {"cpu": "gloo", "cuda": "nccl"}[device]
 
 
-@pytest.mark.usefixtures("no_group")
-def test_ddp_of_one_process_is_a_run_without(fit: Command, device: str, monkeypatch: Patch) -> None:
-    flags = ["--trainer.deterministic", "true", "--trainer.precision", "32-true"]
-    assert fit(*flags) == 0
-    backends = set()
-    watch(monkeypatch, lambda *_: backends.add(torch.distributed.get_backend()))
-    assert fit(*flags, "--trainer.strategy", "ddp", "--trainer.devices", "1") == 0
-    assert backends == {{"cpu": "gloo", "cuda": "nccl"}[device]}
-    assert_close(last_state(1)["state_dict"], last_state(0)["state_dict"], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
 def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: Capsys, device: str) -> None:
     units = torch.cuda.is_bf16_supported(including_emulation=False)
     assert fit("--trainer.precision", "auto", "--trainer.max_epochs", "1") == 0
     chosen, name, fit_results = "bf16-mixed" if units else "32-true", torch.cuda.get_device_name(), results()["fit"]
-    assert f"Precision: {chosen}, as {name} has " in capsys.readouterr().out
+    assert f"Precision: {chosen}\n" in capsys.readouterr().out
     assert fit_results["settings"]["trainer.precision"] == chosen
     assert fit_results["hardware"]["device"] == name
 
@@ -138,15 +143,14 @@ def test_precision_auto_is_what_the_gpu_has(fit: Command, capsys: Capsys, device
 def test_a_checkpoint_serves_every_device(command: Command, fit: Command, device: str, capsys: Capsys) -> None:
     assert fit(*BOARD) == 0
     losses = []
-    for accelerator in {"cpu", ACCELERATORS[device]}:
-        chosen = ["--ckpt_path", "best", "--trainer.accelerator", accelerator]
+    for name in {"cpu", device}:
+        chosen = ["--ckpt_path", "best", *FLAGS[name]]
         assert command("validate", *chosen) == 0
         assert command("test", *chosen) == 0
         losses.append(results()["test"][-1]["test/loss"])
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)  # convolutions on a GPU are TF32's
     assert command("export", "--ckpt_path", "best", "--output", "digits.pt2") == 0
     assert "Exported: digits.pt2, " in capsys.readouterr().out
-    for epochs, accelerator in ((3, "cpu"), (4, ACCELERATORS[device])):
-        longer = ["--ckpt_path", "last", "--trainer.max_epochs", str(epochs), "--trainer.accelerator", accelerator]
-        assert command("fit", *longer) == 0
+    for epochs, name in ((3, "cpu"), (4, device)):
+        assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", str(epochs), *FLAGS[name]) == 0
     assert (results()["fit"]["epochs"], results()["fit"]["steps"]) == (4, 28)

@@ -1,9 +1,12 @@
+from copy import deepcopy
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, LambdaCallback
 from torch.testing import assert_close
 
 from lit_mnist.data.batches import TensorBatches
@@ -27,61 +30,43 @@ def small(**settings: Any) -> LitMNIST:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
+    ("schedule", "warmup", "expected", "own"),
     [
-        ("constant", 0.0, [1, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", 0.0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
-        ("linear", 0.5, [0.1, 0.325, 0.55, 0.775, 1, 0.75, 0.5, 0.25]),
-        ("cosine", 0.5, [0.1, 0.325, 0.55, 0.775, 1, 0.853553, 0.5, 0.146447]),
-        ("constant", 0.25, [0.1, 0.55, 1, 1, 1, 1, 1, 1]),
+        ("constant", 0.0, [1, 1, 1, 1, 1, 1, 1, 1], []),
+        ("linear", 0.5, [0.1, 0.325, 0.55, 0.775, 1, 0.75, 0.5, 0.25], []),
+        ("cosine", 0.5, [0.1, 0.325, 0.55, 0.775, 1, 0.853553, 0.5, 0.146447], []),
+        ("constant", 0.25, [0.1, 0.55, 1, 1, 1, 1, 1, 1], []),
+        ("linear", 0.0, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 2 / 6, 1 / 6, 1 / 6], [GradientAccumulationScheduler({1: 2})]),
     ],
 )
-def test_learning_rate_of_each_step(schedule: str, warmup: float, expected: list[float]) -> None:
-    class Recorder(LitMNIST):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-
-    rates: list[float] = []
-    module = Recorder("4/2", lr=2.0, schedule=schedule, warmup=warmup, ema_decay=0.0)  # type: ignore[arg-type]
-    trainer().fit(module, some_batches())  # 2 epochs of 4 steps
+def test_learning_rate_of_each_step(schedule: str, warmup: float, expected: list[float], own: list[Callback]) -> None:
+    rates, module = list[float](), small(lr=2.0, schedule=schedule, warmup=warmup)
+    record = LambdaCallback(on_train_batch_start=lambda t, *_: rates.append(t.optimizers[0].param_groups[0]["lr"]))
+    trainer(callbacks=[record, *own]).fit(module, some_batches())  # 2 epochs of 4 steps
     assert rates == pytest.approx([2 * factor for factor in expected], abs=1e-6)
 
 
 def test_weight_decay_spares_biases_and_batch_norm() -> None:
     module = small(weight_decay=0.1)
     trainer(max_epochs=1).fit(module, some_batches())
-    decayed, spared = module.trainer.optimizers[0].param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert sorted(tuple(p.shape) for p in decayed["params"]) == [(4, 1, 3, 3), (8, 4, 3, 3), (10, 8)]
-    assert len(spared["params"]) == 5
+    groups = module.trainer.optimizers[0].param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 3), (0.0, 5)]
+    assert sorted(tuple(p.shape) for p in groups[0]["params"]) == [(4, 1, 3, 3), (8, 4, 3, 3), (10, 8)]
 
 
-def test_metrics_are_those_of_all_images() -> None:
-    module = small()
-    loader = some_batches(count=50, batch_size=16)  # the last batch has 2: a mean of batch means would be another
-    (results,) = trainer().test(module, loader, verbose=False)
-    logits = module.eval()(loader.images).detach()
-    assert results["test/loss"] == pytest.approx(F.cross_entropy(logits, loader.targets).item(), abs=1e-5)
-    assert results["test/accuracy"] == pytest.approx((logits.argmax(1) == loader.targets).float().mean().item())
-
-
-def test_training_metrics_are_those_of_every_step_without_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    module = small(label_smoothing=0.1)
-    update = module.train_metrics.update
-
-    def record(*pair: Any) -> None:
-        seen.append(pair)
-        update(*pair)
-
-    monkeypatch.setattr(module.train_metrics, "update", record)
-    trainer(max_epochs=1).fit(module, some_batches(count=50, batch_size=10))
-    logits, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    metrics, images = module.trainer.callback_metrics, some_batches().images
-    smoothed = F.cross_entropy(module(images), some_batches().targets, label_smoothing=0.1)
-    assert_close(module.training_step((images, some_batches().targets), 0), smoothed)
-    assert_close(metrics["train/loss"], F.cross_entropy(logits.detach(), targets))
-    assert_close(metrics["train/accuracy"], (logits.argmax(1) == targets).float().mean())
+@pytest.mark.parametrize("stage", ["train", "val", "test"])
+def test_metrics_are_those_of_all_images_without_smoothing(stage: str) -> None:
+    module, loader = small(label_smoothing=0.1), some_batches(count=50, batch_size=16)  # the last batch has 2
+    part = getattr(module, f"{stage}_metrics")
+    with patch.object(part, "update", Mock(wraps=part.update)) as update:
+        getattr(trainer(max_epochs=1), {"train": "fit", "val": "validate"}.get(stage, stage))(module, loader)
+    assert update.call_count == 4
+    logits, targets = (torch.cat(parts) for parts in zip(*(call.args for call in update.mock_calls), strict=True))
+    metrics = module.trainer.callback_metrics
+    assert_close(metrics[f"{stage}/loss"], F.cross_entropy(logits.detach(), targets))
+    assert_close(metrics[f"{stage}/accuracy"], (logits.argmax(1) == targets).float().mean())
+    smoothed = F.cross_entropy(module(loader.images), loader.targets, label_smoothing=0.1)
+    assert_close(module.training_step((loader.images, loader.targets), 0), smoothed)
 
 
 @pytest.mark.parametrize(
@@ -94,18 +79,13 @@ def test_training_metrics_are_those_of_every_step_without_smoothing(monkeypatch:
 )
 def test_averaged_weights_are_the_ones_that_are_kept(decay: float, decays: list[float]) -> None:
     plain, averaged = small(lr=0.05), small(lr=0.05, ema_decay=decay)
-    weights: dict[str, list[torch.Tensor]] = {"head.weight": [], "features.2.running_var": []}
-
-    def record(module: LitMNIST) -> None:
-        for name, values in weights.items():
-            values.append(module.network.state_dict()[name].clone())
-
-    plain.on_train_batch_end = lambda *args: record(plain)  # type: ignore[method-assign]
-    for module in (plain, averaged):
-        trainer().fit(module, some_batches())  # 8 steps
-    for name, values in weights.items():
+    states = list[dict[str, torch.Tensor]]()
+    record = LambdaCallback(on_train_batch_end=lambda *_: states.append(deepcopy(plain.network.state_dict())))
+    trainer(callbacks=[record]).fit(plain, some_batches())  # 8 steps
+    trainer().fit(averaged, some_batches())
+    for name in ("head.weight", "features.2.running_var"):
         expected = torch.zeros(())
-        for share, value in zip(decays, values, strict=True):
-            expected = share * expected + (1 - share) * value
+        for share, state in zip(decays, states, strict=True):
+            expected = share * expected + (1 - share) * state[name]
         assert_close(averaged.network.state_dict()[name], expected)
     assert averaged.network.state_dict()["features.2.num_batches_tracked"] == 8

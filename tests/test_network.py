@@ -40,29 +40,19 @@ def test_layers_that_add_their_input_and_are_used_again() -> None:
     assert [first[0], first[1]] == [second[0], second[1]]  # the same weights, and another norm
     assert first[2] is not second[2]
     assert parameters(network) == parameters(DigitNet("4/2 4x5d")) + 2 * 4
-    assert names(DigitNet("4 4 again pool"))[-4:] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
-
-
-def test_a_crop() -> None:
-    network, pixels = DigitNet("crop2 4x5v").eval(), images()
-    border = pixels.clone()
-    border[:, :, 2:-2, 2:-2] = 0
-    assert torch.equal(network(pixels), network(pixels - border))
-    assert not torch.equal(network(pixels), network(torch.zeros_like(pixels)))
-    assert parameters(network) == parameters(DigitNet("4x5v"))
 
 
 def test_sizes() -> None:
     sizes = {"4/2": 14, "4x5d/2": 14, "4 pool": 14, "4x5v": 24, "4x5v/2": 12, "4x7v 4v": 20, "4x5v 4x5dv": 20}
     for layers, size in (sizes | {"crop2 4x5v": 20}).items():
-        assert DigitNet(layers).eval().features(torch.zeros(1, 1, 28, 28)).shape == (1, 4, size, size), layers
+        network = DigitNet(layers).eval()
+        assert network.features(images().float()).shape == (3, 4, size, size), layers
+    assert torch.equal(network(images()), network(nn.functional.pad(images()[:, :, 2:-2, 2:-2], [2] * 4)))
 
 
 def test_logits_of_raw_pixels() -> None:
     network, pixels = DigitNet("4/2 8/2").eval(), images()
-    logits = network(pixels)
-    assert (logits.shape, logits.dtype) == ((3, 10), torch.float32)
-    real = pixels.float()
+    logits, real = network(pixels), pixels.float()
     assert_close(network(real), logits)
     assert torch.equal(real, pixels.float())  # left as they are
     # the same by hand: normalised as the field does it, pooled after the last convolution
@@ -74,27 +64,17 @@ def test_logits_of_raw_pixels() -> None:
 def test_mlp() -> None:
     network, pixels = MLP("32 16", dropout=0.5, activation="silu", classes=26).eval(), images()
     assert parameters(network) == 784 * 32 + 2 * 32 + 32 * 16 + 2 * 16 + 16 * 26 + 26
-    block = ["Linear", "LayerNorm", "SiLU", "Dropout"]
-    assert [type(layer).__name__ for layer in network.hidden] == [*block, *block]
+    assert [type(layer).__name__ for layer in network.hidden] == ["Linear", "LayerNorm", "SiLU", "Dropout"] * 2
     expected = network.head(network.hidden(((pixels / 255 - MEAN) / STD).view(3, 784)))
-    assert expected.shape == (3, 26)
     assert_close(network(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
-BAD = ["", "pool", "16a", "16x4", "0", "-3", "16 x", "16/3", "8 pool pool pool pool pool", "8 16+", "8 8/2+", "8 8s2+"]
-BAD += ["crop0 4", "4 crop9 crop5", "again", "4 again", "4 4/2 again", "4 4v again", "4 4 pool again"]
-WIDTHS = ["", "16x5", "0", "-3", "16,8", "16 pool", "99999"]
+BAD = {"digitnet": ["", "pool", "16a", "16x4", "0", "16/3", "8 pool pool pool pool pool", "8 16+", "8 8/2+", "crop0 4"]}
+BAD["digitnet"] += ["4 crop9 crop5", "again", "4 again", "4 4/2 again", "4 4v again", "4 4 pool again"]
+BAD["mlp"] = ["", "16x5", "0", "16,8", "99999"]
 
 
-@pytest.mark.parametrize(("network", "layers"), [("digitnet", bad) for bad in BAD] + [("mlp", bad) for bad in WIDTHS])
+@pytest.mark.parametrize(("network", "layers"), [(name, bad) for name in BAD for bad in BAD[name]])
 def test_bad_layers(network: str, layers: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.layers .*{re.escape(repr(layers))}"):
         NETWORKS[network](layers, 0.0, "relu", 10)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_all_networks_are_made_alike(name: str) -> None:
-    network = NETWORKS[name]("8 4", 0.1, "silu", 3)
-    assert network(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 3)
-    with pytest.raises(ValueError, match=r"model\.dropout .* 1\.0"):
-        NETWORKS[name]("8 4", 1.0, "relu", 3)

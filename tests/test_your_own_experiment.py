@@ -11,16 +11,7 @@ from pathlib import Path
 
 import pytest
 import several
-from helpers import (
-    REPOSITORY,
-    assert_same,
-    in_processes,
-    kill_before,
-    last_checkpoint,
-    results,
-    scalars,
-    write_tiny_mnist,
-)
+from helpers import REPOSITORY, assert_alike, in_processes, kill_before, results, scalars, write_tiny_mnist
 
 pytestmark = pytest.mark.slow
 PAGE = (REPOSITORY / "docs" / "your-own-experiment.md").read_text()
@@ -89,56 +80,45 @@ def version(home: Path, number: int) -> Path:
     return home / "lightning_logs" / f"version_{number}"
 
 
-def kill_and_compare(home: Path, command: list[str]) -> None:
-    """Compare a run with a second one, which is killed within its first epoch, at its end and within its second."""
-    for kill_at, flags in ((4, command), (5, RESUME), (3, RESUME), (0, RESUME)):
+def train_and_kill(home: Path, command: list[str]) -> None:
+    """Compare two runs, of which the second is killed within its first epoch, at its end and within its second."""
+    for kill_at, flags in ((0, command), (4, command), (5, RESUME), (3, RESUME), (0, RESUME)):
         run(home, flags, kill_at)
-    ours, theirs = version(home, 1), version(home, 0)
-    assert_same(last_checkpoint(ours)["state_dict"], last_checkpoint(theirs)["state_dict"])
-    assert_same(scalars(ours), scalars(theirs))
+    assert_alike(version(home, 1), version(home, 0))
 
 
 @pytest.mark.parametrize("copy", ["Another network", "Another loss", "Another metric"], indirect=True)
 def test_a_change_of_the_model(copy: Path, request: pytest.FixtureRequest) -> None:
     section = request.node.callspec.params["copy"]
     first, *others = commands(section)
-    run(copy, first)
-    kill_and_compare(copy, first)
-    shutil.rmtree(version(copy, 1))
+    train_and_kill(copy, first)
     printed = [run(copy, command) for command in others]
+    ours = results(version(copy, 1))
     if section == "Another network":
-        assert results(version(copy, 0))["fit"]["model"]["network"] == "strided"
+        assert ours["fit"]["model"]["network"] == "strided"
     if section == "Another metric":
-        assert {"train/f1", "val/f1"} <= results(version(copy, 0))["fit"]["metrics"].keys()
-        assert "f1 0." in printed[0]
-        assert float(printed[1].split()[-1]) == pytest.approx(
-            results(version(copy, 0))["test"][-1]["test/f1"], rel=1e-3
-        )
+        assert {"train/f1", "val/f1"} <= ours["fit"]["metrics"].keys()
+        assert float(printed[1].split()[-1]) == pytest.approx(ours["test"][-1]["test/f1"], rel=1e-3)
 
 
 @pytest.mark.parametrize("copy", ["Mixup, and whatever else mixes the images of a batch"], indirect=True)
 def test_mixup_is_the_same_on_several_processes(copy: Path, request: pytest.FixtureRequest) -> None:
     (command,) = commands(request.node.callspec.params["copy"])
     command += ["--model.dropout", "0", "--trainer.precision", "64-true"]
-    run(copy, command)
-    kill_and_compare(copy, command)
+    train_and_kill(copy, command)
     run(copy, command, processes=2)
     one, two = (scalars(version(copy, number)) for number in (0, 2))
-    assert len(one["train/loss_step"]) == 7
     for tag in ("train/loss_step", "val/loss", "train/accuracy"):
         assert [value for _, value in two[tag]] == pytest.approx([value for _, value in one[tag]], abs=1e-6)
 
 
 @pytest.mark.parametrize("copy", ["Another data set"], indirect=True)
 def test_another_data_set(copy: Path) -> None:
-    (command,) = commands("Another data set")
-    run(copy, command)
-    run(copy, ["test", "--ckpt_path", "best", "--data.root", "digits"])
-    assert results(version(copy, 0))["test"][-1]["samples"] == 297
-    # as the page has it, with the default recipe
     (documented,) = re.findall(r"^    python -m lit_mnist (.+)$", SECTIONS["Another data set"], re.M)
-    run(copy, shlex.split(documented))
-    assert results(version(copy, 1))["fit"]["metrics"]["val/accuracy"] >= 0.97
+    run(copy, shlex.split(documented))  # the default recipe
+    run(copy, ["test", "--ckpt_path", "best", "--data.root", "digits"])
+    assert results(version(copy, 0))["fit"]["metrics"]["val/accuracy"] >= 0.97
+    assert results(version(copy, 0))["test"][-1]["samples"] == 297
 
 
 @pytest.mark.parametrize("copy", ["Another logger"], indirect=True)
@@ -147,13 +127,10 @@ def test_another_logger(copy: Path) -> None:
         lines = [line.split(",") for line in (version(copy, number) / "metrics.csv").read_text().splitlines()]
         return [[v for name, v in zip(lines[0], line, strict=True) if "per_second" not in name] for line in lines]
 
-    first, again = commands("Another logger")
-    run(copy, first)
+    first, longer = commands("Another logger")
+    train_and_kill(copy, first)
     assert not list(version(copy, 0).glob("events*"))
-    run(copy, first, kill_at=5)
-    run(copy, RESUME)
-    assert rows(1) == rows(0)
-    run(copy, again)
+    run(copy, longer)
     assert rows(1)[: len(rows(0))] == rows(0)
     assert len(rows(1)) > len(rows(0))
 
@@ -163,7 +140,6 @@ def test_a_callback(copy: Path) -> None:
     first, again = commands("A callback")
     run(copy, [*first, "--model.schedule", "constant", "--model.warmup", "0", "--model.lr", "1e-9"])
     before = results(version(copy, 0))["fit"]
-    assert before["state"] == "finished"
-    assert before["epochs"] < 5
     run(copy, again)
-    assert results(version(copy, 0))["fit"]["epochs"] == before["epochs"]  # it had been stopped
+    assert before["state"] == "finished"
+    assert results(version(copy, 0))["fit"]["epochs"] == before["epochs"] < 5  # it had been stopped

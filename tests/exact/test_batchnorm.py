@@ -1,38 +1,29 @@
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from torch import nn
 
-from lit_mnist import LitMNIST
-from lit_mnist.exact.batchnorm import SyncBatchNorm2d, SynchronizedBatchNorm
+from lit_mnist.exact.batchnorm import SyncBatchNormOnCPU
 
 
-@pytest.mark.usefixtures("no_group")
-def test_it_is_batch_norm() -> None:
+@pytest.mark.parametrize("settings", [{}, {"momentum": None, "affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (4, 3)), (nn.BatchNorm2d, (4, 3, 5, 6))])
+def test_it_is_batch_norm(kind: Any, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{find_free_network_port()}", rank=0, world_size=1)
     torch.manual_seed(0)
-    ours, theirs = SyncBatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    theirs = kind(3, **settings).double()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
-    ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(4, 3, 5, 6, dtype=torch.float64)
-    for _ in range(3):
-        inputs = [images.clone().requires_grad_() for _ in range(2)]
-        outputs = [layer(given) for layer, given in zip((ours, theirs), inputs, strict=True)]
-        for output in outputs:
-            (output * torch.arange(6)).square().sum().backward()
-        (one, another) = (
-            [output, given.grad, *(part.grad for part in layer.parameters()), *layer.buffers()]
-            for output, given, layer in zip(outputs, inputs, (ours, theirs), strict=True)
-        )
-        torch.testing.assert_close(one, another, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
-
-
-def test_the_plugin_changes_layers_and_restores_them() -> None:
-    model, plugin = LitMNIST(), SynchronizedBatchNorm()
-    parameters = dict(model.named_parameters())
-    for change, kind in ((plugin.apply, SyncBatchNorm2d), (plugin.revert, nn.BatchNorm2d)):
-        change(model)
-        assert [type(part) for part in model.modules() if isinstance(part, nn.BatchNorm2d)] == [kind] * 5
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    ours = deepcopy(theirs)
+    ours.__class__ = SyncBatchNormOnCPU
+    values, found = torch.randn(shape, dtype=torch.float64), []
+    for layer in (theirs, ours):
+        for _ in range(3):
+            output = layer(given := values.clone().requires_grad_())
+            (output * torch.arange(shape[-1])).square().sum().backward()
+        gradients = [part.grad for part in (given, *layer.parameters())]
+        found.append([output, *gradients, *layer.buffers(), layer.eval()(values)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)

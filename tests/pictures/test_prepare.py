@@ -4,14 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, features
 from test_report import Mean
 from torch import Tensor
 
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.prepare import Box, Pixels, digit, grey_levels, split
+from lit_mnist.pictures.prepare import Pixels, digit, grey_levels, split
 from lit_mnist.pictures.report import read
 
 TURNED = Image.Exif()
@@ -29,11 +28,6 @@ def drawn(*places: tuple[int, int], height: int = 200, width: int = 200) -> Pixe
     return levels
 
 
-def box(seen: Tensor) -> tuple[int, int, int, int]:
-    rows, columns = (seen[0] > 25).any(1).nonzero().flatten(), (seen[0] > 25).any(0).nonzero().flatten()
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """At the best of all shifts by a pixel: a centre of mass may be rounded either way."""
     shifts = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
@@ -45,26 +39,29 @@ def save(path: Path, levels: Pixels, mode: str = "L", **options: Any) -> Path:
     return path
 
 
-def test_form_of_mnist() -> None:
-    seen = digit(drawn())
-    assert (seen.shape, seen.dtype) == ((1, 28, 28), torch.uint8)
-    top, bottom, left, right = box(seen)
-    assert bottom - top == 20  # the longer side fills the box
-    assert abs((right - left) - 20 * 40 / 60) <= 1  # with its proportions
-    mass, index = seen[0].float(), torch.arange(28.0)
-    for axis in (0, 1):
-        assert float((mass.sum(axis) * index).sum() / mass.sum()) == pytest.approx(14, abs=0.5)
-    assert int(seen.max()) == 255
-    assert int((seen == 0).sum()) > 400
-
-
-def light_and_place() -> dict[str, Pixels]:
+def variants() -> dict[str, Pixels]:
+    """The same digit in another light, place or surroundings."""
     height = np.linspace(0, 1, 200)
     uneven = 0.5 + 0.4 * height[:, None] * height[None]  # light that falls off to a corner
     specks = 1 - drawn()
     specks[180:183, 10:13] = 0
-    return {
+    names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch")
+    found = {name: 0.85 - 0.65 * drawn() for name in names}
+    framed = found["box"]
+    framed[15:105, 75:78] = framed[15:105, 147:150] = framed[15:18, 75:150] = framed[102:105, 75:150] = 0.2
+    found["cell"][:, 190:193] = found["cell"][6:9] = 0.2
+    found["desk"][:, :60] = 0.3
+    found["strip"][188:] = 0.05
+    for pitch in range(12, 200, 31):
+        lines = [found[name][pitch : pitch + 2] for name in ("ruled", "squared")]
+        for line in (*lines, found["squared"][:, pitch : pitch + 2]):
+            line.clip(max=0.5, out=line)
+    y, x = np.indices((200, 200))
+    found["hard shadow"] *= np.where(x + y < 190, 0.5, 1.0).astype(np.float32)
+    found["strokes that do not touch"][38:40, 90:122] = 0.85
+    return found | {
         "place": drawn((150, 5)),
+        "far away": 1 - drawn((300, 700), height=900, width=1200),
         "dark on light": 1 - drawn(),
         "a pencil's grey": 0.9 - 0.3 * drawn(),
         "size": drawn().repeat(3, 0).repeat(3, 1),
@@ -75,53 +72,20 @@ def light_and_place() -> dict[str, Pixels]:
     }
 
 
-def surroundings() -> dict[str, Pixels]:
-    names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch")
-    variants = {name: 0.85 - 0.65 * drawn() for name in names}
-    framed = variants["box"]
-    framed[15:105, 75:78] = framed[15:105, 147:150] = framed[15:18, 75:150] = framed[102:105, 75:150] = 0.2
-    variants["cell"][:, 190:193] = variants["cell"][6:9] = 0.2
-    variants["desk"][:, :60] = 0.3
-    variants["strip"][188:] = 0.05
-    for pitch in range(12, 200, 31):
-        lines = [variants[name][pitch : pitch + 2] for name in ("ruled", "squared")]
-        for line in (*lines, variants["squared"][:, pitch : pitch + 2]):
-            line.clip(max=0.5, out=line)
-    y, x = np.indices((200, 200))
-    variants["hard shadow"] *= np.where(x + y < 190, 0.5, 1.0).astype(np.float32)
-    variants["strokes that do not touch"][38:40, 90:122] = 0.85
-    return variants
-
-
 def test_what_does_not_matter() -> None:
-    variants, expected = light_and_place() | surroundings(), digit(drawn())
-    differences = {name: difference(digit(each.astype(np.float32)), expected) for name, each in variants.items()}
+    pictures, expected = variants(), digit(drawn())
+    differences = {name: difference(digit(each.astype(np.float32)), expected) for name, each in pictures.items()}
     assert {name: value for name, value in differences.items() if value >= CLOSE} == {}
 
 
-def test_digits_that_look_like_boxes() -> None:
-    """A nought is no box, even with a speck in it; a box with nothing in it is read as it is."""
-    y, x = np.mgrid[-1:1:200j, -1:1:200j]
-    distance = (2 * x) ** 2 + y * y
-    nought = ((distance < 0.6) & (distance > 0.4)).astype(np.float32)
-    speck = nought.copy()
-    speck[96:104, 96:104] = 1
-    assert difference(digit(speck), digit(nought)) < CLOSE
-    hollow = np.zeros((200, 200), np.float32)
-    hollow[50:150, 60:140] = 1
-    hollow[56:144, 66:134] = 0
-    assert box(digit(hollow)) == pytest.approx((4, 24, 6, 22), abs=1)
-
-
-def test_cut_close_and_far_away() -> None:
-    """More ink than paper in the frame; a digit so small that reducing the picture would leave nothing of it."""
-    y, x = np.mgrid[-1:1:60j, -1:1:40j]
-    bold = ((x * x + y * y < 1) & (x * x + y * y > 0.4)).astype(np.float32)  # a bold nought
-    expected = digit(np.pad(bold, 60))
-    for seen in (bold, 0.9 - 0.5 * bold):
-        assert difference(digit(seen), expected) < CLOSE
-    far = drawn((300, 700), height=900, width=1200)
-    assert difference(digit(1 - far), digit(drawn())) < CLOSE
+def test_noughts() -> None:
+    """No box, even with a speck in it; and with more ink than paper in the frame."""
+    y, x = np.mgrid[-1:1:100j, -1:1:60j]
+    nought, bold = ((((distance := x * x + y * y) < 1) & (distance > least)).astype(np.float32) for least in (0.7, 0.4))
+    speck = np.pad(nought, 50)
+    speck[96:104, 76:84] = 1
+    assert difference(digit(speck), digit(np.pad(nought, 50))) < CLOSE
+    assert difference(digit(0.9 - 0.5 * bold), digit(np.pad(bold, 100))) < CLOSE
 
 
 def test_real_digits_stay_as_they_are(real_root: Path) -> None:
@@ -174,27 +138,15 @@ def sheet(places: list[tuple[int, int]], height: int = 300, width: int = 500) ->
     return 0.9 - 0.7 * drawn(*places, height=height, width=width)
 
 
-def near(found: list[Box], places: list[tuple[int, int]]) -> bool:
-    expected = [(x, y, 40, 60) for x, y in places]
-    return len(found) == len(expected) and bool(np.abs(np.array(found) - np.array(expected)).max() <= 3)
-
-
 def test_order_of_reading() -> None:
-    """Two lines, each not quite level."""
+    """Two lines, each not quite level; a stroke that does not touch its digit."""
     places = [(40, 30), (120, 45), (300, 25), (30, 190), (200, 175)]
-    found = split(sheet(places))
-    assert near([box for box, _ in found], places)
+    levels = sheet(places)
+    levels[54:57, 120:160] = 0.9
+    found = split(levels)
+    assert np.array([box for box, _ in found]) == pytest.approx(np.array([(x, y, 40, 60) for x, y in places]), abs=3)
     for _, seen in found:
-        assert (seen.shape, seen.dtype) == ((1, 28, 28), torch.uint8)
         assert difference(seen, digit(drawn())) < CLOSE
-
-
-def test_strokes_of_one_digit() -> None:
-    """The bar of a five that does not touch it, to the right above; what lies further up is another line's."""
-    levels = np.zeros((200, 300), np.float32)
-    for x in (60, 180):
-        levels[60:68, x + 8 : x + 45] = levels[72:120, x : x + 8] = levels[112:120, x : x + 40] = 1
-    assert [(x, width) for (x, _, width, _), _ in split(1 - levels)] == [(60, 45), (180, 45)]
 
 
 def test_what_is_no_digit() -> None:
@@ -205,17 +157,14 @@ def test_what_is_no_digit() -> None:
         levels[80:180, x : x + 3] = 0.2
     levels[80:83, 40:333] = levels[177:180, 40:333] = levels[150:156, 400:406] = 0.2
     levels[:, :8] = 0.1
-    assert near([box for box, _ in split(levels)], places)
+    expected = np.array([(x, y, 40, 60) for x, y in places])
+    assert np.array([box for box, _ in split(levels)]) == pytest.approx(expected, abs=3)
 
 
-def test_nothing_is_dropped_from_a_sheet_that_has_too_much() -> None:
+def test_a_sheet_that_has_too_much() -> None:
     places = [(90 * column + 30, 110 * row + 30) for row in range(21) for column in range(20)]
     with pytest.raises(UserError, match="420 parts of a digit's size, at most 400 are read"):
         split(sheet(places, 21 * 110 + 40, 20 * 90 + 40))
-    specks = np.ones((1000, 1000), np.float32)
-    specks[5::71, 5::67] = 0
-    with pytest.raises(UserError, match="nothing stands out"):
-        split(specks)
 
 
 def test_boxes_in_the_files_own_pixels(tmp_path: Path) -> None:
@@ -226,5 +175,3 @@ def test_boxes_in_the_files_own_pixels(tmp_path: Path) -> None:
     assert [picture.place[0] for picture in found] == [1, 2]
     for picture, (x, y) in zip(found, places, strict=True):
         assert picture.place[1:] == pytest.approx((6 * x, 6 * y, 240, 360), abs=15)
-    (nothing,) = read(Mean(), save(tmp_path / "blank.png", np.ones((50, 50))), several=True)
-    assert (nothing.digit, nothing.problem) == (None, "nothing stands out from the background")

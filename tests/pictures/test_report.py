@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.report import CELL, MARGIN, Picture, classify, contact_sheet, find, read
+from lit_mnist.pictures.report import CELL, MARGIN, Picture, contact_sheet, find, read
 
 
 def test_find(tmp_path: Path) -> None:
@@ -27,12 +27,6 @@ def test_find(tmp_path: Path) -> None:
 class Mean(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1).float().mean(1, keepdim=True) * torch.tensor([[0.0, 1.0]])
-
-
-def test_classify() -> None:
-    images = (torch.arange(1201) % 256).to(torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
-    expected = torch.stack([1 - images[:, 0, 0, 0].float().sigmoid(), images[:, 0, 0, 0].float().sigmoid()], 1)
-    torch.testing.assert_close(classify(Mean(), images), expected)
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
