@@ -1,9 +1,8 @@
-"""Kill the real program with SIGKILL at random moments, resume it, and compare with the run that was never killed.
+"""Kill real programs with SIGKILL at random moments, resume them, and compare with runs that were never killed.
 
-Each trial trains a shortened recipe on real MNIST, is killed at random (seeded) moments of its training, or now and
-then of its start, up to four times, is resumed with `--ckpt_path last` and left to end; of two processes one is killed,
-and the other has to end by itself. A kill counts where it left a checkpoint to resume. Every tensor of the checkpoints
-and every scalar of the curve but the timings is compared; the exit status is 1 where anything differs.
+Each trial trains a shortened recipe on real MNIST, or a project of tests/foreign.py, is killed at random (seeded)
+moments up to four times, is resumed and left to end; of several processes one is killed, and the others have to end.
+Every tensor of the checkpoints and every scalar but the timings is compared; the exit status is 1 where any differs.
 """
 
 import os
@@ -27,26 +26,25 @@ from lit_mnist.data import datasets
 
 SHORT = ["--trainer.max_epochs", "3", "--trainer.limit_train_batches", "40", "--trainer.log_every_n_steps", "3"]
 SHORT += ["--trainer.enable_model_summary", "false", "--data.val_size", "1000", "--checkpoint.every_seconds", "0.2"]
-SHORT += ["--trainer.accelerator", "cpu", "--trainer.devices"]
+SHORT += ["--trainer.accelerator", "cpu", "--trainer.devices"]  # last, as resumes get it again
+FIT = ["-m", "lit_mnist", "fit"]
 RECIPES: dict[str, list[str]] = {
-    "default": [*SHORT, "1"],
-    **{name: ["--config", str(REPOSITORY / "configs" / f"{name}.yaml"), *SHORT, "1"] for name in ("seed", "smoke")},
-    "processes": [*SHORT, "2"],
-    "foreign": [],  # lit_mnist/exact in another project, under another name
+    **{name: [*FIT, *SHORT, devices] for name, devices in (("default", "1"), ("processes", "2"))},
+    **{name: [*FIT, "--config", f"{REPOSITORY}/configs/{name}.yaml", *SHORT, "1"] for name in ("seed", "smoke")},
+    # lit_mnist/exact in other projects, under another name, on one process or two
+    **{f"{x}-{n}": ["foreign.py", x, "lightning_logs", n] for x in ("autoencoder", "gan", "text") for n in "12"},
 }
 # one thread a process: sums come out in one order
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 Outcome = dict[str, bytes | list[tuple[int, float]]]
 
 
-def start(folder: Path, flags: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lit_mnist", "fit", *flags]
-    if not flags:
-        shutil.copytree(REPOSITORY / "lit_mnist" / "exact", folder / "machinery", dirs_exist_ok=True)
-        shutil.copy(REPOSITORY / "tests" / "foreign.py", folder)
-        command = [sys.executable, "-c", "from foreign import fit; fit('lightning_logs')"]
+def start(folder: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
+    shutil.copytree(REPOSITORY / "lit_mnist" / "exact", folder / "machinery", dirs_exist_ok=True)
+    shutil.copy(REPOSITORY / "tests" / "foreign.py", folder)
     with (folder / "output").open("ab") as file:
-        return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        keywords: Any = {"cwd": folder, "env": ENVIRONMENT, "stdout": file, "stderr": file, "start_new_session": True}
+        return subprocess.Popen([sys.executable, *arguments], **keywords)
 
 
 def wait(folder: Path, process: subprocess.Popen[bytes], pattern: str = "version_0/events.out.*") -> float:
@@ -57,24 +55,26 @@ def wait(folder: Path, process: subprocess.Popen[bytes], pattern: str = "version
     return monotonic()
 
 
-def finish(folder: Path, flags: list[str]) -> float:
+def finish(folder: Path, arguments: list[str]) -> float:
     """Let a run end, and return the seconds that it trained."""
-    process = start(folder, flags)
+    process = start(folder, arguments)
     opened = wait(folder, process)
     if process.wait():
         raise RuntimeError(f"fit ended with status {process.returncode}:\n{(folder / 'output').read_text()[-2000:]}")
     return monotonic() - opened
 
 
-def kill_somewhere(folder: Path, flags: list[str], seconds: float, moment: random.Random) -> bool:
+def kill_somewhere(folder: Path, arguments: list[str], seconds: float, moment: random.Random) -> bool:
     """Start a run and kill a process of it, one time in eight in its start; False where it ended before."""
-    process, in_start = start(folder, flags), moment.random() < 1 / 8
+    process, in_start = start(folder, arguments), moment.random() < 1 / 8
     end = monotonic() + moment.uniform(2, 8) if in_start else wait(folder, process) + moment.uniform(0, seconds)
     while monotonic() < end and process.poll() is None:
         sleep(0.002)
     if process.poll() is not None:
         return False
-    os.kill(moment.choice([process.pid, *children(process)]), signal.SIGKILL)
+    victim = process.pid if in_start else moment.choice([process.pid, *children(process)])
+    # torch 2.15 waits 30 minutes for a first process that died before they were connected
+    (os.killpg if in_start else os.kill)(victim, signal.SIGKILL)
     process.wait()
     for _ in range(1200):  # the other process has to notice
         try:
@@ -99,18 +99,18 @@ def outcome(folder: Path) -> Outcome:
     return {**found, **{tag: values for tag, values in scalars(run).items() if tag != "train/samples_per_second"}}
 
 
-def trial(recipe: str, flags: list[str], expected: Outcome, seconds: float, number: int) -> dict[str, Any]:
-    moment, kills, next_flags = random.Random(f"{recipe} {number}"), 0, flags
+def trial(recipe: str, arguments: list[str], expected: Outcome, seconds: float, number: int) -> dict[str, Any]:
+    moment, kills, resume = random.Random(f"{recipe} {number}"), 0, arguments
     with tempfile.TemporaryDirectory() as name:
         folder, killed = Path(name), True
         for _ in range(moment.randint(1, 4)):
-            killed = killed and kill_somewhere(folder, next_flags, seconds, moment)
+            killed = killed and kill_somewhere(folder, resume, seconds, moment)
             if list(folder.glob("lightning_logs/version_0/checkpoints/last-*.ckpt")):
-                next_flags = ["--ckpt_path", "last", *flags[-4:]] if flags else []  # where the data and the devices are
+                resume = [*FIT, "--ckpt_path", "last", *arguments[-4:]] if "lit_mnist" in arguments else arguments
                 kills += killed
             else:
                 shutil.rmtree(folder / "lightning_logs", ignore_errors=True)
-        finish(folder, next_flags)
+        finish(folder, resume)
         ours = outcome(folder)
     different = sorted(key for key in expected.keys() | ours.keys() if expected.get(key) != ours.get(key))
     lengths = [len(value) for value in ours.values() if isinstance(value, list)]
@@ -120,20 +120,20 @@ def trial(recipe: str, flags: list[str], expected: Outcome, seconds: float, numb
 def main() -> int:
     parser = make_parser(__doc__, "kill")
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), help=f"of {', '.join(RECIPES)} (all)")
-    parser.add_argument("--kills", type=int, default=60, help="at least so many, over all recipes (60)")
+    parser.add_argument("--kills", type=int, default=60, help="at least so many with a checkpoint to resume (60)")
     options = parser.parse_args()
     datasets.prepare(options.root)
     torch.set_num_threads(1)  # as in the runs
     failed = 0
     for recipe in options.recipes:
-        flags = RECIPES[recipe] and [*RECIPES[recipe], "--data.root", str(options.root)]
+        arguments = RECIPES[recipe] + ["--data.root", str(options.root)] * ("lit_mnist" in RECIPES[recipe])
         with tempfile.TemporaryDirectory() as name:
-            seconds, expected = finish(Path(name), flags), outcome(Path(name))
+            seconds, expected = finish(Path(name), arguments), outcome(Path(name))
         done: list[dict[str, Any]] = []
         with ThreadPoolExecutor(2) as pool:
             while (kills := sum(one["kills"] for one in done)) * len(options.recipes) < options.kills:
                 numbers = range(len(done), len(done) + 2)
-                done += pool.map(partial(trial, recipe, flags, expected, seconds), numbers)
+                done += pool.map(partial(trial, recipe, arguments, expected, seconds), numbers)
         for one in done:
             append(options, {"recipe": recipe, **one})
         different = [one["different"] for one in done if one["different"]]
