@@ -42,10 +42,11 @@ class Board(Callback):
 
     Args:
         every_n_epochs: how often pictures and curves of each class are written; 0 turns all of it off.
+        histograms: also of each layer's weights, as often.
     """
 
-    def __init__(self, every_n_epochs: NonNegativeInt = 1) -> None:
-        self.every_n_epochs = every_n_epochs
+    def __init__(self, every_n_epochs: NonNegativeInt = 1, histograms: bool = False) -> None:
+        self.every_n_epochs, self.histograms = every_n_epochs, histograms
         self._batches: list[tuple[Tensor, ...]] = []  # of an evaluation: images, what the network made of them, targets
 
     def writer(self, trainer: Trainer) -> SummaryWriter | None:
@@ -89,6 +90,8 @@ class Board(Callback):
             levels = (kernels if kernels.shape[1] == 3 else kernels.flatten(0, 1)[:, None])[:1024]  # of 3 in colours
             levels = 127.5 + 127.5 * levels / levels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # 0 is grey
             writer.add_image("filters/first layer", grid(levels, columns=8, width=60), step)
+        for name, parameter in network.named_parameters() if self.histograms else ():
+            writer.add_histogram(f"weights/{name}", parameter.detach(), step)
         shape = getattr(trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
         if trainer.current_epoch == 0 and shape:
             # a network that cannot be traced goes without its graph; attention takes another way with gradients

@@ -39,6 +39,7 @@ MEANT = (  # warnings about what is meant here, or that a user can do nothing ab
     "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
     "callbacks used to create the checkpoint need to be provided",  # only fit writes checkpoints
     "Total length of `.*` across ranks is zero",  # data.val_size is 0
+    "smaller than the logging interval|You requested to overfit but",  # every epoch has the order of the first
     "is not supported by the model summary",
     "isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
     "broadcast_buffers. is deprecated",  # in torch 2.15; torch 2.10 does not know the new name
@@ -69,7 +70,7 @@ class MNISTCLI(LightningCLI):
                 trainer_class=AutoTrainer,
                 trainer_defaults=defaults,
                 parser_class=Parser,
-                parser_kwargs={"usage": f"python -m lit_mnist {self.command} [options]"},
+                parser_kwargs={"usage": f"python -m lit_mnist {self.command} [options]", "description": None},
                 auto_configure_optimizers=False,
                 # it would put `_instantiator`, code to call, into every checkpoint
                 load_from_checkpoint_support=False,
@@ -213,7 +214,6 @@ def translate_failures(cli: MNISTCLI) -> Iterator[None]:
         says = isinstance(error, (RuntimeError, ImportError, ValueError)) and module.startswith("pytorch_lightning.")
         says |= isinstance(cause, MisconfigurationException)
         if cli.run.started and (says or isinstance(cause, OSError)):
-            # such as a full disk, or a score that a callback waits for and the module does not log
             raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
         if says:
             raise UserError(one_line(error)) from error

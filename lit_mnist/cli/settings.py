@@ -136,7 +136,8 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     hparams = plain_settings("model", loaded["hyper_parameters"])
     hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
     hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
-    hparams = {key: value for key, value in hparams.items() if key not in (*PLACES, "model.classes")}  # the data's
+    datas = (*PLACES, "model.classes", "model.image_shape")
+    hparams = {key: value for key, value in hparams.items() if key not in datas}
     if settings.command != "fit":
         return hparams, hparams
     if not settings.continues:

@@ -101,9 +101,9 @@ class MNISTDataModule(LightningDataModule):
         datasets.prepare(self.root, self.download, self.hparams["name"])
 
     def setup(self, stage: str) -> None:
-        if stage == "test":
+        if stage == "test" and "test" not in self.sets:
             self.sets["test"] = self._load(train=False)
-        elif stage in ("fit", "validate"):
+        elif stage in ("fit", "validate") and "train" not in self.sets:
             (images, targets), val_size = self._load(train=True), self.hparams["val_size"]
             if val_size >= len(targets):
                 raise UserError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")

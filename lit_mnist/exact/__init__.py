@@ -7,6 +7,4 @@ There, this is a fit that can be killed anywhere and resumed:
     trainer = Trainer(callbacks=make_callbacks(run, SaveSettings()), plugins=make_plugins(run), logger=make_logger(run))
     with hold(run, trainer):
         trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
-
-with `Run` and `SaveSettings` from `.checkpoints`, `read_checkpoint` from `.reader`, and the rest from `.assembly`.
 """

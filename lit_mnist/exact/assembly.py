@@ -37,7 +37,6 @@ def make_callbacks(
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key, for results.json.
         config: the text of config.yaml; empty for none.
-        recipe: a name for the settings of a new run.
     """
     progress = Progress()
     return [

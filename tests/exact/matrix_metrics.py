@@ -132,7 +132,7 @@ def form_of(kind: Any) -> Any:
             return "needs a download"
         except Exception as error:
             if isinstance(error, ImportError) or "nstall" in str(error):
-                return " ".join(["needs", *str(error).split()])
+                return "needs a package"
     raise ValueError(f"{kind.__name__} takes no form")
 
 
