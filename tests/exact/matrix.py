@@ -372,7 +372,7 @@ def cases() -> Iterator[Case]:
 
 PAGE = """# What is exact
 
-`python tests/exact/matrix.py` wrote this ({versions}): each case is trained for {epochs} epochs,
+`PYTHONPATH=tests python tests/exact/matrix.py` wrote this ({versions}): each case is trained for {epochs} epochs,
 killed in front of {kills} steps and resumed, and every tensor and logged value compared bit for bit. A schedule is also
 lengthened by a resume: its rates are those of a run that had this length from the start. Variants of an optimizer,
 where it takes them: {variants}.
