@@ -37,8 +37,7 @@ def one_line(error: object) -> str:
 
 def resume_command(checkpoint: Path | None) -> str:
     """Return what to do after a training that was stopped; config.yaml has all the settings."""
-    command = f"to resume: python -m {PROGRAM} fit --ckpt_path {quote(shown(checkpoint))}" if checkpoint else ""
-    return command or "there is no checkpoint yet, start again"
+    return f"to resume: python -m {PROGRAM} fit --ckpt_path {quote(shown(checkpoint))}" if checkpoint else "start again"
 
 
 class OneLineParser(argparse.ArgumentParser):

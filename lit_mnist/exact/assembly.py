@@ -36,7 +36,6 @@ def make_callbacks(
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
         board: callbacks that write to the run's loggers.
         settings: plain settings by dotted key, for results.json.
-        config: the text of config.yaml; empty for none.
     """
     progress = Progress()
     return [

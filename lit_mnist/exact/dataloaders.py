@@ -104,8 +104,6 @@ class ExactLoader:
         loop: Any = self.trainer.fit_loop
         epoch, rank = loop.epoch_progress.current.processed, self.trainer.global_rank
         within = self.resumed and self.epoch == epoch
-        if within and self.length != len(self):
-            raise UserError(f"{self.length} batches an epoch are now {len(self)}, which is possible between epochs")
         if not within:  # no checkpoint knows how many validations there were
             self.number, self.done = self.number + 1 if self.training else self.trainer.global_step, 0
         if self.resumed and self.sampler:
@@ -117,6 +115,8 @@ class ExactLoader:
                 self.states[0] = self.sampler and deepcopy(self.sampler.state_dict())
                 seed_all((*key, number, 0, 0), self.loader.generator, self.order)
                 order = [*islice(self.order, len(self) + 1)][: len(self)]
+            if within and self.length != len(self):
+                raise UserError(f"{self.length} batches an epoch are now {len(self)}, which is possible between epochs")
             batches = [Seeded([(*key, self.number, n + 1, rank), order[n]]) for n in range(self.done, len(order))]
             self.batches[:] = batches if self.loader.num_workers else [indices for _, indices in batches]
             source = iter(self.source)

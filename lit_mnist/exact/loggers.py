@@ -10,6 +10,7 @@ from time import time
 from typing import Any
 from unittest.mock import patch
 
+from lightning_fabric.loggers.logger import _DummyExperiment
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
@@ -38,7 +39,7 @@ class RewindableLogger(Logger):
     def experiment(self) -> Any:
         # Lightning 2.6 asks for it before a checkpoint is restored, and its loggers then make their files
         if is_first() and not self.opened:
-            raise AttributeError("nothing can be logged before on_train_start: until then a run is not touched")
+            return _DummyExperiment()  # until then a run is not touched
         return super().experiment  # type: ignore[misc]
 
     def save(self) -> None:

@@ -181,7 +181,6 @@ def epoch_metrics(trainer: Trainer) -> dict[str, float]:
 def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:
     """Format metrics: four digits, an accuracy in percent, and as counts if the number of samples is known."""
     texts = []
-    # training before validation, losses before the rest
     for name in sorted(metrics, key=lambda name: (not name.startswith("train/"), not name.endswith("loss"), name)):
         stage, _, title = name.rpartition("/")
         number = f"{metrics[name]:.4f}"

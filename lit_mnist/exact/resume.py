@@ -81,6 +81,7 @@ class ExactResume(Callback):
             "frozen": optimizers.frozen_parts(trainer, pl_module),
             "conditions": conditions(pl_module.device),
             "stopped": trainer.should_stop,
+            "validation_batches": dict(trainer.fit_loop.epoch_loop.val_loop._seen_batches_per_dataloader),
             "latest": metrics.moved({k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}),
             "processes": gather_all(own),
             "pending": metrics.pending(trainer),
@@ -157,6 +158,7 @@ class ExactResume(Callback):
                 if is_users(callback) and not isinstance(callback, (lightning.ProgressBar, lightning.BaseFinetuning)):
                     callback.on_train_epoch_start(trainer, pl_module)
             pl_module.on_train_epoch_start()
+        loop.epoch_loop.val_loop._seen_batches_per_dataloader.update(loaded.get("validation_batches", {}))
         load_states(trainer, loaded)
         optimizers.restore_optimizers(trainer, loaded)
         changed = optimizers.apply_settings(trainer, loaded["configured"], self._configured, self._fresh)
@@ -211,6 +213,8 @@ class ExactResume(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_batch_start(trainer, pl_module)  # of a run that is resumed after an epoch's last step
+        total: Any = trainer.fit_loop.epoch_loop.batch_progress.total  # not even where a hook has ended the epoch
+        vars(total).update(dict.fromkeys(("ready", "started", "processed"), total.completed))
         if trainer.fit_loop.restarting and trainer.max_steps == -1:
             # Lightning 2.6, which keeps no metrics, would leave ReduceLROnPlateau out
             trainer.fit_loop.restarting = False

@@ -63,9 +63,7 @@ def in_words(plan: Study, ranked: pd.DataFrame, apart: dict[str, Any] | None) ->
         return ["No configuration was trained with all its seeds."]
     names = [named(line) for line in ranked[[*plan.varied]].to_dict("records")]
     words = [f"Best: {names[0]}"]
-    if apart and apart["low"] is None:
-        words.append(f"It has too few seeds in common with the second, {names[1]}, for an interval.")
-    elif apart:
+    if apart and apart["low"] is not None:
         mean, low, high = (shown_value(plan.compare, apart[key], "+") for key in ("mean", "low", "high"))
         points = " points" if plan.compare.endswith("accuracy") else ""
         real = "a real difference" if apart["low"] > 0 or apart["high"] < 0 else "no difference can be seen"
