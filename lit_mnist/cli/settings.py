@@ -157,8 +157,8 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
 
 
 def plain_settings(prefix: str, settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the plain entries by dotted key: nothing else that a checkpoint may name, classes above all."""
-    return {f"{prefix}.{key}": old for key, old in settings.items() if str(key)[:1] != "_" and plain_values(old) == old}
+    """Return the plain entries by dotted key: no classes, and no tensors, though one may equal a number."""
+    return {f"{prefix}.{k}": v for k, v in settings.items() if str(k)[:1] != "_" and repr(plain_values(v)) == repr(v)}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
