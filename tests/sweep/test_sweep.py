@@ -120,8 +120,8 @@ def database() -> Iterator[list[str]]:
     [
         (STUDY, 1, (5, 12), nullcontext([])),
         (TPE, 1, (5, 12), nullcontext([])),
-        (STUDY, 2, (STEPS // 2,), nullcontext([])),
-        (STUDY.replace("0.2]", "0.1, 0.2]"), 3, (STEPS // 2,), database()),
+        (STUDY.replace("heartbeat: 1", "heartbeat: 4"), 2, (STEPS // 2,), nullcontext([])),  # a busy machine is slow
+        (STUDY.replace("0.2]", "0.1, 0.2]").replace("heartbeat: 1", "heartbeat: 4"), 3, (STEPS // 2,), database()),
     ],
     ids=["grid", "tpe", "workers", "database"],
 )
@@ -149,12 +149,12 @@ def test_a_killed_study_ends_as_one_that_was_not(
 @pytest.mark.slow
 def test_workers_are_started_and_watched(study: Command, tiny_root: Path, monkeypatch: Patch, capfd: Capsys) -> None:
     Path("base.yaml").write_text(BASE.replace("data: {", "data: {name: idx, "))  # others know nothing of the tiny set
-    raw = str(tiny_root / "MNIST" / "raw")
-    assert study(STUDY, "--workers", "2", "--data.root", raw) == 0
+    raw, text = str(tiny_root / "MNIST" / "raw"), STUDY.replace("heartbeat: 1", "heartbeat: 60")  # none is thought dead
+    assert study(text, "--workers", "2", "--data.root", raw) == 0
     assert [row["n"] for row in tried()] == [2, 2]
     assert len(runs()) == capfd.readouterr().out.count(" s\n") == 4
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    assert study(STUDY.replace("seeds: 2", "seeds: 3"), "--workers", "2", "--data.root", raw) == 3
+    assert study(text.replace("seeds: 2", "seeds: 3"), "--workers", "2", "--data.root", raw) == 3
     assert "worker 1 ended with status 1" in capfd.readouterr().out
 
 
