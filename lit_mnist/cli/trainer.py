@@ -57,7 +57,7 @@ class Bar(lightning.RichProgressBar):
 
 def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
     """Print what is trained, on which device and where to."""
-    sizes = {name: len(part[1]) for name, part in trainer.datamodule.sets.items()}  # type: ignore[attr-defined]
+    sizes = {name: len(part) for name, part in trainer.datamodule.parts.items()}  # type: ignore[attr-defined]
     device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
     parameters = sum(parameter.numel() for parameter in module.parameters())
     print_once(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")

@@ -3,11 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lit_mnist.exact.console import UserError
+from lit_mnist.exact.ddp import gather_all
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -19,7 +23,11 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 @dataclass(eq=False, repr=False)
 class TensorBatches:
-    """Batches (images, targets): each is one indexing operation on tensors that stay in memory."""
+    """Batches (images, targets): each is one indexing operation on tensors that stay in memory.
+
+    With `shares` an epoch takes a part of the images: half of it those with the largest losses when last seen, half
+    drawn from the others. The losses are a training step's, by `keep_losses`, and saved with the loader's place.
+    """
 
     images: Tensor  # uint8 (N, C, H, W); batches are made on the device where it lies
     targets: Tensor  # int64 (N,), or of another form, on the same device
@@ -27,12 +35,20 @@ class TensorBatches:
     seed: int | None = None  # epoch e has a permutation by (seed, e); None keeps the order of the tensors
     rank: int = 0  # of this process, which gets a part of every batch; the parts differ by one image at most
     processes: int = 1
+    part_of: Tensor | None = None  # int (n,): which of the images these batches are of; None is all
+    shares: Sequence[float] = ()  # of the n images, in the first epoch, the second, ...; the last is kept
     fixed: bool = False  # whether every epoch has the order of the first
     epoch: int = field(default=0, init=False)
     _batches_done: int = field(default=0, init=False)
-    _resume_in: int | None = field(default=None, init=False)  # the epoch in which batches are to be skipped
+    _resumed: bool = field(default=False, init=False)  # whether batches are to be skipped
 
     batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
+
+    def __post_init__(self) -> None:
+        self.total = len(self.images if self.part_of is None else self.part_of)
+        # of each image: when last seen before this epoch, and within it; infinite where it was not
+        unseen = torch.tensor([math.inf, -math.inf], dtype=torch.float16, device=self.images.device)
+        self.losses = unseen.view(2, 1).repeat(1, self.total if self.shares else 0)
 
     @property
     def sampler(self) -> "TensorBatches":
@@ -40,14 +56,26 @@ class TensorBatches:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self._batches_done, self._resumed, self.losses = epoch, 0, False, self._gathered()
+            self.losses[0] = torch.where(self.losses[1] > -math.inf, self.losses[1], self.losses[0])
+            self.losses[1] = -math.inf
+
+    def size(self, epoch: int | None = None) -> int:
+        """Return how many images an epoch has, by default this one."""
+        share = self.shares[: (self.position[0] if epoch is None else epoch) + 1][-1:]
+        return math.ceil(self.total * share[0]) if share else self.total
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return -(-self.size() // self.batch_size)
+
+    def lengths(self, epochs: range) -> list[int]:
+        """Return the numbers of batches in some epochs."""
+        return [-(-self.size(epoch) // self.batch_size) for epoch in epochs] if self.shares else []
 
     def part(self, batch: int) -> tuple[int, int, int]:
         """Return where this process's part of an epoch's n-th batch starts and ends in it, and the batch's size."""
-        size = min(self.batch_size, len(self.images) - batch * self.batch_size)
+        size = min(self.batch_size, self.size() - batch * self.batch_size)
         return size * self.rank // self.processes, size * (self.rank + 1) // self.processes, size
 
     @property
@@ -55,33 +83,53 @@ class TensorBatches:
         """The epoch whose order this is, and the number within it of the batch that was handed out last, from -1."""
         return 0 if self.fixed else self.epoch, self._batches_done - 1
 
+    def _order(self) -> Tensor:
+        """Draw this epoch's images on the CPU, so that every device sees the same: int32 (n,) of those in `part_of`."""
+        epoch, _ = self.position
+        if self.seed is None:
+            return torch.arange(self.total, dtype=torch.int32)
+        generator = seeded_generator(self.seed, epoch)
+        order = torch.randperm(self.total, generator=generator, dtype=torch.int32)
+        if (size := self.size()) == self.total:
+            return order
+        if epoch and self.losses[0].isposinf().all():
+            raise UserError("data.shares needs a training_step that calls train_dataloader.keep_losses in each epoch")
+        ranked = order[self.losses[0].cpu()[order].argsort(descending=True, stable=True)]  # ties are in a drawn order
+        hard, others = ranked[: size // 2], ranked[size // 2 :]
+        others = others[torch.randperm(len(others), generator=generator)[: size - len(hard)]]
+        return torch.cat([hard, others])[torch.randperm(size, generator=generator)]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
-        if self._resume_in != self.epoch:
-            self._batches_done = 0
-        self._resume_in = None
-        order = None
-        if self.seed is not None:  # drawn on the CPU, so that every device sees the same order
-            order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, self.position[0]))
-            order = order.to(self.images.device, non_blocking=True)
+        self._batches_done, self._resumed = self._batches_done if self._resumed else 0, False
+        order = self._order().to(self.images.device, non_blocking=True)
         for number in range(self._batches_done, len(self)):
             self._batches_done += 1
             start, stop, _ = self.part(number)
-            batch = slice(number * self.batch_size + start, number * self.batch_size + stop)
-            if order is not None:
-                yield self.images.index_select(0, order[batch]), self.targets.index_select(0, order[batch])
-            elif stop > start:  # an empty part is left out in evaluation alone
-                yield self.images[batch], self.targets[batch]
+            self._latest = order[number * self.batch_size + start : number * self.batch_size + stop]
+            indices = self._latest if self.part_of is None else self.part_of[self._latest]
+            if self.seed is not None or stop > start:  # an empty part is left out in evaluation alone
+                yield self.images.index_select(0, indices), self.targets.index_select(0, indices)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, and how many of its batches were handed out: Lightning keeps it in checkpoints."""
-        epoch = self.epoch if self._resume_in is None else self._resume_in  # saved again before the first batch
-        return {"epoch": epoch, "batches_done": self._batches_done}
+    def keep_losses(self, losses: Tensor) -> None:
+        """Remember the losses of the batch that was handed out last, float (B,), for the next epoch's choice."""
+        self.losses[1, self._latest] = losses.detach().to(self.losses.dtype)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _gathered(self) -> Tensor:
+        """Return the losses that all processes have kept; all must call it."""
+        return torch.stack(gather_all(self.losses.cpu())).amax(0).to(self.losses.device) if self.shares else self.losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, how many of its batches were handed out, and losses: Lightning keeps it in checkpoints."""
+        losses = {"losses": self._gathered().cpu()} if self.shares else {}
+        return {"epoch": self.epoch, "batches_done": self._batches_done, **losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make that epoch's next iteration skip the batches that the saved run had taken from it."""
+        self.epoch, self._resumed = state["epoch"], True
         self._batches_done = state["batches_done"] % len(self)  # none after a finished epoch
-        self._resume_in = state["epoch"]
+        if self.shares and "losses" in state:
+            self.losses = state["losses"].to(self.losses.device)
 
 
 def affine_matrices(

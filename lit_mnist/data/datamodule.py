@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +16,12 @@ from lit_mnist.exact.console import UserError
 from lit_mnist.network import DIGITS, Batch
 
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
-RANGES: dict[str, tuple[float, float]] = {"batch_size": (1, 60_000), "val_size": (0, 59_999)}
-RANGES |= {"split_seed": (0, math.inf), "seed": (0, math.inf)}
+RANGES: dict[str, tuple[float, float]] = {"split_seed": (0, math.inf), "seed": (0, math.inf)}
 RANGES |= {"rotation": (0, 180), "shift": (0, 28), "scale": (0, 0.999), "augmented": (0, 1)}
 
 
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Split by targets, int64 (N,), each class by its share to within one image: the sorted indices of both parts."""
+    """Split by targets, int64 (N,), each class by its share to within one image: both parts' sorted int32 indices."""
     if targets.ndim > 1 or targets.is_floating_point() or int(targets.min()) < 0:  # no classes
         targets = torch.zeros(len(targets), dtype=torch.int64)
     shares = val_size * torch.bincount(targets).double() / len(targets)
@@ -33,7 +33,7 @@ def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[T
     for digit, size in enumerate(sizes.tolist()):
         members = (targets == digit).nonzero().flatten()
         held_out[members[torch.randperm(len(members), generator=generator)[:size]]] = True
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+    return (~held_out).nonzero().flatten().int(), held_out.nonzero().flatten().int()
 
 
 class MNISTDataModule(LightningDataModule):
@@ -43,7 +43,7 @@ class MNISTDataModule(LightningDataModule):
         root: folder of the data; MNIST's files lie in `root/MNIST/raw`, as torchvision has them.
         name: data set: `mnist`, `fashion_mnist`, `kmnist`, `qmnist`, `emnist_digits`, `emnist_letters`,
             `emnist_balanced`; or `idx`: four files of your own right in `root`, named as MNIST's are.
-        batch_size: images in a training step, of all processes together.
+        batch_size: images in a training step, of all processes together; at most those to train on.
         val_size: images held out of the training set for validation, in the classes' proportions; 0 holds out none.
         split_seed: seed of their choice, independent of the run's seed: runs with different seeds hold out the same.
         seed: seed of the order and augmentation of the training images. The command line sets it to `seed_everything`.
@@ -52,6 +52,8 @@ class MNISTDataModule(LightningDataModule):
         shift: pixels by which training images are shifted along each axis at most, drawn uniformly.
         scale: share by which training images are scaled up or down at most, drawn uniformly.
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled.
+        shares: shares of the training images in the first epoch, the second, ...; later epochs have the last. Half of
+            a share is drawn, half are the images whose loss was largest when they were last seen. None are all images.
     """
 
     image_shape = DIGITS  # channels, height and width, which the network must take
@@ -69,16 +71,21 @@ class MNISTDataModule(LightningDataModule):
         shift: float = 1.0,
         scale: float = 0.0,
         augmented: float = 1.0,
+        shares: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["root", "download"])  # they depend on the machine
         self.root, self.download = root, download
         self.sets: dict[str, Batch] = {}
+        self.parts: dict[str, Tensor] = {}  # which images of the training set are trained on, and which held out
+        self.train_batches: TensorBatches | None = None
         hp = self.hparams
         wrong = {key: limits for key, limits in RANGES.items() if not limits[0] <= hp[key] <= limits[1]}
         problems = [f"data.{key} must be in {low}..{high}, got {hp[key]}" for key, (low, high) in wrong.items()]
         if name not in datasets.SETS:
             problems.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
+        if not all(0 < share <= 1 for share in shares or []):
+            problems.append(f"data.shares must be numbers over 0 and up to 1, got {shares}")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -104,23 +111,30 @@ class MNISTDataModule(LightningDataModule):
         if stage == "test" and "test" not in self.sets:
             self.sets["test"] = self._load(train=False)
         elif stage in ("fit", "validate") and "train" not in self.sets:
-            (images, targets), val_size = self._load(train=True), self.hparams["val_size"]
-            if val_size >= len(targets):
-                raise UserError(f"data.val_size must be in 0..{len(targets) - 1}, got {val_size}")
-            self.sets["train"] = images, targets
-            if val_size:  # else copies would double the memory
-                # validate must score the same images that fit held out, so both stages split alike
-                train, val = stratified_split(targets, val_size, self.hparams["split_seed"])
-                self.sets |= {"train": (images[train], targets[train]), "val": (images[val], targets[val])}
+            self.sets["train"] = images, targets = self._load(train=True)
+            hp: Any = self.hparams
+            if not 0 <= hp.val_size < len(images):
+                raise UserError(f"data.val_size must be in 0..{len(images) - 1}, got {hp.val_size}")
+            if not 1 <= hp.batch_size <= len(images) - hp.val_size:
+                raise UserError(f"data.batch_size must be in 1..{len(images) - hp.val_size}, got {hp.batch_size}")
+            # validate must score the same images that fit held out, so both stages split alike
+            self.parts = dict(zip(("train", "val"), stratified_split(targets, hp.val_size, hp.split_seed), strict=True))
+        self.train_batches = None  # whose losses are of another fit
 
     def _load(self, train: bool) -> Batch:
         """Load the images, uint8 (N, *image_shape), and their targets, (N,) or of another form."""
         return datasets.load(self.root, train, self.hparams["name"])
 
     def train_dataloader(self) -> TensorBatches:
-        self.train_batches = self._batches("train", self.hparams["batch_size"], seed=self.hparams["seed"])
-        # Lightning 2.6 keeps the batches the same only of a DataLoader
-        self.train_batches.fixed = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        if self.train_batches is None:
+            hp: Any = self.hparams
+            self.train_batches = self._batches("train", hp.batch_size, hp.seed, hp.shares or ())
+        if self.trainer:
+            # Lightning 2.6 keeps the batches the same only of a DataLoader
+            self.train_batches.fixed = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
+            if self.hparams["shares"]:  # or Lightning would ask for the number of batches in the first epoch alone
+                self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self.train_batches.set_epoch(self.trainer.current_epoch)
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
@@ -130,8 +144,11 @@ class MNISTDataModule(LightningDataModule):
     def test_dataloader(self) -> TensorBatches:
         return self._batches("test", EVALUATION_BATCH_SIZE)
 
-    def _batches(self, name: str, batch_size: int, seed: int | None = None) -> TensorBatches:
-        images, targets = self.sets[name]
+    def _batches(
+        self, name: str, batch_size: int, seed: int | None = None, shares: Sequence[float] = ()
+    ) -> TensorBatches:
+        whole = "test" if name == "test" else "train"
+        images, targets = self.sets[whole]
         model: Any = self.trainer.lightning_module.hparams if self.trainer else {}
         classes, shape = model.get("classes", self.classes), tuple(model.get("image_shape", self.image_shape))
         if classes < self.classes or shape != images.shape[1:] or (targets.is_floating_point() and classes != 1):
@@ -141,9 +158,10 @@ class MNISTDataModule(LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             device = images.device  # too large: Lightning moves it there batch by batch
-        self.sets[name] = images.to(device), targets.to(device)
+        self.sets[whole] = images.to(device), targets.to(device)  # once, whatever the parts
+        part = self.parts[name].to(device) if name in self.parts else None
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TensorBatches(*self.sets[name], batch_size, seed, rank, processes)
+        return TensorBatches(*self.sets[whole], batch_size, seed, rank, processes, part, shares)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.augment(*batch) if self.trainer and self.trainer.training else batch
@@ -153,6 +171,7 @@ class MNISTDataModule(LightningDataModule):
         hp: Any = self.hparams
         if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
             return images, targets
+        assert self.train_batches
         epoch, step = self.train_batches.position
         start, stop, size = self.train_batches.part(step)
         generator = seeded_generator(hp.seed, epoch, step)

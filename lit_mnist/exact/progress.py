@@ -152,11 +152,14 @@ def total_steps(trainer: Trainer) -> float:
     if epochs <= 0:
         return most
     this, each = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
-    counts = [trainer.accumulate_grad_batches], epochs - trainer.current_epoch
+    first, limit, count = trainer.current_epoch, trainer.limit_train_batches, trainer.accumulate_grad_batches
+    batches, counts = [each] * (epochs - first), [count] * (epochs - first)
     if schedule := callback_of(trainer, GradientAccumulationScheduler):
-        counts = [schedule.get_accumulate_grad_batches(epoch) for epoch in range(trainer.current_epoch, epochs)], 1
-    left = sum(math.ceil(each / count) for count in counts[0]) * counts[1]
-    return min(most, trainer.global_step - math.ceil(this / counts[0][0]) + left)
+        counts = [schedule.get_accumulate_grad_batches(epoch) for epoch in range(first, epochs)]
+    if lengths := getattr(trainer.train_dataloader, "lengths", lambda _: [])(range(first, epochs)):  # its epochs differ
+        batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
+    left = sum(math.ceil(number / count) for number, count in zip(batches, counts, strict=True))
+    return min(most, trainer.global_step - math.ceil(this / counts[0]) + left)
 
 
 def check_losses(trainer: Trainer) -> None:

@@ -37,8 +37,10 @@ def test_split_is_stratified_and_a_function_of_its_seed() -> None:
 def test_validate_scores_the_images_that_fit_held_out(tiny_root: Path) -> None:
     fit = ready(tiny_root, "fit", val_size=50, seed=1)
     validate = ready(tiny_root, "validate", val_size=50, seed=2)
-    assert torch.equal(fit.sets["val"][0], validate.sets["val"][0])
-    assert len(fit.sets["train"][0]) == 350
+    held_out, again = (torch.cat([images for images, _ in each.val_dataloader()]) for each in (fit, validate))
+    assert torch.equal(held_out, again)
+    assert len(held_out) == 50
+    assert fit.train_dataloader().images is fit.val_dataloader().images  # one copy of all
     assert len(targets_of(fit.train_dataloader())) == 350
     assert targets_of(fit.train_dataloader()).tolist() != targets_of(validate.train_dataloader()).tolist()
 
@@ -51,11 +53,13 @@ def test_validate_scores_the_images_that_fit_held_out(tiny_root: Path) -> None:
 
 
 def test_settings_out_of_range_are_refused_at_once(tiny_root: Path) -> None:
-    problems = r"data\.batch_size.*\b0; data\.val_size.*60000; data\.scale.*nan; data\.name.*x$"
+    problems = r"data\.seed.*-1; data\.scale.*nan; data\.name.*x; data\.shares.*\[1, 0\]$"
     with pytest.raises(UserError, match=problems):
-        MNISTDataModule(name="x", batch_size=0, val_size=60_000, scale=float("nan"))
-    with pytest.raises(UserError, match=r"data\.val_size must be in 0\.\.399, got 400"):
-        ready(tiny_root, "fit", val_size=400)
+        MNISTDataModule(name="x", seed=-1, scale=float("nan"), shares=[1, 0])
+    for name, low, high in (("val_size", 0, 399), ("batch_size", 1, 350)):
+        for value in (low - 1, high + 1):
+            with pytest.raises(UserError, match=rf"data\.{name} must be in {low}\.\.{high}, got {value}$"):
+                ready(tiny_root, "fit", **{"val_size": 50, name: value})
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_step(tiny_root: Path) -> None:
