@@ -88,8 +88,9 @@ class LitMNIST(LightningModule):
         images, targets = batch
         logits = self(images)
         self.train_metrics.update(logits, targets)
-        if getattr(self.trainer.train_dataloader, "shares", None):  # it wants to know which images are hard
-            self.trainer.train_dataloader.keep_losses(F.cross_entropy(logits, targets, reduction="none"))
+        loader: Any = self.trainer.train_dataloader
+        if getattr(loader, "shares", None):  # its next epoch takes the hardest images
+            loader.keep_losses(F.cross_entropy(logits, targets, reduction="none"))
         return F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:

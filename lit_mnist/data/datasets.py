@@ -10,6 +10,8 @@ import struct
 import sys
 import zipfile
 import zlib
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -87,7 +89,8 @@ def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Te
     if len(pixels) != len(values):
         raise UserError(f"data.root: {folder}: {part} has {len(pixels)} images, but {len(values)} labels")
     if data.folder == "EMNIST":
-        pixels = np.ascontiguousarray(pixels.swapaxes(1, 2))  # stored mirrored along the diagonal
+        for block in np.array_split(pixels, len(pixels) // 1000 + 1):  # all at once would need the memory twice
+            block[:] = block.swapaxes(1, 2).copy()  # stored mirrored along the diagonal
     first = values.reshape(len(values), -1)[:, 0]  # QMNIST's other columns say who wrote the digit
     targets = torch.from_numpy(first.astype(np.int64)) - int(name == "emnist_letters")  # which are counted from 1
     lowest, highest, last = int(targets.min()), int(targets.max()), classes(root, name) - 1
@@ -135,6 +138,13 @@ def _find_wrong(raw: Path, known: dict[str, str]) -> list[str]:
     return [file for file in known if not any(_verifies(path, known[file]) for path in _places(raw, file))]
 
 
+def _open(path: Path, file: str) -> BufferedReader:
+    if path.suffix not in (".gz", ".zip"):
+        return path.open("rb")
+    packed: Any = zipfile.ZipFile(path).open(f"gzip/{file}.gz") if path.suffix == ".zip" else path  # noqa: SIM115
+    return BufferedReader(gzip.open(packed))  # which fills a buffer, as GzipFile does not
+
+
 def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     """Read an IDX file, verified unless it is a user's own; UserError if it is missing or damaged."""
     known = _known(name)
@@ -146,21 +156,19 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     try:
         if not paths:
             raise ValueError("it is missing or not the known file" if known else "it is missing")
-        packed = zipfile.ZipFile(path).read(f"gzip/{file}.gz") if path.suffix == ".zip" else b""
-        packed = path.read_bytes() if path.suffix == ".gz" else packed
-        content: Any = gzip.decompress(packed) if packed else np.fromfile(path, np.uint8)  # the one copy in memory
-        head = bytes(content[:4])
-        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in KINDS or not head[3]:
-            raise ValueError(f"it starts with {head!r}, not with two zeros, a type and the number of dimensions")
-        shape = struct.unpack_from(f">4x{head[3]}I", content)
-        dtype, start = np.dtype(KINDS[head[2]]), 4 + 4 * head[3]
-        whole = 0 < len(content) - start == dtype.itemsize * math.prod(shape)
-        if not whole or shape[1:] != sides or dtype.kind not in types:
-            found = f"{dtype.name} {shape} in {len(content):,} bytes"
+        with _open(path, file) as content:
+            head = content.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in KINDS or not head[3]:
+                raise ValueError(f"it starts with {head!r}, not with two zeros, a type and the number of dimensions")
+            dtype, shape = np.dtype(KINDS[head[2]]), struct.unpack(f">{head[3]}I", content.read(4 * head[3]))
+            right = shape[0] > 0 and shape[1:] == sides and dtype.kind in types
+            values = np.empty(dtype.itemsize * math.prod(shape) * right, np.uint8)  # the one copy in memory
+            size = content.readinto(values.data) + sum(map(len, iter(partial(content.read, 2**20), b"")))
+        if not right or size != len(values):
+            found = f"{dtype.name} {shape} in {4 + 4 * head[3] + size:,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        # a tensor's memory must be writable
-        return np.require(np.frombuffer(content, dtype, offset=start).reshape(shape), requirements="W")
-    except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError) as error:
+        return values.view(dtype).reshape(shape)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, MemoryError) as error:
         raise UserError(f"data.root: cannot read {path} as an IDX file: {error}") from None
 
 

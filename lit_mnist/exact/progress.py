@@ -156,10 +156,11 @@ def total_steps(trainer: Trainer) -> float:
     batches, counts = [each] * (epochs - first), [count] * (epochs - first)
     if schedule := callback_of(trainer, GradientAccumulationScheduler):
         counts = [schedule.get_accumulate_grad_batches(epoch) for epoch in range(first, epochs)]
-    if lengths := getattr(trainer.train_dataloader, "lengths", lambda _: [])(range(first, epochs)):  # its epochs differ
+    loader: Any = trainer.train_dataloader
+    if lengths := loader.lengths(range(first, epochs)) if hasattr(loader, "lengths") else []:  # its epochs differ
         batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
     left = sum(math.ceil(number / count) for number, count in zip(batches, counts, strict=True))
-    return min(most, trainer.global_step - math.ceil(this / counts[0]) + left)
+    return min(most, trainer.global_step - math.ceil(this / (counts or [count])[0]) + left)
 
 
 def check_losses(trainer: Trainer) -> None:

@@ -75,13 +75,15 @@ class ExactResume(Callback):
             "logged": metrics.logged_state(trainer) if self._logged is None else self._logged,
             "gradients": {name: metrics.moved(one) for name, one in gradients.items() if one is not None},
         }
+        validation, reloads = trainer.fit_loop.epoch_loop.val_loop, vars(trainer)["reload_dataloaders_every_n_epochs"]
         checkpoint |= {
             FORMAT_ENTRY: FORMAT,
             "configured": self._configured,
             "frozen": optimizers.frozen_parts(trainer, pl_module),
             "conditions": conditions(pl_module.device),
             "stopped": trainer.should_stop,
-            "validation_batches": dict(trainer.fit_loop.epoch_loop.val_loop._seen_batches_per_dataloader),
+            "validation_batches": dict(validation._seen_batches_per_dataloader),
+            "validation_loaded": reloads and validation._last_val_dl_reload_epoch,
             "latest": metrics.moved({k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}),
             "processes": gather_all(own),
             "pending": metrics.pending(trainer),
@@ -158,7 +160,10 @@ class ExactResume(Callback):
                 if is_users(callback) and not isinstance(callback, (lightning.ProgressBar, lightning.BaseFinetuning)):
                     callback.on_train_epoch_start(trainer, pl_module)
             pl_module.on_train_epoch_start()
-        loop.epoch_loop.val_loop._seen_batches_per_dataloader.update(loaded.get("validation_batches", {}))
+        validation = loop.epoch_loop.val_loop
+        validation._seen_batches_per_dataloader.update(loaded.get("validation_batches", {}))
+        if vars(trainer)["reload_dataloaders_every_n_epochs"]:
+            validation._last_val_dl_reload_epoch = loaded["validation_loaded"]
         load_states(trainer, loaded)
         optimizers.restore_optimizers(trainer, loaded)
         changed = optimizers.apply_settings(trainer, loaded["configured"], self._configured, self._fresh)

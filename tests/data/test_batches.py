@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, seeded_generator
+from lit_mnist.exact.console import UserError
 
 
 def batches(seed: int | None = 3) -> TensorBatches:
@@ -48,6 +49,40 @@ def test_parts_of_the_processes_are_the_batch(processes: int) -> None:
         ends = [batches.part(number) for batches in each]
         assert [stop - start for start, stop, _ in ends] == sizes
         assert {size for _, _, size in ends} == {(11, 11, 3)[number]}
+
+
+def test_an_epoch_takes_the_hardest_of_its_share_and_draws_the_others() -> None:
+    def shared() -> TensorBatches:
+        return TensorBatches(torch.zeros(100, 1), torch.arange(100), 8, 3, shares=(1, 0.5, 0.2))
+
+    def seen(loader: TensorBatches, sign: int) -> list[int]:
+        found = []
+        for _, targets in loader:
+            loader.keep_losses(sign * targets / 10)
+            found += targets.tolist()
+        return found
+
+    loader, other = shared(), shared()
+    assert sorted(seen(loader, 1)) == list(range(100))
+    loader.set_epoch(1)
+    second = seen(loader, -1)
+    assert (len(loader), len(second), len({*second})) == (7, 50, 50)
+    assert {*range(75, 100)} < {*second}  # and of the others some
+    assert len({*second} & {*range(25)}) in range(3, 15)
+    resumed = iter(loader)
+    taken = [next(resumed) for _ in range(3)]
+    other.load_state_dict(loader.state_dict())
+    assert sum(len(targets) for _, targets in taken) + len(order(other)) == 50
+    for each in (loader, other):
+        each.set_epoch(2)
+    third = order(loader)
+    assert order(other) == third
+    # those of the second epoch have become easy
+    assert {*sorted({*range(100)} - {*second})[-10:]} < {*third}
+    assert [loader.lengths(range(4)), len(third)] == [[13, 7, 3, 3], 20]
+    other.load_state_dict({**loader.state_dict(), "losses": shared().losses})
+    with pytest.raises(UserError, match="keep_losses"):
+        order(other)
 
 
 def some_images(count: int) -> torch.Tensor:

@@ -105,6 +105,7 @@ OTHERWISE = [
     "--checkpoint.every_n_steps 3",
     "--trainer.precision 64-true",
     "--board.every_n_epochs 1 --data.augmented 0.5",
+    "--data.shares [1,0.5,0.3] --trainer.max_epochs 3",  # 7, 4 and 3 batches
     # epochs shorter than the set: behind one, its loader is still within its order
     "--trainer.limit_train_batches 5 --checkpoint.every_n_steps 0",
 ]
