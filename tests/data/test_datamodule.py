@@ -37,10 +37,11 @@ def test_split_is_stratified_and_a_function_of_its_seed() -> None:
 def test_validate_scores_the_images_that_fit_held_out(tiny_root: Path) -> None:
     fit = ready(tiny_root, "fit", val_size=50, seed=1)
     validate = ready(tiny_root, "validate", val_size=50, seed=2)
-    held_out, again = (torch.cat([images for images, _ in each.val_dataloader()]) for each in (fit, validate))
+    loaders: Any = [each.val_dataloader() for each in (fit, validate)]
+    held_out, again = (torch.cat([images for images, _ in loader]) for loader in loaders)
     assert torch.equal(held_out, again)
     assert len(held_out) == 50
-    assert fit.train_dataloader().images is fit.val_dataloader().images  # one copy of all
+    assert fit.train_dataloader().images is loaders[0].images  # one copy of all
     assert len(targets_of(fit.train_dataloader())) == 350
     assert targets_of(fit.train_dataloader()).tolist() != targets_of(validate.train_dataloader()).tolist()
 
