@@ -133,7 +133,6 @@ class CheckpointKeeper(Checkpoint):
         self._signal = 0  # what this process has got: save after this step, then stop
         self._score: float | None = None  # the latest of this epoch
         self._epoch = self._step = self._agreed_step = 0
-        self._agreed_signal = 0  # that all processes know of, and act on
         self._saved_at = monotonic()
         self._patches = ExitStack()
 
@@ -221,30 +220,26 @@ class CheckpointKeeper(Checkpoint):
         due = bool(self._save.every_n_steps and trainer.global_step % self._save.every_n_steps == 0)
         # each process has a timer and signals of its own, and asking the others in every step would take time
         if trainer.world_size == 1 or trainer.global_step - self._agreed_step >= AGREE_STEPS:
-            due = self._agree(trainer, due or monotonic() - self._saved_at >= self._save.every_seconds)
-        if due or self._agreed_signal:
+            self._save_together(trainer, due or monotonic() - self._saved_at >= self._save.every_seconds)
+        elif due:
             self.save(trainer)
-        self._stop_if_signalled()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.save(trainer, validated=True)
-            self._agree(trainer)
-            self._stop_if_signalled()
+            self._save_together(trainer)
 
-    def _agree(self, trainer: Trainer, due: bool = False) -> bool:
-        """Return whether a checkpoint is due for any process, and let all act on a signal that one has got."""
+    def _save_together(self, trainer: Trainer, due: bool = False) -> None:
+        """Save if it is due for any process or one has got a signal, with which all then stop."""
         signum = self._signal
         if trainer.world_size > 1:
             self._agreed_step = trainer.global_step
             votes = torch.tensor([int(due), signum], device=trainer.strategy.root_device)
             due, signum = trainer.strategy.reduce(votes, reduce_op="max").tolist()
-        self._agreed_signal = signum
-        return bool(due)
-
-    def _stop_if_signalled(self) -> None:
-        if self._agreed_signal:
-            raise Interrupted(self._agreed_signal, self.last_path)
+        if due or signum:
+            self.save(trainer)
+        if signum:
+            raise Interrupted(signum, self.last_path)
 
     def save(self, trainer: Trainer, validated: bool = False) -> None:
         """Write the state of this moment, as the best too where a validation has just found it so."""
@@ -276,10 +271,9 @@ class CheckpointKeeper(Checkpoint):
         values = {k: v for k, v in logged.items() if k == best.monitor or not k.startswith("train/")}
         # those of the first process: a module may log what each process has found alone
         values = gather_all(values | {"step": trainer.global_step})[0]
-        self._score, before = values[best.monitor], self.best_values.get(best.monitor)
-        better = not isnan(self._score) and (before is None or (self._score > before) == (best.mode == "max"))
-        if self._score == before:
-            better = values.get(best.loss, inf) < self.best_values.get(best.loss, inf)
+        self._score, sign = values[best.monitor], 1 if best.mode == "max" else -1
+        ranks = [(sign * one[best.monitor], -one.get(best.loss, inf)) for one in (values, self.best_values) if one]
+        better = not isnan(self._score) and (len(ranks) == 1 or ranks[0] > ranks[1])
         self.best_values = values if better else self.best_values
         return better
 
