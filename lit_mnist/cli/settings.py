@@ -95,15 +95,15 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
     settings.plain = now = flat(yaml.safe_load(settings.text))
     check_fixed(settings, before)
     if command == "fit":
-        changed = {
-            key: (old, new) for key, old in before.items() if old != (new := now.get(key, "no longer a setting"))
-        }
+        settings.unchanged = before.items() <= now.items()
+        pairs = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
         here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(settings.loaded, "conditions"))
-        other = {key: (there[key], here[key]) for key in CONDITIONS & there.keys() if there[key] != here[key]}
-        settings.unchanged = not changed
-        for key, (old, new) in (changed | other).items():
-            line = f"{key.partition('.')[2] if key in other else key}: {shortened(str(old))} -> {shortened(str(new))}"
-            settings.lines.append(line + " (the last bits may differ)" * (key in other))
+        note = " (the last bits may differ)"
+        pairs += [(key.partition(".")[2], there[key], here[key], note) for key in CONDITIONS & there.keys()]
+        different = [pair for pair in pairs if pair[1] != pair[2]]
+        settings.lines += [
+            f"{name}: {shortened(str(a))} -> {shortened(str(b))}{note}" for name, a, b, note in different
+        ]
     return settings
 
 
@@ -133,11 +133,11 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     folder = runs.run_folder(path)
     settings.continues = bool(folder and (last := runs.newest(folder)) and last.samefile(path))
     settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
-    hparams = plain_settings("model", loaded["hyper_parameters"])
-    hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
+    found = flat({"model": loaded["hyper_parameters"], "data": loaded["datamodule_hyper_parameters"]})
+    # plain values alone: no classes, and no tensors, though one may equal a number
+    hparams = {k: v for k, v in found.items() if "._" not in k and repr(plain_values(v)) == repr(v)}
+    hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
     hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
-    datas = (*PLACES, "model.classes", "model.image_shape")
-    hparams = {key: value for key, value in hparams.items() if key not in datas}
     if settings.command != "fit":
         return hparams, hparams
     if not settings.continues:
@@ -154,11 +154,6 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
     base = hparams | config if settings.continues else before
     return {key: value for key, value in before.items() if key not in PLACES}, base
-
-
-def plain_settings(prefix: str, settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the plain entries by dotted key: no classes, and no tensors, though one may equal a number."""
-    return {f"{prefix}.{k}": v for k, v in settings.items() if str(k)[:1] != "_" and repr(plain_values(v)) == repr(v)}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from math import inf
@@ -83,7 +84,9 @@ def make_run(settings: Settings) -> Run:
     for number, logger in enumerate(as_list(settings.config["trainer.logger"])):
         if hasattr(logger, "init_args"):
             place_logger(run, logger, number, settings.runs)
-    return run
+    parts = ("trainer.", "checkpoint.", "best.", "board.")
+    plain = {key: value for key, value in settings.plain.items() if key.startswith(parts) and key not in MACHINE}
+    return replace(run, config=settings.text, recipe=settings.recipe, command=settings.line, settings=plain)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -103,18 +106,10 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
         callbacks = [callback for callback in callbacks if not isinstance(callback, lightning.Timer)]
     if command == "fit":
-        parts, now = ("trainer.", "checkpoint.", "best.", "board."), settings.plain
-        callbacks = make_callbacks(
-            run,
-            made["checkpoint"] if keeps else None,
-            made["best"] if keeps and now["data.val_size"] > 0 else None,
-            own=callbacks,
-            board=[made["board"]] if made["board"].every_n_epochs > 0 else [],
-            settings={key: value for key, value in now.items() if key.startswith(parts) and key not in MACHINE},
-            config=settings.text,
-            recipe=settings.recipe,
-            command=settings.line,
-        )
+        save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
+        board = [made["board"]] if made["board"].every_n_epochs > 0 else []
+        best = best if settings.plain["data.val_size"] > 0 else None
+        callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
         callbacks.append(lightning.LambdaCallback(on_train_start=partial(announce, run)))
         # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
         callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []

@@ -1,6 +1,6 @@
 """The parts that a Trainer needs for a run: callbacks, plugins and loggers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,19 @@ def make_callbacks(
     *,
     own: Sequence[Callback] = (),
     board: Sequence[Callback] = (),
-    settings: Mapping[str, Any] = {},
-    config: str = "",
-    recipe: str = "",
-    command: str = "",
 ) -> list[Callback]:
     """Return the callbacks that make a fit exact, durable and reported, in the order in which they must be called.
 
     Args:
         save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
         board: callbacks that write to the run's loggers.
-        settings: plain settings by dotted key, for results.json.
     """
     progress = Progress()
     return [
-        ExactResume(run, config),  # first: nothing may touch the run before all of it is restored
+        ExactResume(run),  # first: nothing may touch the run before all of it is restored
         *own,
         progress,
-        Results(run, progress, recipe, command, settings),
+        Results(run, progress),
         *board,  # after the timer, which leaves their time out
         *([CheckpointKeeper(run, save, best)] if save else []),  # last: it saves what all others have done
     ]

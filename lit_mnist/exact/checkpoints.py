@@ -46,6 +46,10 @@ class Run:
     unchanged: bool = True  # whether its settings are those it had: then a run that a callback stopped stays stopped
     claimed: Sequence[Path] = ()  # what this process has made: the folder, and those above it that were missing
     started: bool = False
+    config: str = ""  # all settings as YAML, for config.yaml
+    settings: Mapping[str, Any] = field(default_factory=dict)  # plain ones by dotted key, for results.json
+    recipe: str = ""  # a name for them
+    command: str = ""  # as typed
 
     @classmethod
     def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Any = None, name: str | None = None) -> "Run":

@@ -38,9 +38,8 @@ REFUSED: dict[type[Callback], str] = {
 class ExactResume(Callback):
     """Adds to checkpoints what Lightning 2.6 leaves out, and restores it; only then is the run's folder touched."""
 
-    def __init__(self, run: Run, config: str = "") -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.config = config
         self._configured: dict[str, Any] = {}
         self._fresh: Any = None  # what `configure_optimizers` gave
         self._initial: dict[str, dict[str, Any]] = {}  # of the metrics: what differs from it is kept in checkpoints
@@ -136,9 +135,9 @@ class ExactResume(Callback):
             step = int(scalars.pop("step"))
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step)
-        if trainer.is_global_zero and self.run.folder and self.config:  # SaveConfigCallback 2.6 would be too early
+        if trainer.is_global_zero and self.run.folder and self.run.config:  # SaveConfigCallback 2.6 would be too early
             with replaced(self.run.folder / "config.yaml") as unfinished:
-                unfinished.write_text(self.config)
+                unfinished.write_text(self.run.config)
 
     def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
