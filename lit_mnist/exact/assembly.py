@@ -28,9 +28,7 @@ def make_callbacks(
 ) -> list[Callback]:
     """Return the callbacks that make a fit exact, durable and reported, in the order in which they must be called.
 
-    Args:
-        save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
-        board: callbacks that write to the run's loggers.
+    Without `save` nothing is saved, and nothing can be resumed; `board` are callbacks that write to the run's loggers.
     """
     progress = Progress()
     return [

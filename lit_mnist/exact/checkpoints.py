@@ -258,12 +258,10 @@ class CheckpointKeeper(Checkpoint):
         trainer.save_checkpoint(path := self._folder / f"{name}.ckpt")
         self.last_path = path
         if trainer.is_global_zero:  # now that the newest state names no other best
-            run = self._folder.parent
-            old = [*own_checkpoints(run, "last"), *self._folder.glob(".*.ckpt.*.tmp")]
-            old += own_checkpoints(run, "best") if self.best_path else []
-            for path in old:
-                if path not in (self.last_path, self.best_path):
-                    path.unlink(missing_ok=True)
+            kinds = ["last", "best"] if self.best_path else ["last"]
+            kept = [path for kind in kinds for path in own_checkpoints(self._folder.parent, kind)]
+            for old in {*kept, *self._folder.glob(".*.ckpt.*.tmp")} - {self.last_path, self.best_path}:
+                old.unlink(missing_ok=True)
         self._saved_at = monotonic()
 
     def _is_best(self, trainer: Trainer, best: BestSettings) -> bool:
@@ -281,15 +279,14 @@ class CheckpointKeeper(Checkpoint):
         self.best_values = values if better else self.best_values
         return better
 
-    def handle_signals(self) -> None:
-        """Let SIGTERM and Ctrl-C end the training after the current step; a second Ctrl-C at once."""
+    def handle_signals(self) -> dict[signal.Signals, Any]:
+        """Let SIGTERM and Ctrl-C end the training after a step, a second Ctrl-C at once; return the former handlers."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             self._signal = signum
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, note)
+        return {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
 
 
 def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer: Trainer) -> bool:
@@ -302,8 +299,7 @@ def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer:
 @contextmanager
 def stop_on_signals(keeper: CheckpointKeeper) -> Iterator[None]:
     """Let SIGTERM and Ctrl-C end the training with Interrupted, and put back the handlers that were there."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    keeper.handle_signals()
+    before = keeper.handle_signals()
     try:
         yield
     except SystemExit as stopped:
