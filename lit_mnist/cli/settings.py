@@ -100,10 +100,8 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
         here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(settings.loaded, "conditions"))
         note = " (the last bits may differ)"
         pairs += [(key.partition(".")[2], there[key], here[key], note) for key in CONDITIONS & there.keys()]
-        different = [pair for pair in pairs if pair[1] != pair[2]]
-        settings.lines += [
-            f"{name}: {shortened(str(a))} -> {shortened(str(b))}{note}" for name, a, b, note in different
-        ]
+        different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in pairs if a != b]
+        settings.lines += [f"{name}: {old} -> {new}{note}" for name, old, new, note in different]
     return settings
 
 

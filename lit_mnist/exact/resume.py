@@ -40,8 +40,8 @@ class ExactResume(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._configured: dict[str, Any] = {}
-        self._fresh: Any = None  # what `configure_optimizers` gave
+        self._configured: dict[str, Any] = {}  # what `configure_optimizers` gave, and copies of it
+        self._fresh: Any = None
         self._initial: dict[str, dict[str, Any]] = {}  # of the metrics: what differs from it is kept in checkpoints
         # until the first step: of a resumed run its weights, and what it has logged in this epoch
         self._weights: dict[str, Any] | None = None
@@ -88,8 +88,7 @@ class ExactResume(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._configured = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
-        self._fresh = optimizers.fresh_states(trainer)
+        self._configured, self._fresh = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
         self._weights = metrics.moved(dict(pl_module.state_dict())) if self.run.checkpoint else {}
         found = metrics.find_parts(pl_module).items()
         self._initial = {name: metrics.plain_data(part) for name, part in found if isinstance(part, Metric)}
@@ -103,11 +102,10 @@ class ExactResume(Callback):
         if len(set(states)) > 1:
             raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
         if self.run.checkpoint:
-            schedule: Any = callback_of(trainer, lightning.GradientAccumulationScheduler)
-            if schedule:
+            if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
                 # Lightning 2.6 calls its epoch hook in no epoch that is resumed; its check would refuse what that sets
                 schedule.on_train_start(trainer, pl_module)
-                schedule.on_train_start = schedule.on_train_epoch_start
+                schedule.on_train_start = schedule.on_train_epoch_start  # type: ignore[method-assign]
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             if self.run.loaded["stopped"] is True and not changed:
@@ -256,8 +254,8 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
             raise UserError(f"{what}; use interval epoch and trainer.max_epochs")
     # batch norm of each process alone cannot do without samples, nor torch's synchronised one in mixed precision
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
-    start, stop, size = part_of_batch(trainer, len(loader) - 1, 1) if hasattr(loader, "part") else (0, 1, 1)
-    if 0 in (stop - start, size // trainer.world_size) and (alone or "mixed" in trainer.precision):
+    *_, size = part_of_batch(trainer, len(loader) - 1, 1)
+    if size < trainer.world_size and (alone or "mixed" in trainer.precision):
         where = f"where an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
         raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
 
