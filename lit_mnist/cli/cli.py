@@ -79,8 +79,7 @@ class MNISTCLI(LightningCLI):
                 run=False,  # its subcommands would lay a checkpoint's settings over the flags
             )
             if start:
-                with translate_failures(self):
-                    (self.fit if self.command == "fit" else self.score)()
+                self.start()
         finally:
             self.run.discard_unused()
 
@@ -95,8 +94,7 @@ class MNISTCLI(LightningCLI):
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         for name in ("classes", "image_shape"):
-            compute = partial(self._of_data, name)
-            parser.link_arguments("data", f"model.{name}", compute_fn=compute, apply_on="instantiate")
+            parser.link_arguments("data", f"model.{name}", partial(self._of_data, name), "instantiate")
         wait = "Seconds that a process waits for another before it is considered lost, once the training has started."
         parser.add_argument("--processes.timeout", type=Timeout, default=120.0, help=wait)
         # in each command, so that each takes a run's config.yaml
@@ -131,6 +129,32 @@ class MNISTCLI(LightningCLI):
         check_trainer(self.settings, self.trainer)
         for line in self.settings.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
+
+    def start(self) -> None:
+        """Run the command; what Lightning and torch raise meanwhile becomes one of this project's errors."""
+        try:
+            self.fit() if self.command == "fit" else self.score()
+        except SystemExit as stop:  # Lightning 2.6 turns KeyboardInterrupt into exit status 1
+            raise stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop  # noqa: B904
+        except (UserError, TrainingFailed, Interrupted):
+            raise
+        except Exception as error:
+            if reason := lost(error):
+                if not torch.distributed.is_initialized():
+                    raise ProcessLost(f"the processes could not be joined: {reason}") from error
+                keeper = callback_of(self.trainer, CheckpointKeeper)
+                resume = resume_command(keeper.last_path if keeper else None)
+                raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error
+            cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
+            modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+            lightnings = modules[-1].startswith("pytorch_lightning.")
+            says = isinstance(error, (RuntimeError, ImportError, ValueError)) and lightnings
+            says |= isinstance(cause, MisconfigurationException)
+            if self.run.started and (says or isinstance(cause, OSError)):
+                raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
+            if says:
+                raise UserError(one_line(error)) from error
+            raise
 
     def fit(self) -> None:
         trainer, run = self.trainer, self.run
@@ -191,33 +215,6 @@ def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:
     if not longer or 0 <= most <= epochs:
         longer["trainer.max_epochs"] = str(2 * max(1, epochs, most))
     return reason if trainer.should_stop else "", longer
-
-
-@contextmanager
-def translate_failures(cli: MNISTCLI) -> Iterator[None]:
-    """Turn what Lightning and torch raise while a trainer runs into this project's errors."""
-    try:
-        yield
-    except SystemExit as stop:  # Lightning 2.6 turns KeyboardInterrupt into exit status 1
-        raise stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop  # noqa: B904
-    except (UserError, TrainingFailed, Interrupted):
-        raise
-    except Exception as error:
-        if reason := lost(error):
-            if not torch.distributed.is_initialized():
-                raise ProcessLost(f"the processes could not be joined: {reason}") from error
-            keeper = callback_of(cli.trainer, CheckpointKeeper)
-            resume = resume_command(keeper.last_path if keeper else None)
-            raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error
-        cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
-        module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-        says = isinstance(error, (RuntimeError, ImportError, ValueError)) and module.startswith("pytorch_lightning.")
-        says |= isinstance(cause, MisconfigurationException)
-        if cli.run.started and (says or isinstance(cause, OSError)):
-            raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
-        if says:
-            raise UserError(one_line(error)) from error
-        raise
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The parts that a Trainer needs for a run: callbacks, plugins and loggers."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,8 +10,8 @@ from pytorch_lightning import Callback, Trainer
 
 from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
-from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of, stop_on_signals
-from .console import UserError
+from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
+from .console import Interrupted, UserError
 from .loggers import OURS, RunLogger
 from .progress import Progress
 from .results import Results
@@ -43,7 +44,8 @@ def make_callbacks(
 
 @contextmanager
 def hold(run: Run, trainer: Trainer) -> Iterator[None]:
-    """Hold a run's folder for this process, or raise UserError; signals stop the training after the current step."""
+    """Hold a run's folder for this process, or raise UserError; signals end the training with Interrupted."""
+    keeper = callback_of(trainer, CheckpointKeeper)
     with ExitStack() as held:
         held.callback(run.discard_unused)
         refuse_callbacks(trainer)  # here, too: Lightning 2.6 sets its finders up before all other callbacks
@@ -51,10 +53,15 @@ def hold(run: Run, trainer: Trainer) -> Iterator[None]:
             held.enter_context(only_process(run.folder))
             if run.checkpoint and not run.checkpoint.is_file():
                 raise UserError(f"{run.checkpoint}: another process resumed it just now")
-        if keeper := callback_of(trainer, CheckpointKeeper):
-            held.enter_context(stop_on_signals(keeper))
+        for signum, handler in keeper.handle_signals().items() if keeper else ():
+            held.callback(signal.signal, signum, handler)
         held.enter_context(translate_restoring(run.checkpoint))
-        yield
+        try:
+            yield
+        except SystemExit as stopped:
+            if keeper and isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning 2.6 made it exit status 1
+                raise Interrupted(signal.SIGINT, keeper.last_path) from None
+            raise
 
 
 def make_plugins(run: Run, sync_batchnorm: bool = True) -> list[Any]:

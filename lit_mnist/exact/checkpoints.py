@@ -2,8 +2,8 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isnan
@@ -294,18 +294,3 @@ def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer:
     unwritten = path in left
     left.discard(path)  # it is written now
     return not unwritten and exists(path, trainer)
-
-
-@contextmanager
-def stop_on_signals(keeper: CheckpointKeeper) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the training with Interrupted, and put back the handlers that were there."""
-    before = keeper.handle_signals()
-    try:
-        yield
-    except SystemExit as stopped:
-        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning 2.6 turns it into exit status 1
-            raise Interrupted(signal.SIGINT, keeper.last_path) from None
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
