@@ -103,7 +103,7 @@ class MNISTCLI(LightningCLI):
 
     def _of_data(self, name: str, data: MNISTDataModule) -> Any:
         # a trained network has that of the data that it was trained on
-        return self.settings.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
+        return self.settings.run.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.settings = parse(parser, args)
@@ -176,7 +176,7 @@ class MNISTCLI(LightningCLI):
             self._print_summary(longer)
 
     def score(self) -> None:
-        path = self.settings.checkpoint
+        path = self.run.checkpoint
         with translate_restoring(path):
             score = getattr(self.trainer, self.command)
             scores = score(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True, verbose=False)

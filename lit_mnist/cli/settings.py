@@ -14,16 +14,18 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_mnist.cli.console import OneLineParser, one_line
 from lit_mnist.exact import runs
+from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.optimizers import plain_values
-from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
+from lit_mnist.exact.reader import ENTRIES, find_checkpoint, read_checkpoint
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
 # What decides where a command runs and what it prints is no part of a run.
 MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_dir", "profiler")}
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
+KEPT = ("trainer.", "checkpoint.", "best.", "board.")  # in results.json, beside those of the module and the data
 # Settings that must be the checkpoint's: the weights, the images held out, the optimizer's state, the order of batches
 FIXED = {"test": {"model.network", "model.layers", "model.activation"}}
 FIXED["validate"] = FIXED["test"] | {"data.name", "data.val_size", "data.split_seed"}
@@ -50,19 +52,14 @@ class Parser(LightningArgumentParser):
 
 @dataclass
 class Settings:
-    """The settings of a command, and the checkpoint it begins with."""
+    """The settings of a command, and the run that has them or whose checkpoint is scored."""
 
     command: str
-    line: str  # as typed
-    recipe: str  # a name for the settings
     config: Any  # as parsed
-    text: str = ""  # as YAML, for config.yaml
+    run: Run = field(default_factory=Run)
     plain: dict[str, Any] = field(default_factory=dict)  # by dotted key
     name: str | None = None  # of a new run's folder
-    checkpoint: Path | None = None
-    loaded: dict[str, Any] = field(default_factory=dict)  # its content
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
-    unchanged: bool = True  # whether they are those of the checkpoint's run
     continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
@@ -75,9 +72,8 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
     """Parse a command line over the settings of a checkpoint's run."""
     (command, *flags), before = args, dict[str, Any]()
     files, flags = configs_first(flags)
-    recipe = "+".join(Path(file).stem for file in files) or "default"
     config, known = parse_args(parser, flags, files), parser.get_defaults()
-    settings = Settings(command, shlex.join(args), recipe, config)
+    settings = Settings(command, config)
     if wanted := config["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
         text = yaml.safe_dump({key: value for key, value in base.items() if key in known})  # an old one may be gone
@@ -91,13 +87,16 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
     settings.name = name = config.pop("name", None)
     if name is not None and (settings.continues or not name or name.startswith(".") or name != Path(name).name):
         raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
-    settings.text = parser.dump(config, skip_unset=False)
-    settings.plain = now = flat(yaml.safe_load(settings.text))
+    run = settings.run
+    run.recipe, run.command = "+".join(Path(file).stem for file in files) or "default", shlex.join(args)
+    run.config = parser.dump(config, skip_unset=False)
+    settings.plain = now = flat(yaml.safe_load(run.config))
+    run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}
     check_fixed(settings, before)
     if command == "fit":
-        settings.unchanged = before.items() <= now.items()
+        run.unchanged = before.items() <= now.items()
         pairs = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
-        here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(settings.loaded, "conditions"))
+        here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(run.loaded, "conditions"))
         note = " (the last bits may differ)"
         pairs += [(key.partition(".")[2], there[key], here[key], note) for key in CONDITIONS & there.keys()]
         different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in pairs if a != b]
@@ -124,8 +123,8 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from."""
     kind = "last" if settings.command == "fit" else "best"
     try:
-        settings.checkpoint = path = find_checkpoint(wanted, settings.runs, kind)
-        settings.loaded = loaded = read_checkpoint(path)
+        path = find_checkpoint(wanted, settings.runs, kind)
+        loaded = read_checkpoint(path)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     folder = runs.run_folder(path)
@@ -137,7 +136,9 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
     hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
     if settings.command != "fit":
+        settings.run = Run(folder, path, {key: loaded[key] for key in ENTRIES}, folder)
         return hparams, hparams
+    settings.run = Run.resumed(path, loaded)
     if not settings.continues:
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
     if not (folder and (file := folder / "config.yaml").is_file()):
@@ -176,7 +177,7 @@ def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
     now, fixed = settings.plain, FIXED[settings.command]
     if settings.command == "fit":
         fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
-        loop = runs.section(runs.section(settings.loaded, "loops"), "fit_loop")
+        loop = runs.section(runs.section(settings.run.loaded, "loops"), "fit_loop")
         if not runs.section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
             fixed |= {"data.batch_size"}  # the batches of the epoch are counted
     for key in sorted(fixed & before.keys()):

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from math import inf
@@ -16,7 +15,7 @@ from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
-from lit_mnist.cli.settings import MACHINE, Settings
+from lit_mnist.cli.settings import Settings
 from lit_mnist.exact.assembly import make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoints import Run, callback_of
 from lit_mnist.exact.conditions import conditions
@@ -24,9 +23,7 @@ from lit_mnist.exact.console import UserError, shown
 from lit_mnist.exact.ddp import ExactDDP, launched
 from lit_mnist.exact.loggers import RunLogger
 from lit_mnist.exact.progress import Progress, print_once, total_steps
-from lit_mnist.exact.reader import ENTRIES
 from lit_mnist.exact.results import Results
-from lit_mnist.exact.runs import run_folder
 
 
 class AutoTrainer(Trainer):
@@ -68,24 +65,18 @@ def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
 
 
 def make_run(settings: Settings) -> Run:
-    """Return the run of a command, a fit's own or the one of the checkpoint to score, and place a fit's loggers."""
-    checkpoint, loaded = settings.checkpoint, settings.loaded
+    """Return the run of a command: of the checkpoint to score, or a fit's own, in its folder and with loggers there."""
+    run = settings.run
     if settings.command != "fit":
-        assert checkpoint
-        folder = run_folder(checkpoint)
-        return Run(folder, checkpoint, {key: loaded[key] for key in ENTRIES}, folder)
+        return run
     if settings.config["trainer.fast_dev_run"]:
-        return Run(None, checkpoint, loaded)
-    if checkpoint and settings.continues:
-        run = Run.resumed(checkpoint, loaded, settings.unchanged)
-    else:
-        run = Run.new(settings.runs, checkpoint, loaded, settings.name)
+        return Run(None, run.checkpoint, run.loaded)
+    if not settings.continues:
+        run.claim(settings.runs, settings.name)
     for number, logger in enumerate(as_list(settings.config["trainer.logger"])):
         if hasattr(logger, "init_args"):
             place_logger(run, logger, number, settings.runs)
-    parts = ("trainer.", "checkpoint.", "best.", "board.")
-    plain = {key: value for key, value in settings.plain.items() if key.startswith(parts) and key not in MACHINE}
-    return replace(run, config=settings.text, recipe=settings.recipe, command=settings.line, settings=plain)
+    return run
 
 
 def as_list(value: Any) -> list[Any]:
@@ -131,9 +122,9 @@ def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
     """Return the user's loggers, or of a fit TensorBoard's in the run's folder."""
     if given in (None, True):
         given = settings.command == "fit" and not settings.config["trainer.fast_dev_run"] and make_logger(run)
-    hparams: dict[str, Any] = {"recipe": settings.recipe}
-    for key, value in settings.plain.items():
-        if key.startswith("trainer.") and key not in MACHINE:
+    hparams: dict[str, Any] = {"recipe": run.recipe}
+    for key, value in run.settings.items():
+        if key.startswith("trainer."):
             # one type in all runs: TensorBoard 2.21 compares no text with a number
             name = key.removeprefix("trainer.")
             hparams[name] = value if name in ("max_epochs", "max_steps") else str(value)
@@ -152,7 +143,7 @@ def check_trainer(settings: Settings, trainer: Trainer) -> None:
             raise UserError(f"trainer.{name} must be a positive number, got {value}")
     if trainer.max_epochs == trainer.max_steps == -1 and (now["model.schedule"] != "constant" or now["model.warmup"]):
         raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
-    before = len(settings.loaded.get("processes", ())) if settings.command == "fit" else 0
+    before = len(settings.run.loaded.get("processes", ())) if settings.command == "fit" else 0
     if before not in (0, wanted):
         settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
     if processes * machines not in (1, wanted):

@@ -52,21 +52,24 @@ class Run:
     command: str = ""  # as typed
 
     @classmethod
-    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Any = None, name: str | None = None) -> "Run":
-        """Make a run in a new folder, `version_N` without a name, which only the first process does."""
-        run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
-        run.folder = None
+    def new(cls, runs: Path) -> "Run":
+        """Return a run in a new folder among others."""
+        (run := cls()).claim(runs)
+        return run
+
+    def claim(self, runs: Path, name: str | None = None) -> None:
+        """Make a new folder for this run, `version_N` without a name, which only the first process does."""
+        self.folder = None
         if is_first():
             try:
                 missing = [path for path in (runs.absolute(), *runs.absolute().parents) if not path.exists()]
-                run.folder = claim_folder(runs.absolute(), name)
-                run.claimed = [run.folder, *missing]
+                self.folder = claim_folder(runs.absolute(), name)
+                self.claimed = [self.folder, *missing]
             except OSError as error:
                 raise UserError(f"no run can be written to {runs / (name or '')} ({error.strerror})") from error
-        return run
 
     @classmethod
-    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> "Run":
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any]) -> "Run":
         """Return the run that a checkpoint belongs to, in its own folder."""
         if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
             raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
@@ -74,7 +77,7 @@ class Run:
             advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
             raise UserError(f"{checkpoint}: that checkpoint has the format {version}: {advice}")
         folder = run_folder(checkpoint)
-        return cls(folder, checkpoint, loaded, folder, unchanged)
+        return cls(folder, checkpoint, loaded, folder)
 
     @property
     def continues(self) -> bool:

@@ -117,7 +117,7 @@ class Worker:
         try:
             if last := newest(run):  # unless its user has trained it on with other settings
                 resumed = [*flags, f"--ckpt_path={last}"]
-                flags = resumed if check(resumed).unchanged else flags
+                flags = resumed if check(resumed).run.unchanged else flags
             with redirect_stdout(self.log):
                 MNISTCLI(["fit", *flags], [LambdaCallback(on_train_start=keep_place)])
         except (TrainingFailed, ValueError, torch.OutOfMemoryError) as error:
