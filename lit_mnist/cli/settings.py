@@ -60,7 +60,6 @@ class Settings:
     plain: dict[str, Any] = field(default_factory=dict)  # by dotted key
     name: str | None = None  # of a new run's folder
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
-    continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
     def runs(self) -> Path:
@@ -85,9 +84,9 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
         settings.lines.append(f"Precision: {config['trainer.precision']}")
     config["ckpt_path"] = None  # config.yaml repeats the run
     settings.name = name = config.pop("name", None)
-    if name is not None and (settings.continues or not name or name.startswith(".") or name != Path(name).name):
-        raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
     run = settings.run
+    if name is not None and (run.continues or not name or name.startswith(".") or name != Path(name).name):
+        raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
     run.recipe, run.command = "+".join(Path(file).stem for file in files) or "default", shlex.join(args)
     run.config = parser.dump(config, skip_unset=False)
     settings.plain = now = flat(yaml.safe_load(run.config))
@@ -128,7 +127,6 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     folder = runs.run_folder(path)
-    settings.continues = bool(folder and (last := runs.newest(folder)) and last.samefile(path))
     settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
     found = flat({"model": loaded["hyper_parameters"], "data": loaded["datamodule_hyper_parameters"]})
     # plain values alone: no classes, and no tensors, though one may equal a number
@@ -139,7 +137,8 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         settings.run = Run(folder, path, {key: loaded[key] for key in ENTRIES}, folder)
         return hparams, hparams
     settings.run = Run.resumed(path, loaded)
-    if not settings.continues:
+    if not (folder and (last := runs.newest(folder)) and last.samefile(path)):
+        settings.run.folder = None
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
     if not (folder and (file := folder / "config.yaml").is_file()):
         settings.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
@@ -151,7 +150,7 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
     before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
-    base = hparams | config if settings.continues else before
+    base = hparams | config if settings.run.continues else before
     return {key: value for key, value in before.items() if key not in PLACES}, base
 
 

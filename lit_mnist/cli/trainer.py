@@ -71,7 +71,7 @@ def make_run(settings: Settings) -> Run:
         return run
     if settings.config["trainer.fast_dev_run"]:
         return Run(None, run.checkpoint, run.loaded)
-    if not settings.continues:
+    if not run.continues:
         run.claim(settings.runs, settings.name)
     for number, logger in enumerate(as_list(settings.config["trainer.logger"])):
         if hasattr(logger, "init_args"):
@@ -89,7 +89,8 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     trainer, command = made["trainer"], settings.command
     ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
     StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
-    keeps = command == "fit" and not trainer["fast_dev_run"] and trainer["enable_checkpointing"] is not False
+    writes = command == "fit" and not trainer["fast_dev_run"]
+    keeps = writes and trainer["enable_checkpointing"] is not False
     callbacks = [*watch, *as_list(trainer["callbacks"])]
     drawn = any(isinstance(callback, lightning.ProgressBar) for callback in callbacks)  # Lightning takes only one bar
     bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
@@ -109,29 +110,13 @@ def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Ca
     return {
         **trainer,
         "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
-        "logger": make_loggers(settings, run, trainer["logger"]),
+        "logger": (writes and make_logger(run)) if trainer["logger"] in (None, True) else trainer["logger"],
         "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
         "profiler": trainer["profiler"] or Unprofiled(),
         "enable_checkpointing": keeps,
         "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
         "enable_model_summary": False,
     }
-
-
-def make_loggers(settings: Settings, run: Run, given: Any) -> Any:
-    """Return the user's loggers, or of a fit TensorBoard's in the run's folder."""
-    if given in (None, True):
-        given = settings.command == "fit" and not settings.config["trainer.fast_dev_run"] and make_logger(run)
-    hparams: dict[str, Any] = {"recipe": run.recipe}
-    for key, value in run.settings.items():
-        if key.startswith("trainer."):
-            # one type in all runs: TensorBoard 2.21 compares no text with a number
-            name = key.removeprefix("trainer.")
-            hparams[name] = value if name in ("max_epochs", "max_steps") else str(value)
-    for logger in as_list(given):
-        if isinstance(logger, RunLogger):
-            logger.log_hyperparams(hparams)  # beside the module's and the data's, which Lightning logs
-    return given
 
 
 def check_trainer(settings: Settings, trainer: Trainer) -> None:
