@@ -1,37 +1,44 @@
-"""fit, validate and test on LightningCLI."""
+"""fit, validate and test on LightningCLI: their run, the parts of their Trainer, and what they print."""
 
 import logging
 import math
 import os
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from shlex import quote
 from time import gmtime, strftime
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from jsonargparse.typing import restricted_number_type
+from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lit_mnist.board import Board
 from lit_mnist.cli.console import one_line, resume_command
 from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
-from lit_mnist.cli.trainer import AutoTrainer, check_trainer, make_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
-from lit_mnist.exact.assembly import hold
+from lit_mnist.exact.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoint_io import translate_restoring
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
+from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import PROGRAM, Interrupted, ProcessLost, TrainingFailed, UserError, shown
-from lit_mnist.exact.ddp import launched, lost
-from lit_mnist.exact.progress import Progress, words
+from lit_mnist.exact.ddp import ExactDDP, launched, lost
+from lit_mnist.exact.loggers import RunLogger
+from lit_mnist.exact.progress import Progress, print_once, total_steps, words
+from lit_mnist.exact.results import Results
 from lit_mnist.module import LitMNIST
 
 MEANT = (  # warnings about what is meant here, or that a user can do nothing about
@@ -47,6 +54,32 @@ MEANT = (  # warnings about what is meant here, or that a user can do nothing ab
 )
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 Timeout = restricted_number_type("Timeout", float, [(">", 0), ("<=", 86400)])
+
+
+class AutoTrainer(Trainer):
+    """Lightning's Trainer settings; precision also takes `auto`, which `settings.parse` replaces."""
+
+    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        assert precision != "auto"
+        super().__init__(*args, precision=precision, **kwargs)
+
+
+class Unprofiled(PassThroughProfiler):
+    """PassThroughProfiler of Lightning 2.6 runs a generator for each of some sixty hooks of a step."""
+
+    profile = nullcontext  # type: ignore[assignment]
+
+
+class Bar(lightning.RichProgressBar):
+    """RichProgressBar with the latest loss, and the time left of the whole run."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        progress: Any = callback_of(trainer, Progress)
+        times, steps = progress.state_dict(), total_steps(trainer) / max(trainer.global_step, 1)
+        left = (times["train_seconds"] + times["validation_seconds"]) * (steps - 1)
+        time = {"time left": str(timedelta(seconds=round(left)))} if left < math.inf else {}
+        # the loss is read when it is shown: in each step that would wait for a GPU
+        return {"loss": progress.loss, **time, **super().get_metrics(trainer, pl_module)}
 
 
 class MNISTCLI(LightningCLI):
@@ -110,7 +143,7 @@ class MNISTCLI(LightningCLI):
         self.config = self.settings.config
 
     def instantiate_classes(self) -> None:
-        self.run = make_run(self.settings)
+        self.run = self.make_run()
         try:
             made = self.parser.instantiate_classes(self.config)
             self.datamodule, self.model = made["data"], made["model"]
@@ -129,6 +162,20 @@ class MNISTCLI(LightningCLI):
         check_trainer(self.settings, self.trainer)
         for line in self.settings.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
+
+    def make_run(self) -> Run:
+        """Return the run of the checkpoint to score, or a fit's own, in its folder and with loggers there."""
+        run, runs = self.settings.run, self.settings.runs
+        if self.command != "fit":
+            return run
+        if self.config["trainer.fast_dev_run"]:
+            return Run(None, run.checkpoint, run.loaded)
+        if not run.continues:
+            run.claim(runs, self.settings.name)
+        for number, logger in enumerate(as_list(self.config["trainer.logger"])):
+            if hasattr(logger, "init_args"):
+                place_logger(run, logger, number, runs)
+        return run
 
     def start(self) -> None:
         """Run the command; what Lightning and torch raise meanwhile becomes one of this project's errors."""
@@ -200,10 +247,86 @@ class MNISTCLI(LightningCLI):
             print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} {flags}")
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a setting that takes none, one or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Callback]) -> dict[str, Any]:
+    """Return the arguments of a command's Trainer; `made` are the settings with their classes instantiated."""
+    trainer, command = made["trainer"], settings.command
+    ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
+    StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
+    writes = command == "fit" and not trainer["fast_dev_run"]
+    keeps = writes and trainer["enable_checkpointing"] is not False
+    callbacks = [*watch, *as_list(trainer["callbacks"])]
+    drawn = any(isinstance(callback, lightning.ProgressBar) for callback in callbacks)  # Lightning takes only one bar
+    bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
+    if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
+        callbacks = [callback for callback in callbacks if not isinstance(callback, lightning.Timer)]
+    if command == "fit":
+        save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
+        board = [made["board"]] if made["board"].every_n_epochs > 0 else []
+        best = best if settings.plain["data.val_size"] > 0 else None
+        callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
+        callbacks.append(lightning.LambdaCallback(on_train_start=partial(announce, run)))
+        # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
+        callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
+    else:
+        callbacks.append(progress := Progress())
+        callbacks += [Results(run, progress)] if command == "test" else []
+    return {
+        **trainer,
+        "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
+        "logger": (writes and make_logger(run)) if trainer["logger"] in (None, True) else trainer["logger"],
+        "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
+        "profiler": trainer["profiler"] or Unprofiled(),
+        "enable_checkpointing": keeps,
+        "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
+        "enable_model_summary": False,
+    }
+
+
+def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
+    """Print what is trained, on which device and where to."""
+    sizes = {name: len(part[1]) for name, part in trainer.datamodule.sets.items()}  # type: ignore[attr-defined]
+    device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    print_once(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
+    print_once(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
+    print_once(trainer, f"The run:    {shown(run.folder) if run.folder else 'not kept'}")
+    if run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
+        print_once(trainer, f"Look at it: tensorboard --logdir {quote(shown(run.folder.parent))}")
+
+
+def check_trainer(settings: Settings, trainer: Trainer) -> None:
+    """Refuse what Lightning 2.6 would not end with, other processes than were started, and what cannot be resumed."""
+    now, wanted, (processes, machines) = settings.plain, trainer.world_size, launched()
+    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
+        value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
+        if value is not None and (isinstance(value, (str, dict)) or value <= 0):
+            raise UserError(f"trainer.{name} must be a positive number, got {value}")
+    if trainer.max_epochs == trainer.max_steps == -1 and (now["model.schedule"] != "constant" or now["model.warmup"]):
+        raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
+    before = len(settings.run.loaded.get("processes", ())) if settings.command == "fit" else 0
+    if before not in (0, wanted):
+        settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
+    if processes * machines not in (1, wanted):
+        started = f"{processes} on each of {machines} machines were started; leave both out"
+        raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
+    if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
+        raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
+        raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
+    if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
+        raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
+
+
 def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:
     """Return why a callback stopped a run, empty if none did, and with which settings it would be trained longer."""
     reason, longer, epochs, most = "a callback", {}, trainer.current_epoch, trainer.max_epochs or 0
-    timer, stopping = callback_of(trainer, Timer), callback_of(trainer, EarlyStopping)
+    timer, stopping = callback_of(trainer, lightning.Timer), callback_of(trainer, lightning.EarlyStopping)
     if stopping and stopping.stopping_reason_message:
         reason = f"EarlyStopping: {stopping.stopping_reason_message.partition(' Signaling')[0]}"
     if timer and (timer.time_remaining() or 1) <= 0:  # `trainer.max_time` makes one, too
