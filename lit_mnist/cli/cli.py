@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 from jsonargparse.typing import restricted_number_type
 from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.profilers import PassThroughProfiler
@@ -85,13 +85,13 @@ class Bar(lightning.RichProgressBar):
 class MNISTCLI(LightningCLI):
     """LightningCLI for one command, which `args` begin with; files and flags override the run's of `--ckpt_path`.
 
-    The callbacks of `watch` are called before the user's own. Without `start` everything is only made.
+    `watch` is called with the run once it has started. Without `start` everything is only made.
     """
 
     settings: Settings
     run = Run()
 
-    def __init__(self, args: list[str], watch: Sequence[Callback] = (), start: bool = True) -> None:
+    def __init__(self, args: list[str], watch: Callable[[Run], object] | None = None, start: bool = True) -> None:
         self.command, self.watch = args[0], watch
         processes, machines = launched()
         defaults = {"max_epochs": 4, "num_sanity_val_steps": 0, "devices": processes, "num_nodes": machines}
@@ -147,7 +147,7 @@ class MNISTCLI(LightningCLI):
         try:
             made = self.parser.instantiate_classes(self.config)
             self.datamodule, self.model = made["data"], made["model"]
-            self.trainer = AutoTrainer(**trainer_settings(self.settings, self.run, made, self.watch))
+            self.trainer = AutoTrainer(**self.trainer_settings(made))
         except (ValueError, TypeError, LookupError, ImportError, RuntimeError, MisconfigurationException) as error:
             # what was configured cannot be made; jsonargparse 4.53 wraps the error of a link
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
@@ -159,7 +159,7 @@ class MNISTCLI(LightningCLI):
             raise UserError(said) from cause
         if not self.trainer.is_global_zero:
             self.run.discard_unused()  # the first process alone makes a folder; this one did not know that it is not
-        check_trainer(self.settings, self.trainer)
+        self.check_trainer()
         for line in self.settings.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
 
@@ -176,6 +176,77 @@ class MNISTCLI(LightningCLI):
             if hasattr(logger, "init_args"):
                 place_logger(run, logger, number, runs)
         return run
+
+    def trainer_settings(self, made: Any) -> dict[str, Any]:
+        """Return the arguments of the Trainer; `made` are the settings with their classes instantiated."""
+        trainer, run, command = made["trainer"], self.run, self.command
+        ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
+        StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
+        writes = command == "fit" and not trainer["fast_dev_run"]
+        keeps = writes and trainer["enable_checkpointing"] is not False
+        callbacks = [*as_list(trainer["callbacks"])]
+        drawn = any(isinstance(part, lightning.ProgressBar) for part in callbacks)  # Lightning takes only one bar
+        bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
+        if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
+            callbacks = [part for part in callbacks if not isinstance(part, lightning.Timer)]
+        if command == "fit":
+            save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
+            board = [made["board"]] if made["board"].every_n_epochs > 0 else []
+            best = best if self.settings.plain["data.val_size"] > 0 else None
+            if self.watch:
+                callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: self.watch(run)), *callbacks]
+            callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
+            callbacks.append(lightning.LambdaCallback(on_train_start=self.announce))
+            # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
+            callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
+        else:
+            callbacks.append(progress := Progress())
+            callbacks += [Results(run, progress)] if command == "test" else []
+        return {
+            **trainer,
+            "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
+            "logger": (writes and make_logger(run)) if trainer["logger"] in (None, True) else trainer["logger"],
+            "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
+            "profiler": trainer["profiler"] or Unprofiled(),
+            "enable_checkpointing": keeps,
+            "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
+            "enable_model_summary": False,
+        }
+
+    def check_trainer(self) -> None:
+        """Refuse what Lightning 2.6 would not end with, processes that were not started, and what cannot be resumed."""
+        now, trainer, (processes, machines) = self.settings.plain, self.trainer, launched()
+        wanted, endless = trainer.world_size, trainer.max_epochs == trainer.max_steps == -1
+        for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
+            value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
+            if value is not None and (isinstance(value, (str, dict)) or value <= 0):
+                raise UserError(f"trainer.{name} must be a positive number, got {value}")
+        if endless and (now["model.schedule"] != "constant" or now["model.warmup"]):
+            raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
+        before = len(self.run.loaded.get("processes", ()))  # 0 also where it is scored
+        if before not in (0, wanted):
+            self.settings.lines += [f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)"]
+        if processes * machines not in (1, wanted):
+            started = f"{processes} on each of {machines} machines were started; leave both out"
+            raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
+        if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
+            raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
+            raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
+        if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
+            raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
+
+    def announce(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print what is trained, on which device and where to."""
+        sizes = {name: len(part[1]) for name, part in trainer.datamodule.sets.items()}  # type: ignore[attr-defined]
+        device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        print_once(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
+        print_once(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
+        print_once(trainer, f"The run:    {shown(self.run.folder) if self.run.folder else 'not kept'}")
+        if self.run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
+            print_once(trainer, f"Look at it: tensorboard --logdir {quote(shown(self.run.folder.parent))}")
 
     def start(self) -> None:
         """Run the command; what Lightning and torch raise meanwhile becomes one of this project's errors."""
@@ -250,77 +321,6 @@ class MNISTCLI(LightningCLI):
 def as_list(value: Any) -> list[Any]:
     """Return the values of a setting that takes none, one or several."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def trainer_settings(settings: Settings, run: Run, made: Any, watch: Sequence[Callback]) -> dict[str, Any]:
-    """Return the arguments of a command's Trainer; `made` are the settings with their classes instantiated."""
-    trainer, command = made["trainer"], settings.command
-    ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
-    StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
-    writes = command == "fit" and not trainer["fast_dev_run"]
-    keeps = writes and trainer["enable_checkpointing"] is not False
-    callbacks = [*watch, *as_list(trainer["callbacks"])]
-    drawn = any(isinstance(callback, lightning.ProgressBar) for callback in callbacks)  # Lightning takes only one bar
-    bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
-    if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
-        callbacks = [callback for callback in callbacks if not isinstance(callback, lightning.Timer)]
-    if command == "fit":
-        save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
-        board = [made["board"]] if made["board"].every_n_epochs > 0 else []
-        best = best if settings.plain["data.val_size"] > 0 else None
-        callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
-        callbacks.append(lightning.LambdaCallback(on_train_start=partial(announce, run)))
-        # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
-        callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
-    else:
-        callbacks.append(progress := Progress())
-        callbacks += [Results(run, progress)] if command == "test" else []
-    return {
-        **trainer,
-        "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
-        "logger": (writes and make_logger(run)) if trainer["logger"] in (None, True) else trainer["logger"],
-        "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
-        "profiler": trainer["profiler"] or Unprofiled(),
-        "enable_checkpointing": keeps,
-        "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
-        "enable_model_summary": False,
-    }
-
-
-def announce(run: Run, trainer: Trainer, module: LightningModule) -> None:
-    """Print what is trained, on which device and where to."""
-    sizes = {name: len(part[1]) for name, part in trainer.datamodule.sets.items()}  # type: ignore[attr-defined]
-    device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    print_once(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
-    print_once(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
-    print_once(trainer, f"The run:    {shown(run.folder) if run.folder else 'not kept'}")
-    if run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
-        print_once(trainer, f"Look at it: tensorboard --logdir {quote(shown(run.folder.parent))}")
-
-
-def check_trainer(settings: Settings, trainer: Trainer) -> None:
-    """Refuse what Lightning 2.6 would not end with, other processes than were started, and what cannot be resumed."""
-    now, wanted, (processes, machines) = settings.plain, trainer.world_size, launched()
-    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
-        value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
-        if value is not None and (isinstance(value, (str, dict)) or value <= 0):
-            raise UserError(f"trainer.{name} must be a positive number, got {value}")
-    if trainer.max_epochs == trainer.max_steps == -1 and (now["model.schedule"] != "constant" or now["model.warmup"]):
-        raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
-    before = len(settings.run.loaded.get("processes", ())) if settings.command == "fit" else 0
-    if before not in (0, wanted):
-        settings.lines.append(f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)")
-    if processes * machines not in (1, wanted):
-        started = f"{processes} on each of {machines} machines were started; leave both out"
-        raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
-    if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
-        raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
-        raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
-    if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
-        raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
 
 
 def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:

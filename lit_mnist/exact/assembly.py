@@ -86,7 +86,7 @@ def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
     settings = logger["init_args"]
     # what names a logger's run; the last two are MLFlowLogger's and CometLogger's
     name = next((name for name in ("version", "run_id", "experiment_key") if name in settings), None)
-    if not (run.folder and "class_path" in logger and name):
+    if not (run.folder and name):
         return
     given = settings[name]
     if given is None and run.continues:  # not from the checkpoint: it becomes a folder's name
