@@ -193,8 +193,8 @@ class MNISTCLI(LightningCLI):
             save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
             board = [made["board"]] if made["board"].every_n_epochs > 0 else []
             best = best if self.settings.plain["data.val_size"] > 0 else None
-            if self.watch:
-                callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: self.watch(run)), *callbacks]
+            if watch := self.watch:
+                callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: watch(run)), *callbacks]
             callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
             callbacks.append(lightning.LambdaCallback(on_train_start=self.announce))
             # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0

@@ -105,7 +105,7 @@ class ExactResume(Callback):
             if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
                 # Lightning 2.6 calls its epoch hook in no epoch that is resumed; its check would refuse what that sets
                 schedule.on_train_start(trainer, pl_module)
-                schedule.on_train_start = schedule.on_train_epoch_start  # type: ignore[method-assign]
+                schedule.on_train_start = schedule.on_train_epoch_start  # type: ignore[assignment, method-assign]
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             if self.run.loaded["stopped"] is True and not changed:

@@ -25,6 +25,15 @@ def only(pattern: str) -> Path:
     return path
 
 
+def run_without(packages: list[str], flags: list[str], status: int) -> str:
+    """Run a command in a new interpreter, which must not import these packages, and return its output."""
+    code = f"import sys; from lit_mnist.__main__ import main; assert main({flags}) == {status}"
+    code += f"; assert not set({packages}) & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 def config() -> dict[str, Any]:
     return dict(yaml.safe_load((RUN / "config.yaml").read_text()))
 
@@ -147,11 +156,7 @@ def test_a_training_that_fails(command: Command, capsys: Capsys) -> None:
     [(["--version"], 0, __version__), (["runs", "--help"], 0, "--sort"), (["train"], 2, "'train'")],
 )
 def test_some_answers_do_without_torch(flags: list[str], status: int, said: str) -> None:
-    code = f"import sys; from lit_mnist.__main__ import main; assert main({flags}) == {status}"
-    code += "; assert not {'torch', 'pandas'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout + done.stderr
+    assert said in run_without(["torch", "pandas"], flags, status)
 
 
 def test_the_first_line_comes_before_torch() -> None:
