@@ -294,9 +294,8 @@ class MNISTCLI(LightningCLI):
             self._print_summary(longer)
 
     def score(self) -> None:
-        path = self.run.checkpoint
+        score, path = getattr(self.trainer, self.command), self.run.checkpoint
         with translate_restoring(path):
-            score = getattr(self.trainer, self.command)
             scores = score(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
             raise UserError("no image to score: data.val_size or trainer.limit_val_batches or limit_test_batches is 0")
