@@ -1,37 +1,44 @@
-"""fit, validate and test on LightningCLI."""
+"""fit, validate and test on LightningCLI: their run, the parts of their Trainer, and what they print."""
 
 import logging
 import math
 import os
+import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from shlex import quote
 from time import gmtime, strftime
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from jsonargparse.typing import restricted_number_type
+from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lit_mnist.board import Board
 from lit_mnist.cli.console import one_line, resume_command
 from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
-from lit_mnist.cli.trainer import AutoTrainer, check_trainer, make_run, trainer_settings
 from lit_mnist.data.datamodule import MNISTDataModule
-from lit_mnist.exact.assembly import hold
+from lit_mnist.exact.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoint_io import translate_restoring
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
+from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import PROGRAM, Interrupted, ProcessLost, TrainingFailed, UserError, shown
-from lit_mnist.exact.ddp import launched, lost
-from lit_mnist.exact.progress import Progress, words
+from lit_mnist.exact.ddp import ExactDDP, launched, lost
+from lit_mnist.exact.loggers import RunLogger
+from lit_mnist.exact.progress import Progress, print_once, total_steps, words
+from lit_mnist.exact.results import Results
 from lit_mnist.module import LitMNIST
 
 MEANT = (  # warnings about what is meant here, or that a user can do nothing about
@@ -49,16 +56,42 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 Timeout = restricted_number_type("Timeout", float, [(">", 0), ("<=", 86400)])
 
 
+class AutoTrainer(Trainer):
+    """Lightning's Trainer settings; precision also takes `auto`, which `settings.parse` replaces."""
+
+    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        assert precision != "auto"
+        super().__init__(*args, precision=precision, **kwargs)
+
+
+class Unprofiled(PassThroughProfiler):
+    """PassThroughProfiler of Lightning 2.6 runs a generator for each of some sixty hooks of a step."""
+
+    profile = nullcontext  # type: ignore[assignment]
+
+
+class Bar(lightning.RichProgressBar):
+    """RichProgressBar with the latest loss, and the time left of the whole run."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        progress: Any = callback_of(trainer, Progress)
+        times, steps = progress.state_dict(), total_steps(trainer) / max(trainer.global_step, 1)
+        left = (times["train_seconds"] + times["validation_seconds"]) * (steps - 1)
+        time = {"time left": str(timedelta(seconds=round(left)))} if left < math.inf else {}
+        # the loss is read when it is shown: in each step that would wait for a GPU
+        return {"loss": progress.loss, **time, **super().get_metrics(trainer, pl_module)}
+
+
 class MNISTCLI(LightningCLI):
     """LightningCLI for one command, which `args` begin with; files and flags override the run's of `--ckpt_path`.
 
-    The callbacks of `watch` are called before the user's own. Without `start` everything is only made.
+    `watch` is called with the run once it has started. Without `start` everything is only made.
     """
 
     settings: Settings
     run = Run()
 
-    def __init__(self, args: list[str], watch: Sequence[Callback] = (), start: bool = True) -> None:
+    def __init__(self, args: list[str], watch: Callable[[Run], object] | None = None, start: bool = True) -> None:
         self.command, self.watch = args[0], watch
         processes, machines = launched()
         defaults = {"max_epochs": 4, "num_sanity_val_steps": 0, "devices": processes, "num_nodes": machines}
@@ -79,8 +112,7 @@ class MNISTCLI(LightningCLI):
                 run=False,  # its subcommands would lay a checkpoint's settings over the flags
             )
             if start:
-                with translate_failures(self):
-                    (self.fit if self.command == "fit" else self.score)()
+                self.start()
         finally:
             self.run.discard_unused()
 
@@ -95,8 +127,7 @@ class MNISTCLI(LightningCLI):
         # int: a checkpoint must not name jsonargparse's type, or it would not load with weights_only=True
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         for name in ("classes", "image_shape"):
-            compute = partial(self._of_data, name)
-            parser.link_arguments("data", f"model.{name}", compute_fn=compute, apply_on="instantiate")
+            parser.link_arguments("data", f"model.{name}", partial(self._of_data, name), "instantiate")
         wait = "Seconds that a process waits for another before it is considered lost, once the training has started."
         parser.add_argument("--processes.timeout", type=Timeout, default=120.0, help=wait)
         # in each command, so that each takes a run's config.yaml
@@ -105,18 +136,18 @@ class MNISTCLI(LightningCLI):
 
     def _of_data(self, name: str, data: MNISTDataModule) -> Any:
         # a trained network has that of the data that it was trained on
-        return self.settings.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
+        return self.settings.run.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.settings = parse(parser, args)
         self.config = self.settings.config
 
     def instantiate_classes(self) -> None:
-        self.run = make_run(self.settings)
+        self.run = self.make_run()
         try:
             made = self.parser.instantiate_classes(self.config)
             self.datamodule, self.model = made["data"], made["model"]
-            self.trainer = AutoTrainer(**trainer_settings(self.settings, self.run, made, self.watch))
+            self.trainer = AutoTrainer(**self.trainer_settings(made))
         except (ValueError, TypeError, LookupError, ImportError, RuntimeError, MisconfigurationException) as error:
             # what was configured cannot be made; jsonargparse 4.53 wraps the error of a link
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
@@ -128,9 +159,120 @@ class MNISTCLI(LightningCLI):
             raise UserError(said) from cause
         if not self.trainer.is_global_zero:
             self.run.discard_unused()  # the first process alone makes a folder; this one did not know that it is not
-        check_trainer(self.settings, self.trainer)
+        self.check_trainer()
         for line in self.settings.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
+
+    def make_run(self) -> Run:
+        """Return the run of the checkpoint to score, or a fit's own, in its folder and with loggers there."""
+        run, runs = self.settings.run, self.settings.runs
+        if self.command != "fit":
+            return run
+        if self.config["trainer.fast_dev_run"]:
+            return Run(None, run.checkpoint, run.loaded)
+        if not run.continues:
+            run.claim(runs, self.settings.name)
+        for number, logger in enumerate(as_list(self.config["trainer.logger"])):
+            if hasattr(logger, "init_args"):
+                place_logger(run, logger, number, runs)
+        return run
+
+    def trainer_settings(self, made: Any) -> dict[str, Any]:
+        """Return the arguments of the Trainer; `made` are the settings with their classes instantiated."""
+        trainer, run, command = made["trainer"], self.run, self.command
+        ddp = {"waiting": made["processes.timeout"], "synchronized": trainer["sync_batchnorm"], "start_method": "popen"}
+        StrategyRegistry.register("ddp", ExactDDP, override=True, **ddp)  # Lightning's choice for several processes
+        writes = command == "fit" and not trainer["fast_dev_run"]
+        keeps = writes and trainer["enable_checkpointing"] is not False
+        callbacks = [*as_list(trainer["callbacks"])]
+        drawn = any(isinstance(part, lightning.ProgressBar) for part in callbacks)  # Lightning takes only one bar
+        bar = not drawn and trainer["enable_progress_bar"] is not False and sys.stdout.isatty()  # in a file it is noise
+        if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
+            callbacks = [part for part in callbacks if not isinstance(part, lightning.Timer)]
+        if command == "fit":
+            save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
+            board = [made["board"]] if made["board"].every_n_epochs > 0 else []
+            best = best if self.settings.plain["data.val_size"] > 0 else None
+            if watch := self.watch:
+                callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: watch(run)), *callbacks]
+            callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
+            callbacks.append(lightning.LambdaCallback(on_train_start=self.announce))
+            # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
+            callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
+        else:
+            callbacks.append(progress := Progress())
+            callbacks += [Results(run, progress)] if command == "test" else []
+        return {
+            **trainer,
+            "callbacks": [*callbacks, Bar(refresh_rate=10)] if bar else callbacks,
+            "logger": (writes and make_logger(run)) if trainer["logger"] in (None, True) else trainer["logger"],
+            "plugins": [*as_list(trainer["plugins"]), *make_plugins(run, trainer["sync_batchnorm"])],
+            "profiler": trainer["profiler"] or Unprofiled(),
+            "enable_checkpointing": keeps,
+            "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
+            "enable_model_summary": False,
+        }
+
+    def check_trainer(self) -> None:
+        """Refuse what Lightning 2.6 would not end with, processes that were not started, and what cannot be resumed."""
+        now, trainer, (processes, machines) = self.settings.plain, self.trainer, launched()
+        wanted, endless = trainer.world_size, trainer.max_epochs == trainer.max_steps == -1
+        for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
+            value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
+            if value is not None and (isinstance(value, (str, dict)) or value <= 0):
+                raise UserError(f"trainer.{name} must be a positive number, got {value}")
+        if endless and (now["model.schedule"] != "constant" or now["model.warmup"]):
+            raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
+        before = len(self.run.loaded.get("processes", ()))  # 0 also where it is scored
+        if before not in (0, wanted):
+            self.settings.lines += [f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)"]
+        if processes * machines not in (1, wanted):
+            started = f"{processes} on each of {machines} machines were started; leave both out"
+            raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
+        if not isinstance(trainer.strategy, (ExactDDP, SingleDeviceStrategy)):
+            raise UserError(f"trainer.strategy must be auto or ddp, got {now['trainer.strategy']}")
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
+            raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
+        if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
+            raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
+
+    def announce(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print what is trained, on which device and where to."""
+        sizes = {name: len(part) for name, part in trainer.datamodule.parts.items()}  # type: ignore[attr-defined]
+        device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        print_once(trainer, f"Images:     {sizes['train']:,} to train on, {sizes.get('val', 0):,} held out")
+        print_once(trainer, f"Device:     {trainer.world_size} x {device}, for {parameters:,} parameters")
+        print_once(trainer, f"The run:    {shown(self.run.folder) if self.run.folder else 'not kept'}")
+        if self.run.folder and any(isinstance(logger, RunLogger) for logger in trainer.loggers):
+            print_once(trainer, f"Look at it: tensorboard --logdir {quote(shown(self.run.folder.parent))}")
+
+    def start(self) -> None:
+        """Run the command; what Lightning and torch raise meanwhile becomes one of this project's errors."""
+        try:
+            self.fit() if self.command == "fit" else self.score()
+        except SystemExit as stop:  # Lightning 2.6 turns KeyboardInterrupt into exit status 1
+            raise stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop  # noqa: B904
+        except (UserError, TrainingFailed, Interrupted):
+            raise
+        except Exception as error:
+            if reason := lost(error):
+                if not torch.distributed.is_initialized():
+                    raise ProcessLost(f"the processes could not be joined: {reason}") from error
+                keeper = callback_of(self.trainer, CheckpointKeeper)
+                resume = resume_command(keeper.last_path if keeper else None)
+                raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error
+            cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
+            modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+            lightnings = modules[-1].startswith("pytorch_lightning.")
+            says = isinstance(error, (RuntimeError, ImportError, ValueError)) and lightnings
+            says |= isinstance(cause, MisconfigurationException)
+            if self.run.started and (says or isinstance(cause, OSError)):
+                raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
+            if says:
+                raise UserError(one_line(error)) from error
+            raise
 
     def fit(self) -> None:
         trainer, run = self.trainer, self.run
@@ -152,9 +294,8 @@ class MNISTCLI(LightningCLI):
             self._print_summary(longer)
 
     def score(self) -> None:
-        path = self.settings.checkpoint
+        score, path = getattr(self.trainer, self.command), self.run.checkpoint
         with translate_restoring(path):
-            score = getattr(self.trainer, self.command)
             scores = score(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
         if not scores:
             raise UserError("no image to score: data.val_size or trainer.limit_val_batches or limit_test_batches is 0")
@@ -176,10 +317,15 @@ class MNISTCLI(LightningCLI):
             print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} {flags}")
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a setting that takes none, one or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:
     """Return why a callback stopped a run, empty if none did, and with which settings it would be trained longer."""
     reason, longer, epochs, most = "a callback", {}, trainer.current_epoch, trainer.max_epochs or 0
-    timer, stopping = callback_of(trainer, Timer), callback_of(trainer, EarlyStopping)
+    timer, stopping = callback_of(trainer, lightning.Timer), callback_of(trainer, lightning.EarlyStopping)
     if stopping and stopping.stopping_reason_message:
         reason = f"EarlyStopping: {stopping.stopping_reason_message.partition(' Signaling')[0]}"
     if timer and (timer.time_remaining() or 1) <= 0:  # `trainer.max_time` makes one, too
@@ -191,33 +337,6 @@ def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:
     if not longer or 0 <= most <= epochs:
         longer["trainer.max_epochs"] = str(2 * max(1, epochs, most))
     return reason if trainer.should_stop else "", longer
-
-
-@contextmanager
-def translate_failures(cli: MNISTCLI) -> Iterator[None]:
-    """Turn what Lightning and torch raise while a trainer runs into this project's errors."""
-    try:
-        yield
-    except SystemExit as stop:  # Lightning 2.6 turns KeyboardInterrupt into exit status 1
-        raise stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop  # noqa: B904
-    except (UserError, TrainingFailed, Interrupted):
-        raise
-    except Exception as error:
-        if reason := lost(error):
-            if not torch.distributed.is_initialized():
-                raise ProcessLost(f"the processes could not be joined: {reason}") from error
-            keeper = callback_of(cli.trainer, CheckpointKeeper)
-            resume = resume_command(keeper.last_path if keeper else None)
-            raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error
-        cause = error.__cause__ or error  # TensorBoardLogger 2.6 wraps an OSError in a ValueError
-        module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-        says = isinstance(error, (RuntimeError, ImportError, ValueError)) and module.startswith("pytorch_lightning.")
-        says |= isinstance(cause, MisconfigurationException)
-        if cli.run.started and (says or isinstance(cause, OSError)):
-            raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
-        if says:
-            raise UserError(one_line(error)) from error
-        raise
 
 
 @contextmanager

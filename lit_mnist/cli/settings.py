@@ -14,16 +14,18 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from lit_mnist.cli.console import OneLineParser, one_line
 from lit_mnist.exact import runs
+from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.optimizers import plain_values
-from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
+from lit_mnist.exact.reader import ENTRIES, find_checkpoint, read_checkpoint
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
 # What decides where a command runs and what it prints is no part of a run.
 MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_dir", "profiler")}
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
+KEPT = ("trainer.", "checkpoint.", "best.", "board.")  # in results.json, beside those of the module and the data
 # Settings that must be the checkpoint's: the weights, the images held out, the optimizer's state, the order of batches
 FIXED = {"test": {"model.network", "model.layers", "model.activation"}}
 FIXED["validate"] = FIXED["test"] | {"data.name", "data.val_size", "data.split_seed"}
@@ -50,20 +52,14 @@ class Parser(LightningArgumentParser):
 
 @dataclass
 class Settings:
-    """The settings of a command, and the checkpoint it begins with."""
+    """The settings of a command, and the run that has them or whose checkpoint is scored."""
 
     command: str
-    line: str  # as typed
-    recipe: str  # a name for the settings
     config: Any  # as parsed
-    text: str = ""  # as YAML, for config.yaml
+    run: Run = field(default_factory=Run)
     plain: dict[str, Any] = field(default_factory=dict)  # by dotted key
     name: str | None = None  # of a new run's folder
-    checkpoint: Path | None = None
-    loaded: dict[str, Any] = field(default_factory=dict)  # its content
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
-    unchanged: bool = True  # whether they are those of the checkpoint's run
-    continues: bool = False  # whether the checkpoint's run is resumed in its own folder
 
     @property
     def runs(self) -> Path:
@@ -75,9 +71,8 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
     """Parse a command line over the settings of a checkpoint's run."""
     (command, *flags), before = args, dict[str, Any]()
     files, flags = configs_first(flags)
-    recipe = "+".join(Path(file).stem for file in files) or "default"
     config, known = parse_args(parser, flags, files), parser.get_defaults()
-    settings = Settings(command, shlex.join(args), recipe, config)
+    settings = Settings(command, config)
     if wanted := config["ckpt_path"]:
         before, base = run_settings(settings, str(wanted))
         text = yaml.safe_dump({key: value for key, value in base.items() if key in known})  # an old one may be gone
@@ -89,21 +84,22 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
         settings.lines.append(f"Precision: {config['trainer.precision']}")
     config["ckpt_path"] = None  # config.yaml repeats the run
     settings.name = name = config.pop("name", None)
-    if name is not None and (settings.continues or not name or name.startswith(".") or name != Path(name).name):
+    run = settings.run
+    if name is not None and (run.continues or not name or name.startswith(".") or name != Path(name).name):
         raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
-    settings.text = parser.dump(config, skip_unset=False)
-    settings.plain = now = flat(yaml.safe_load(settings.text))
+    run.recipe, run.command = "+".join(Path(file).stem for file in files) or "default", shlex.join(args)
+    run.config = parser.dump(config, skip_unset=False)
+    settings.plain = now = flat(yaml.safe_load(run.config))
+    run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}
     check_fixed(settings, before)
     if command == "fit":
-        changed = {
-            key: (old, new) for key, old in before.items() if old != (new := now.get(key, "no longer a setting"))
-        }
-        here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(settings.loaded, "conditions"))
-        other = {key: (there[key], here[key]) for key in CONDITIONS & there.keys() if there[key] != here[key]}
-        settings.unchanged = not changed
-        for key, (old, new) in (changed | other).items():
-            line = f"{key.partition('.')[2] if key in other else key}: {shortened(str(old))} -> {shortened(str(new))}"
-            settings.lines.append(line + " (the last bits may differ)" * (key in other))
+        run.unchanged = before.items() <= now.items()
+        pairs = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
+        here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(run.loaded, "conditions"))
+        note = " (the last bits may differ)"
+        pairs += [(key.partition(".")[2], there[key], here[key], note) for key in CONDITIONS & there.keys()]
+        different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in pairs if a != b]
+        settings.lines += [f"{name}: {old} -> {new}{note}" for name, old, new, note in different]
     return settings
 
 
@@ -126,21 +122,23 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
     """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from."""
     kind = "last" if settings.command == "fit" else "best"
     try:
-        settings.checkpoint = path = find_checkpoint(wanted, settings.runs, kind)
-        settings.loaded = loaded = read_checkpoint(path)
+        path = find_checkpoint(wanted, settings.runs, kind)
+        loaded = read_checkpoint(path)
     except UserError as error:
         raise UserError(f"--ckpt_path {error}") from error
     folder = runs.run_folder(path)
-    settings.continues = bool(folder and (last := runs.newest(folder)) and last.samefile(path))
     settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
-    hparams = plain_settings("model", loaded["hyper_parameters"])
-    hparams |= plain_settings("data", loaded["datamodule_hyper_parameters"])
+    found = flat({"model": loaded["hyper_parameters"], "data": loaded["datamodule_hyper_parameters"]})
+    # plain values alone: no classes, and no tensors, though one may equal a number
+    hparams = {k: v for k, v in found.items() if "._" not in k and repr(plain_values(v)) == repr(v)}
+    hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
     hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
-    datas = (*PLACES, "model.classes", "model.image_shape")
-    hparams = {key: value for key, value in hparams.items() if key not in datas}
     if settings.command != "fit":
+        settings.run = Run(folder, path, {key: loaded[key] for key in ENTRIES}, folder)
         return hparams, hparams
-    if not settings.continues:
+    settings.run = Run.resumed(path, loaded)
+    if not (folder and (last := runs.newest(folder)) and last.samefile(path)):
+        settings.run.folder = None
         settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
     if not (folder and (file := folder / "config.yaml").is_file()):
         settings.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
@@ -152,13 +150,8 @@ def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[
         raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
     before = config | hparams
     # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
-    base = hparams | config if settings.continues else before
+    base = hparams | config if settings.run.continues else before
     return {key: value for key, value in before.items() if key not in PLACES}, base
-
-
-def plain_settings(prefix: str, settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the plain entries by dotted key: no classes, and no tensors, though one may equal a number."""
-    return {f"{prefix}.{k}": v for k, v in settings.items() if str(k)[:1] != "_" and repr(plain_values(v)) == repr(v)}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +176,7 @@ def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
     now, fixed = settings.plain, FIXED[settings.command]
     if settings.command == "fit":
         fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
-        loop = runs.section(runs.section(settings.loaded, "loops"), "fit_loop")
+        loop = runs.section(runs.section(settings.run.loaded, "loops"), "fit_loop")
         if not runs.section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
             fixed |= {"data.batch_size"}  # the batches of the epoch are counted
     for key in sorted(fixed & before.keys()):

@@ -1,6 +1,7 @@
 """The parts that a Trainer needs for a run: callbacks, plugins and loggers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from pytorch_lightning import Callback, Trainer
 
 from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
-from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of, stop_on_signals
-from .console import UserError
+from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
+from .console import Interrupted, UserError
 from .loggers import OURS, RunLogger
 from .progress import Progress
 from .results import Results
@@ -25,24 +26,17 @@ def make_callbacks(
     *,
     own: Sequence[Callback] = (),
     board: Sequence[Callback] = (),
-    settings: Mapping[str, Any] = {},
-    config: str = "",
-    recipe: str = "",
-    command: str = "",
 ) -> list[Callback]:
     """Return the callbacks that make a fit exact, durable and reported, in the order in which they must be called.
 
-    Args:
-        save: how often the newest state is saved; None saves nothing, and nothing can be resumed.
-        board: callbacks that write to the run's loggers.
-        settings: plain settings by dotted key, for results.json.
+    Without `save` nothing is saved, and nothing can be resumed; `board` are callbacks that write to the run's loggers.
     """
     progress = Progress()
     return [
-        ExactResume(run, config),  # first: nothing may touch the run before all of it is restored
+        ExactResume(run),  # first: nothing may touch the run before all of it is restored
         *own,
         progress,
-        Results(run, progress, recipe, command, settings),
+        Results(run, progress),
         *board,  # after the timer, which leaves their time out
         *([CheckpointKeeper(run, save, best)] if save else []),  # last: it saves what all others have done
     ]
@@ -50,7 +44,8 @@ def make_callbacks(
 
 @contextmanager
 def hold(run: Run, trainer: Trainer) -> Iterator[None]:
-    """Hold a run's folder for this process, or raise UserError; signals stop the training after the current step."""
+    """Hold a run's folder for this process, or raise UserError; signals end the training with Interrupted."""
+    keeper = callback_of(trainer, CheckpointKeeper)
     with ExitStack() as held:
         held.callback(run.discard_unused)
         refuse_callbacks(trainer)  # here, too: Lightning 2.6 sets its finders up before all other callbacks
@@ -58,10 +53,15 @@ def hold(run: Run, trainer: Trainer) -> Iterator[None]:
             held.enter_context(only_process(run.folder))
             if run.checkpoint and not run.checkpoint.is_file():
                 raise UserError(f"{run.checkpoint}: another process resumed it just now")
-        if keeper := callback_of(trainer, CheckpointKeeper):
-            held.enter_context(stop_on_signals(keeper))
+        for signum, handler in keeper.handle_signals().items() if keeper else ():
+            held.callback(signal.signal, signum, handler)
         held.enter_context(translate_restoring(run.checkpoint))
-        yield
+        try:
+            yield
+        except SystemExit as stopped:
+            if keeper and isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning 2.6 made it exit status 1
+                raise Interrupted(signal.SIGINT, keeper.last_path) from None
+            raise
 
 
 def make_plugins(run: Run, sync_batchnorm: bool = True) -> list[Any]:
@@ -86,7 +86,7 @@ def place_logger(run: Run, logger: Any, number: int, runs: Path) -> None:
     settings = logger["init_args"]
     # what names a logger's run; the last two are MLFlowLogger's and CometLogger's
     name = next((name for name in ("version", "run_id", "experiment_key") if name in settings), None)
-    if not (run.folder and "class_path" in logger and name):
+    if not (run.folder and name):
         return
     given = settings[name]
     if given is None and run.continues:  # not from the checkpoint: it becomes a folder's name

@@ -1,11 +1,10 @@
 """Batch norm over the batch of all processes, on CPUs too."""
 
-from typing import Any
-
 import torch
-import torch.distributed
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
+from torch.distributed import ReduceOp, group
+from torch.distributed.nn.functional import _AllReduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -34,7 +33,8 @@ class SyncBatchNormOnCPU(_BatchNorm):
         # of no values, sums that are 0 and still take part in the backward pass
         moments = torch.var_mean(values, dims, correction=0) if count else [values.sum(dims)] * 2
         var, mean = (moment.double() for moment in moments)
-        sums = SumOverProcesses.apply(torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * count)
+        parts = torch.stack([mean, var + mean.square(), torch.ones_like(mean)]) * count
+        sums = _AllReduce.apply(ReduceOp.SUM, group.WORLD, parts)  # without the warning of torch 2.15's `all_reduce`
         mean, square, total = sums[0] / sums[2], sums[1] / sums[2], sums[2].detach()
         var = square - mean.square()
         if self.num_batches_tracked is not None:
@@ -47,16 +47,3 @@ class SyncBatchNormOnCPU(_BatchNorm):
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         scale, shift = (part.to(values.dtype).view(-1, *[1] * (values.ndim - 2)) for part in (scale, shift))
         return torch.addcmul(shift, values, scale).to(input.dtype)
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """Adds up a tensor of each process; the gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        torch.distributed.all_reduce(total := values.clone())
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return SumOverProcesses.forward(ctx, gradient)

@@ -2,8 +2,8 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isnan
@@ -46,23 +46,30 @@ class Run:
     unchanged: bool = True  # whether its settings are those it had: then a run that a callback stopped stays stopped
     claimed: Sequence[Path] = ()  # what this process has made: the folder, and those above it that were missing
     started: bool = False
+    config: str = ""  # all settings as YAML, for config.yaml
+    settings: Mapping[str, Any] = field(default_factory=dict)  # plain ones by dotted key, for results.json
+    recipe: str = ""  # a name for them
+    command: str = ""  # as typed
 
     @classmethod
-    def new(cls, runs: Path, checkpoint: Path | None = None, loaded: Any = None, name: str | None = None) -> "Run":
-        """Make a run in a new folder, `version_N` without a name, which only the first process does."""
-        run = cls.resumed(checkpoint, loaded or {}) if checkpoint else cls()
-        run.folder = None
+    def new(cls, runs: Path) -> "Run":
+        """Return a run in a new folder among others."""
+        (run := cls()).claim(runs)
+        return run
+
+    def claim(self, runs: Path, name: str | None = None) -> None:
+        """Make a new folder for this run, `version_N` without a name, which only the first process does."""
+        self.folder = None
         if is_first():
             try:
                 missing = [path for path in (runs.absolute(), *runs.absolute().parents) if not path.exists()]
-                run.folder = claim_folder(runs.absolute(), name)
-                run.claimed = [run.folder, *missing]
+                self.folder = claim_folder(runs.absolute(), name)
+                self.claimed = [self.folder, *missing]
             except OSError as error:
                 raise UserError(f"no run can be written to {runs / (name or '')} ({error.strerror})") from error
-        return run
 
     @classmethod
-    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any], unchanged: bool = True) -> "Run":
+    def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any]) -> "Run":
         """Return the run that a checkpoint belongs to, in its own folder."""
         if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
             raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
@@ -70,7 +77,7 @@ class Run:
             advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
             raise UserError(f"{checkpoint}: that checkpoint has the format {version}: {advice}")
         folder = run_folder(checkpoint)
-        return cls(folder, checkpoint, loaded, folder, unchanged)
+        return cls(folder, checkpoint, loaded, folder)
 
     @property
     def continues(self) -> bool:
@@ -133,7 +140,6 @@ class CheckpointKeeper(Checkpoint):
         self._signal = 0  # what this process has got: save after this step, then stop
         self._score: float | None = None  # the latest of this epoch
         self._epoch = self._step = self._agreed_step = 0
-        self._agreed_signal = 0  # that all processes know of, and act on
         self._saved_at = monotonic()
         self._patches = ExitStack()
 
@@ -221,30 +227,26 @@ class CheckpointKeeper(Checkpoint):
         due = bool(self._save.every_n_steps and trainer.global_step % self._save.every_n_steps == 0)
         # each process has a timer and signals of its own, and asking the others in every step would take time
         if trainer.world_size == 1 or trainer.global_step - self._agreed_step >= AGREE_STEPS:
-            due = self._agree(trainer, due or monotonic() - self._saved_at >= self._save.every_seconds)
-        if due or self._agreed_signal:
+            self._save_together(trainer, due or monotonic() - self._saved_at >= self._save.every_seconds)
+        elif due:
             self.save(trainer)
-        self._stop_if_signalled()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.save(trainer, validated=True)
-            self._agree(trainer)
-            self._stop_if_signalled()
+            self._save_together(trainer)
 
-    def _agree(self, trainer: Trainer, due: bool = False) -> bool:
-        """Return whether a checkpoint is due for any process, and let all act on a signal that one has got."""
+    def _save_together(self, trainer: Trainer, due: bool = False) -> None:
+        """Save if it is due for any process or one has got a signal, with which all then stop."""
         signum = self._signal
         if trainer.world_size > 1:
             self._agreed_step = trainer.global_step
             votes = torch.tensor([int(due), signum], device=trainer.strategy.root_device)
             due, signum = trainer.strategy.reduce(votes, reduce_op="max").tolist()
-        self._agreed_signal = signum
-        return bool(due)
-
-    def _stop_if_signalled(self) -> None:
-        if self._agreed_signal:
-            raise Interrupted(self._agreed_signal, self.last_path)
+        if due or signum:
+            self.save(trainer)
+        if signum:
+            raise Interrupted(signum, self.last_path)
 
     def save(self, trainer: Trainer, validated: bool = False) -> None:
         """Write the state of this moment, as the best too where a validation has just found it so."""
@@ -259,12 +261,10 @@ class CheckpointKeeper(Checkpoint):
         trainer.save_checkpoint(path := self._folder / f"{name}.ckpt")
         self.last_path = path
         if trainer.is_global_zero:  # now that the newest state names no other best
-            run = self._folder.parent
-            old = [*own_checkpoints(run, "last"), *self._folder.glob(".*.ckpt.*.tmp")]
-            old += own_checkpoints(run, "best") if self.best_path else []
-            for path in old:
-                if path not in (self.last_path, self.best_path):
-                    path.unlink(missing_ok=True)
+            kinds = ["last", "best"] if self.best_path else ["last"]
+            kept = [path for kind in kinds for path in own_checkpoints(self._folder.parent, kind)]
+            for old in {*kept, *self._folder.glob(".*.ckpt.*.tmp")} - {self.last_path, self.best_path}:
+                old.unlink(missing_ok=True)
         self._saved_at = monotonic()
 
     def _is_best(self, trainer: Trainer, best: BestSettings) -> bool:
@@ -276,22 +276,20 @@ class CheckpointKeeper(Checkpoint):
         values = {k: v for k, v in logged.items() if k == best.monitor or not k.startswith("train/")}
         # those of the first process: a module may log what each process has found alone
         values = gather_all(values | {"step": trainer.global_step})[0]
-        self._score, before = values[best.monitor], self.best_values.get(best.monitor)
-        better = not isnan(self._score) and (before is None or (self._score > before) == (best.mode == "max"))
-        if self._score == before:
-            better = values.get(best.loss, inf) < self.best_values.get(best.loss, inf)
+        self._score, sign = values[best.monitor], 1 if best.mode == "max" else -1
+        ranks = [(sign * one[best.monitor], -one.get(best.loss, inf)) for one in (values, self.best_values) if one]
+        better = not isnan(self._score) and (len(ranks) == 1 or ranks[0] > ranks[1])
         self.best_values = values if better else self.best_values
         return better
 
-    def handle_signals(self) -> None:
-        """Let SIGTERM and Ctrl-C end the training after the current step; a second Ctrl-C at once."""
+    def handle_signals(self) -> dict[signal.Signals, Any]:
+        """Let SIGTERM and Ctrl-C end the training after a step, a second Ctrl-C at once; return the former handlers."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             self._signal = signum
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, note)
+        return {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
 
 
 def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer: Trainer) -> bool:
@@ -299,19 +297,3 @@ def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer:
     unwritten = path in left
     left.discard(path)  # it is written now
     return not unwritten and exists(path, trainer)
-
-
-@contextmanager
-def stop_on_signals(keeper: CheckpointKeeper) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the training with Interrupted, and put back the handlers that were there."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    keeper.handle_signals()
-    try:
-        yield
-    except SystemExit as stopped:
-        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning 2.6 turns it into exit status 1
-            raise Interrupted(signal.SIGINT, keeper.last_path) from None
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

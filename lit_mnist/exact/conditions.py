@@ -24,13 +24,6 @@ def commit() -> str | None:
     return None
 
 
-def processor() -> str:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
 @cache
 def conditions(device: torch.device) -> dict[str, Any]:
     """Return the versions, the hardware and the commit that a figure depends on."""
@@ -38,6 +31,10 @@ def conditions(device: torch.device) -> dict[str, Any]:
     for name in (PROGRAM, "torch", "torchvision", "pytorch-lightning", "torchmetrics", "tensorboard"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    hardware = {"device": name, "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware = {"device": name, "processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"versions": versions, "hardware": hardware, "commit": commit()}

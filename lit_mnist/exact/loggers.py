@@ -65,6 +65,11 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
                 path.unlink()  # of a process that was killed before it could save
         if run.continues:  # TensorBoardLogger 2.6 would leave it as it is
             (folder / self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        own = {"recipe": run.recipe} if run.recipe else {}
+        for name, value in run.settings.items():
+            if name.startswith("trainer."):  # one type in all runs: TensorBoard 2.21 compares no text with a number
+                own[name.removeprefix("trainer.")] = value if name.endswith(("max_epochs", "max_steps")) else str(value)
+        self.hparams = {**own, **dict(self.hparams)}  # the module's and the data's
         # TensorBoardLogger 2.6 writes nothing without a metric; without the first summary TensorBoard finds all columns
         write_events(folder / SETTINGS, (0, hparams(self._sanitize_params(dict(self.hparams)), {})[1]))
         self.opened = True

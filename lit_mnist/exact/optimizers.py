@@ -13,23 +13,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from .console import UserError
 
 
-def configured_hparams(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Return what a run begins with, in plain values."""
+def configured_hparams(trainer: Trainer, module: LightningModule) -> tuple[dict[str, Any], Any]:
+    """Return what a run begins with: plain values, and copies of each optimizer's groups and each schedule's state."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return {
+    plain = {
         "groups": plain_values(groups),
         "schedules": [{"class": type(one).__name__} | plain_values(one.state_dict()) for one in schedulers],
         "parameters": [[names.get(id(part), "") for part in group["params"]] for group in groups],
         "frozen": frozen_parts(trainer, module),
     }
-
-
-def fresh_states(trainer: Trainer) -> Any:
-    """Copy what `configure_optimizers` gives: each optimizer's groups without parameters, and each schedule's state."""
-    groups = [[{**group, "params": None} for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-    return deepcopy((groups, [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]))
+    by_optimizer = [[{**group, "params": None} for group in one.param_groups] for one in trainer.optimizers]
+    return plain, deepcopy((by_optimizer, [one.state_dict() for one in schedulers]))
 
 
 def plain_values(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """results.json: what a run came to, and under which conditions."""
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from time import time
 from typing import Any
@@ -20,17 +19,13 @@ KEY = ("checkpoint", "step", "test_set", "samples", "whole")  # of an evaluation
 
 
 class Results(Callback):
-    """Keeps results.json: of a fit from its start and of a test at its end; for the arguments see `make_callbacks`."""
+    """Keeps results.json: of a fit from its start and of a test at its end."""
 
-    def __init__(
-        self, run: Run, progress: Progress, recipe: str = "", command: str = "", settings: Mapping[str, Any] = {}
-    ) -> None:
-        self.run = run
-        self.progress = progress
-        self.settings = settings
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.run, self.progress = run, progress
         # the checkpoint of another run that this one begins with
         parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.claimed else None
-        self._kept: dict[str, Any] = {"recipe": recipe, "parent": parent, "commands": [command]}
+        self._kept: dict[str, Any] = {"recipe": run.recipe, "parent": parent, "commands": [run.command]}
         self._created = section(read_results(run.folder), "fit").get("created", time()) if run.folder else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +74,7 @@ class Results(Callback):
         fit["validation_seconds"] = round(timer["validation_seconds"], 3)
         fit["samples_per_second"] = round(timer["samples_seen"] / seconds, 1) if seconds else None
         fit |= {"model": dict(pl_module.hparams), "data": dict(data.hparams) if data else {}}
-        fit |= {"test_set": getattr(data, "test_set", None), "settings": self.settings}
+        fit |= {"test_set": getattr(data, "test_set", None), "settings": self.run.settings}
         fit["loggers"] = [logger.version for logger in trainer.loggers]
         self._write(trainer, pl_module, "fit", fit)
 

@@ -38,11 +38,10 @@ REFUSED: dict[type[Callback], str] = {
 class ExactResume(Callback):
     """Adds to checkpoints what Lightning 2.6 leaves out, and restores it; only then is the run's folder touched."""
 
-    def __init__(self, run: Run, config: str = "") -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.config = config
-        self._configured: dict[str, Any] = {}
-        self._fresh: Any = None  # what `configure_optimizers` gave
+        self._configured: dict[str, Any] = {}  # what `configure_optimizers` gave, and copies of it
+        self._fresh: Any = None
         self._initial: dict[str, dict[str, Any]] = {}  # of the metrics: what differs from it is kept in checkpoints
         # until the first step: of a resumed run its weights, and what it has logged in this epoch
         self._weights: dict[str, Any] | None = None
@@ -91,8 +90,7 @@ class ExactResume(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._configured = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
-        self._fresh = optimizers.fresh_states(trainer)
+        self._configured, self._fresh = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
         self._weights = metrics.moved(dict(pl_module.state_dict())) if self.run.checkpoint else {}
         found = metrics.find_parts(pl_module).items()
         self._initial = {name: metrics.plain_data(part) for name, part in found if isinstance(part, Metric)}
@@ -106,11 +104,10 @@ class ExactResume(Callback):
         if len(set(states)) > 1:
             raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
         if self.run.checkpoint:
-            schedule: Any = callback_of(trainer, lightning.GradientAccumulationScheduler)
-            if schedule:
+            if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
                 # Lightning 2.6 calls its epoch hook in no epoch that is resumed; its check would refuse what that sets
                 schedule.on_train_start(trainer, pl_module)
-                schedule.on_train_start = schedule.on_train_epoch_start
+                schedule.on_train_start = schedule.on_train_epoch_start  # type: ignore[assignment, method-assign]
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             if self.run.loaded["stopped"] is True and not changed:
@@ -138,9 +135,9 @@ class ExactResume(Callback):
             step = int(scalars.pop("step"))
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step)
-        if trainer.is_global_zero and self.run.folder and self.config:  # SaveConfigCallback 2.6 would be too early
+        if trainer.is_global_zero and self.run.folder and self.run.config:  # SaveConfigCallback 2.6 would be too early
             with replaced(self.run.folder / "config.yaml") as unfinished:
-                unfinished.write_text(self.config)
+                unfinished.write_text(self.run.config)
 
     def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
@@ -262,8 +259,8 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
             raise UserError(f"{what}; use interval epoch and trainer.max_epochs")
     # batch norm of each process alone cannot do without samples, nor torch's synchronised one in mixed precision
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
-    start, stop, size = part_of_batch(trainer, len(loader) - 1, 1) if hasattr(loader, "part") else (0, 1, 1)
-    if 0 in (stop - start, size // trainer.world_size) and (alone or "mixed" in trainer.precision):
+    *_, size = part_of_batch(trainer, len(loader) - 1, 1)
+    if size < trainer.world_size and (alone or "mixed" in trainer.precision):
         where = f"where an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
         raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
 

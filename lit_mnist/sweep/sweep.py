@@ -18,15 +18,11 @@ from typing import Any, NoReturn
 import optuna
 import torch
 from jsonargparse.typing import NonNegativeInt
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import LambdaCallback
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain, one_line
 from lit_mnist.cli.settings import Parser, Settings, configs_first
-from lit_mnist.exact.checkpoints import callback_of
 from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shown
-from lit_mnist.exact.results import Results
 from lit_mnist.exact.runs import being_trained, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
 from lit_mnist.sweep.study import Study, latest_trials
@@ -110,16 +106,15 @@ class Worker:
         while being_trained(run):
             sleep(1)  # by a worker that was considered dead, or by the user
 
-        def keep_place(trainer: Trainer, *_: Any) -> None:
-            results: Any = callback_of(trainer, Results)  # only now the run keeps its folder
-            trial.set_user_attr(seed, {"run": results.run.folder.name, "host": platform.node()})
+        def keep_place(started: Any) -> None:  # only now it keeps its folder
+            trial.set_user_attr(seed, {"run": started.folder.name, "host": platform.node()})
 
         try:
             if last := newest(run):  # unless its user has trained it on with other settings
                 resumed = [*flags, f"--ckpt_path={last}"]
-                flags = resumed if check(resumed).unchanged else flags
+                flags = resumed if check(resumed).run.unchanged else flags
             with redirect_stdout(self.log):
-                MNISTCLI(["fit", *flags], [LambdaCallback(on_train_start=keep_place)])
+                MNISTCLI(["fit", *flags], keep_place)
         except (TrainingFailed, ValueError, torch.OutOfMemoryError) as error:
             cause = error.__cause__
             if isinstance(cause, OSError) or isinstance(getattr(cause, "__cause__", None), OSError):

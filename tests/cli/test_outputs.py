@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import RUN, TINY, Capsys, Command, at_call, fail, fails, results, scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_mnist.__main__ import main
 
-LONGER = ["--ckpt_path", "last", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
-LONGER += ["--trainer.enable_model_summary", "false"]
+RESUME = ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
+LONGER = [*RESUME, "--trainer.log_every_n_steps", "2", "--trainer.enable_model_summary", "false"]
+PLAIN = {"checkpoints", "config.yaml", "results.json", ".lock"}  # of a run without TensorBoard
 
 
 def test_a_pipe_that_is_closed_early() -> None:
@@ -65,3 +67,37 @@ def test_printed_commands_can_be_copied(command: Command, capsys: Capsys) -> Non
     lines = [shlex.split(" ".join(line)) for line in out]
     assert lines[0] == ["tensorboard", "--logdir", "a folder/lightning_logs"]
     assert [main(line[3:]) for line in lines[1:]] == [0, 0]
+
+
+def test_mlflow_continues_in_its_run(command: Command) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    logger = '{"class_path": "MLFlowLogger", "init_args": {"tracking_uri": "sqlite:///ml.db"}}'
+    assert command("fit", *TINY, "--board.every_n_epochs", "0", "--trainer.logger", logger) == 0
+    assert command("fit", *RESUME, "--model.lr", "0.1") == 0
+    client = mlflow.MlflowClient("sqlite:///ml.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [6, 13, 20]
+    assert (run.data.params["lr"], run.data.tags["lr"]) == ("0.05", "0.1")
+    # config.yaml repeats the run, and does not continue its log
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["run_id"] is None
+    assert {path.name for path in RUN.iterdir()} == PLAIN
+
+
+@pytest.mark.parametrize("named", ["WandbLogger: Requirement 'wandb", "MLFlowLogger: "])
+def test_a_logger_that_cannot_be_made(command: Command, capsys: Capsys, named: str) -> None:
+    error = fails(capsys, "fit", *TINY, "--trainer.logger", named.split(":")[0], run=command)
+    assert f"trainer.logger: {named}" in error
+    assert "pip install" in error or "sqlite:///" in error
+    assert not Path("lightning_logs").exists()
+
+
+def test_without_a_logger_or_checkpoints_nothing_else_is_written(command: Command) -> None:
+    assert command("fit", *TINY, "--trainer.fast_dev_run", "true") == 0
+    assert not Path("lightning_logs").exists()
+    assert command("fit", *TINY, "--trainer.logger", "false") == 0
+    assert command("fit", *RESUME) == 0  # still without
+    assert {path.name for path in RUN.iterdir()} == PLAIN
+    assert command("fit", *TINY, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false") == 0
+    assert "finished" in Path("lightning_logs/version_1/results.json").read_text()
+    assert [path.name for path in Path().iterdir()] == ["lightning_logs"]
