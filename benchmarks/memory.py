@@ -15,12 +15,12 @@ from time import perf_counter, time
 import numpy as np
 import pandas
 from gpu import Options, Record
-from records import REPOSITORY, make_parser, measure, print_rows
+from records import REPOSITORY, make_parser, measure
 
 from lit_mnist.data import datasets
 from lit_mnist.exact.runs import read_results
 
-FLAGS = "--data.name=idx --data.val_size=5000 --trainer.max_steps=200 --trainer.accelerator=cpu --board.every_n_epochs=0"
+FLAGS = ["--data.name=idx", "--data.val_size=5000", "--trainer.max_steps=200", "--board.every_n_epochs=0"]
 
 
 def write_files(folder: Path, root: Path, count: int) -> None:
@@ -43,7 +43,7 @@ def fit(options: Options) -> Iterator[Record]:
                 started = perf_counter()
                 size = sum(np.fromfile(path, np.uint8).nbytes for path in Path(folder).glob("*-ubyte"))
                 reading, began = perf_counter() - started, time()
-                command = [sys.executable, "-m", "lit_mnist", "fit", *FLAGS.split(), "--data.root=.", *options.flags]
+                command = [sys.executable, "-m", "lit_mnist", "fit", *FLAGS, "--data.root=.", *options.flags]
                 environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
                 process = subprocess.Popen(command, cwd=folder, env=environment)
                 _, status, used = os.wait4(process.pid, 0)
@@ -62,7 +62,7 @@ def fit(options: Options) -> Iterator[Record]:
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, "memory")
-    parser.add_argument("--images", type=int, nargs="+", default=[60_000, 2_000_000], help="in each set, the least first")
+    parser.add_argument("--images", type=int, nargs="+", default=[60_000, 2_000_000], help="in each set")
     parser.add_argument("--checkouts", type=Path, nargs="+", default=[REPOSITORY], help="versions to compare, in turns")
     parser.add_argument("--folder", type=Path, help="for the sets of images, which are large (the temporary one)")
     sys.exit(measure(parser, {"fit": fit}))
