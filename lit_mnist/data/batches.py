@@ -57,8 +57,12 @@ class TensorBatches:
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self.epoch, self._batches_done, self._resumed, self.losses = epoch, 0, False, self._gathered()
-            self.losses[0] = torch.where(self.losses[1] > -math.inf, self.losses[1], self.losses[0])
+            self.losses = self._gathered()
+            seen = self.losses[1] > -math.inf
+            if self.shares and self._batches_done and not seen.any():
+                raise UserError("data.shares needs a training_step that calls train_dataloader.keep_losses")
+            self.epoch, self._batches_done, self._resumed = epoch, 0, False
+            self.losses[0] = torch.where(seen, self.losses[1], self.losses[0])
             self.losses[1] = -math.inf
 
     def size(self, epoch: int | None = None) -> int:
@@ -85,15 +89,12 @@ class TensorBatches:
 
     def _order(self) -> Tensor:
         """Draw this epoch's images on the CPU, so that every device sees the same: int32 (n,) of those in `part_of`."""
-        epoch, _ = self.position
         if self.seed is None:
             return torch.arange(self.total, dtype=torch.int32)
-        generator = seeded_generator(self.seed, epoch)
+        generator = seeded_generator(self.seed, self.position[0])
         order = torch.randperm(self.total, generator=generator, dtype=torch.int32)
         if (size := self.size()) == self.total:
             return order
-        if epoch and self.losses[0].isposinf().all():
-            raise UserError("data.shares needs a training_step that calls train_dataloader.keep_losses in each epoch")
         ranked = order[self.losses[0].cpu()[order].argsort(descending=True, stable=True)]  # ties are in a drawn order
         hard, others = ranked[: size // 2], ranked[size // 2 :]
         others = others[torch.randperm(len(others), generator=generator)[: size - len(hard)]]
@@ -120,14 +121,14 @@ class TensorBatches:
         return torch.stack(gather_all(self.losses.cpu())).amax(0).to(self.losses.device) if self.shares else self.losses
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, how many of its batches were handed out, and losses: Lightning keeps it in checkpoints."""
+        """Return the epoch, how many of its batches were handed out (0 after all), and losses, for checkpoints."""
         losses = {"losses": self._gathered().cpu()} if self.shares else {}
-        return {"epoch": self.epoch, "batches_done": self._batches_done, **losses}
+        return {"epoch": self.epoch, "batches_done": self._batches_done % len(self), **losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make that epoch's next iteration skip the batches that the saved run had taken from it."""
         self.epoch, self._resumed = state["epoch"], True
-        self._batches_done = state["batches_done"] % len(self)  # none after a finished epoch
+        self._batches_done = state["batches_done"] % len(self)
         if self.shares and "losses" in state:
             self.losses = state["losses"].to(self.losses.device)
 

@@ -80,12 +80,15 @@ class Study:
 
     @property
     def varied(self) -> dict[str, Any]:
-        return {name: given for name, given in self.settings.items() if isinstance(given, (list, dict))}
+        def scalars(given: Any) -> Any:  # Optuna 4.6 to 5 cannot plot lists
+            return [plain(one) if isinstance(one, list) else one for one in given] if isinstance(given, list) else given
+
+        return {name: scalars(given) for name, given in self.settings.items() if isinstance(given, (list, dict))}
 
     def flags(self, params: Mapping[str, Any], folder: Path | None = None) -> list[str]:
         """Return the flags of `fit` for a configuration, with the folder's copies of the recipes if one is given."""
         given = self.settings | dict(params) | ALIKE
-        values = {name: value for name, value in given.items() if not isinstance(value, (list, dict))}
+        values = {name: value for name, value in given.items() if name in params or name not in self.varied}
         recipes = [*as_list(self.base), *as_list(values.pop("config", None))]
         if self.compare.startswith("val/") and self.of == "best":
             values |= {"best.monitor": self.compare, "best.mode": self.direction[:3]}

@@ -70,7 +70,7 @@ class Lab:
     def resume_and_compare(self, uninterrupted: Path, checkpoint: str = "last") -> None:
         torch.rand(3)  # another process has another random state
         assert self.fit("--ckpt_path", checkpoint) == 0
-        assert_alike(RUN, uninterrupted, "batches_done")  # 0 where a run is resumed behind its last epoch
+        assert_alike(RUN, uninterrupted)
         assert results()["fit"]["state"] == "finished"
         assert results()["fit"]["train_seconds"] < 60  # the timer of a run that is resumed within an epoch
         assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
