@@ -65,7 +65,7 @@ SCRATCH = ".lit-mnist-tmp-"  # folders that only the holder of the lock makes: o
 def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> None:
     """Fetch what is missing or wrong of a data set, under a lock, into its folder under ROOT, or raise UserError."""
     if name == "idx":  # a user's own, of which only the form is known
-        load(root, True, name), load(root, False, name)
+        load(root, False, name)  # nobody likes to hear of it after the training
     raw, known, reasons = _folder(root, name), _known(name), [] if download else ["data.download is false"]
     try:
         wrong = _find_wrong(raw, known)

@@ -156,4 +156,5 @@ def test_own_files_of_another_form_are_refused(name: str, content: bytes | None,
     before = held(tmp_path)
     with pytest.raises(UserError, match=rf"\Adata\.root: .*{tmp_path}.*{re.escape(problem)}.*\Z"):
         datasets.prepare(tmp_path, name="idx")
+        datasets.load(tmp_path, True, "idx")
     assert held(tmp_path) == before
