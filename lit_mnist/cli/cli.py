@@ -190,9 +190,9 @@ class MNISTCLI(LightningCLI):
         if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
             callbacks = [part for part in callbacks if not isinstance(part, lightning.Timer)]
         if command == "fit":
-            save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
+            save = made["checkpoint"] if keeps else None
+            best = made["best"] if self.settings.plain["data.val_size"] > 0 else None
             board = [made["board"]] if made["board"].every_n_epochs > 0 else []
-            best = best if self.settings.plain["data.val_size"] > 0 else None
             if watch := self.watch:
                 callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: watch(run)), *callbacks]
             callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
