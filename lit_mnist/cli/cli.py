@@ -28,7 +28,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lit_mnist.board import Board
 from lit_mnist.cli.console import one_line, resume_command
-from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, parse
+from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, as_list, parse
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.exact.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoint_io import translate_restoring
@@ -190,9 +190,9 @@ class MNISTCLI(LightningCLI):
         if trainer["max_time"]:  # else Lightning 2.6 would silently ignore it beside a Timer
             callbacks = [part for part in callbacks if not isinstance(part, lightning.Timer)]
         if command == "fit":
-            save, best = (made["checkpoint"], made["best"]) if keeps else (None, None)
+            save = made["checkpoint"] if keeps else None
+            best = made["best"] if self.settings.plain["data.val_size"] > 0 else None
             board = [made["board"]] if made["board"].every_n_epochs > 0 else []
-            best = best if self.settings.plain["data.val_size"] > 0 else None
             if watch := self.watch:
                 callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: watch(run)), *callbacks]
             callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
@@ -315,11 +315,6 @@ class MNISTCLI(LightningCLI):
             flags = " ".join(f"--{name} {value}" for name, value in longer.items())
             print(f"Test it:    python -m {PROGRAM} test --ckpt_path {quote(shown(tested))}{place}")
             print(f"Train on:   python -m {PROGRAM} fit --ckpt_path {quote(shown(last))} {flags}")
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return the values of a setting that takes none, one or several."""
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def ended_by(trainer: Trainer, max_time: object) -> tuple[str, dict[str, str]]:

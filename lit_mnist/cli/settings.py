@@ -161,6 +161,11 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in config if name not in parts} | settings
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a setting that takes none, one or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def quickest_precision(accelerator: Any) -> str:
     """Return the precision that this machine trains fastest in: without units for it bfloat16 is slow."""
     # avx512_bf16 alone was no faster than 32 bits; torch 2.10 does not have get_capabilities

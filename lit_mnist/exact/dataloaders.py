@@ -143,11 +143,3 @@ def make_loaders_exact(trainer: Trainer) -> None:
         return ExactLoader(loader, trainer) if known and sized_len(loader) and trainer.state.fn == "fit" else loader
 
     trainer.strategy.process_dataloader = make_exact  # type: ignore[method-assign, assignment]
-
-
-def load_states(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
-    """Give the loaders their states, which Lightning 2.6 does not always do (issue 20550), and new iterators."""
-    loop: Any = trainer.fit_loop
-    loop._combined_loader._load_state_dicts(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
-    iter(loop._data_fetcher)  # in which torchdata's reads its state
-    loop._resuming_from_checkpoint = False  # or a new epoch would begin with this iterator

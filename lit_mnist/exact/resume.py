@@ -16,7 +16,7 @@ from . import metrics, optimizers
 from .checkpoints import CheckpointKeeper, Run, callback_of
 from .conditions import conditions
 from .console import UserError
-from .dataloaders import load_states, make_loaders_exact
+from .dataloaders import make_loaders_exact
 from .ddp import ExactDDP, gather_all, part_of_batch
 from .loggers import logger_states, open_loggers
 from .progress import Progress
@@ -161,7 +161,10 @@ class ExactResume(Callback):
         validation._seen_batches_per_dataloader.update(loaded.get("validation_batches", {}))
         if vars(trainer)["reload_dataloaders_every_n_epochs"]:
             validation._last_val_dl_reload_epoch = loaded["validation_loaded"]
-        load_states(trainer, loaded)
+        # Lightning 2.6 does not always give the loaders their states (issue 20550)
+        loop._combined_loader._load_state_dicts(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
+        iter(loop._data_fetcher)  # in which torchdata's reads its state
+        loop._resuming_from_checkpoint = False  # or a new epoch would begin with this iterator
         optimizers.restore_optimizers(trainer, loaded)
         changed = optimizers.apply_settings(trainer, loaded["configured"], self._configured, self._fresh)
         optimizers.restore_frozen(pl_module, loaded, self._configured)

@@ -18,8 +18,8 @@ from optuna.storages import RDBStorage
 from optuna.storages import RetryFailedTrialCallback as Retry  # Optuna 4.6's name for it
 from optuna.trial import FrozenTrial
 
-from lit_mnist.cli.cli import as_list
 from lit_mnist.cli.console import one_line
+from lit_mnist.cli.settings import as_list
 from lit_mnist.exact.console import UserError
 from lit_mnist.exact.runs import replaced
 
