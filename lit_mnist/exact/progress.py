@@ -22,10 +22,9 @@ class Progress(Callback):
     samples = 0  # of an evaluation: of this process, and once it has ended, of all
 
     def __init__(self) -> None:
-        self.train_seconds = self.validation_seconds = 0.0
+        self.train_seconds = self.validation_seconds = self._started = self._lr = 0.0
         self.epoch_seconds = 0.0  # of training and validation, in this process
-        self._started = self._window_started = self._lr = 0.0
-        self.samples_seen = self._window_samples = 0
+        self.samples_seen = 0
         self.loss: Tensor | None = None  # of the latest step, in this process, on its device
         self._ended = False  # an epoch, whose line is not printed yet
         self.validated = 0  # the step of this epoch's latest validation
@@ -38,17 +37,16 @@ class Progress(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_timer()  # a run that is resumed within an epoch starts none
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_epoch(trainer)
         self.epoch_seconds, self.validated = 0.0, 0
         self._start_timer()
 
-    def _start_timer(self) -> None:
-        self._started = self._window_started = perf_counter()
-        self._window_samples = 0
+    def _start_timer(self, *_: Any) -> None:
+        self._started = perf_counter()
+        self._window = self._started, self.samples_seen  # when the latest scalars were logged
+
+    on_train_start = _start_timer  # type: ignore[assignment]  # a run that is resumed within an epoch starts none
 
     def _stop_timer(self, pl_module: LightningModule) -> float:
         if pl_module.device.type == "cuda":
@@ -65,23 +63,18 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _, _, samples = part_of_batch(trainer, batch_idx, extract_batch_size(batch))
-        self.samples_seen += samples
-        self._window_samples += samples
+        self.samples_seen += part_of_batch(trainer, batch_idx, extract_batch_size(batch))[2]
         self.loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
-            loss, now = self._check_finite(trainer), perf_counter()
+            loss, now, (start, seen) = self._check_finite(trainer), perf_counter(), self._window
             # not by `self.log`, which writes after all callbacks, and so after a checkpoint
-            metrics = {
-                "train/learning_rate": self._lr,
-                "train/samples_per_second": self._window_samples / (now - self._window_started),
-            }
-            if not math.isnan(loss):  # with manual optimization a module may return none
-                metrics["train/loss_step"] = loss
+            metrics = {"train/samples_per_second": (self.samples_seen - seen) / (now - start)}
+            # with manual optimization a module may return no loss
+            metrics |= {"train/learning_rate": self._lr} | ({} if math.isnan(loss) else {"train/loss_step": loss})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step - 1)
-            self._window_started, self._window_samples = now, 0
+            self._window = now, self.samples_seen
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.state.fn != "fit":
@@ -95,7 +88,9 @@ class Progress(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            self._print_evaluation(trainer, "Validation set")
+            self.samples = sum(gather_all(self.samples))
+            title = "Test set" if trainer.state.fn == "test" else "Validation set"
+            print_once(trainer, f"{title}: {', '.join(words(epoch_metrics(trainer), self.samples))}")
         elif not trainer.sanity_checking:
             self.validated = trainer.global_step
             if not trainer.is_last_batch:
@@ -105,12 +100,7 @@ class Progress(Callback):
             self.validation_seconds += self._stop_timer(pl_module)
             check_losses(trainer)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print_evaluation(trainer, "Test set")
-
-    def _print_evaluation(self, trainer: Trainer, title: str) -> None:
-        self.samples = sum(gather_all(self.samples))
-        print_once(trainer, f"{title}: {', '.join(words(epoch_metrics(trainer), self.samples))}")
+    on_test_end = on_validation_end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds += self._stop_timer(pl_module)
