@@ -10,14 +10,14 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from lit_mnist.data import datasets
-from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, seeded_generator
+from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, move, seeded_generator
 from lit_mnist.exact.console import UserError
 from lit_mnist.network import DIGITS, Batch
 
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
 RANGES: dict[str, tuple[float, float]] = {"batch_size": (1, 60_000), "val_size": (0, 59_999)}
 RANGES |= {"split_seed": (0, math.inf), "seed": (0, math.inf)}
-RANGES |= {"rotation": (0, 180), "shift": (0, 28), "scale": (0, 0.999), "augmented": (0, 1)}
+RANGES |= {"rotation": (0, 180), "shift": (0, 28), "move": (0, 28), "scale": (0, 0.999), "augmented": (0, 1)}
 
 
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,7 @@ class MNISTDataModule(LightningDataModule):
         shift: pixels by which training images are shifted along each axis at most, drawn uniformly.
         scale: share by which training images are scaled up or down at most, drawn uniformly.
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled.
+        move: whole pixels by which all training images are moved along each axis at most: without blur, unlike `shift`.
     """
 
     image_shape = DIGITS  # channels, height and width, which the network must take
@@ -69,6 +70,7 @@ class MNISTDataModule(LightningDataModule):
         shift: float = 1.0,
         scale: float = 0.0,
         augmented: float = 1.0,
+        move: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["root", "download"])  # they depend on the machine
@@ -151,10 +153,15 @@ class MNISTDataModule(LightningDataModule):
     def augment(self, images: Tensor, targets: Tensor) -> Batch:
         """Move, turn and scale raw images (B, C, H, W), and masks (B, ..., H, W) with them, by a draw of the step."""
         hp: Any = self.hparams
-        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
-            return images, targets
         epoch, step = self.train_batches.position
         start, stop, size = self.train_batches.part(step)
+        if hp.move:
+            generator = seeded_generator(hp.seed, epoch, step, 1)
+            offsets = torch.randint(2 * hp.move + 1, (2, size), generator=generator)[:, start:stop]
+            images = move(images, offsets, hp.move)
+            targets = move(targets, offsets, hp.move) if targets.ndim > 2 else targets
+        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
+            return images, targets
         generator = seeded_generator(hp.seed, epoch, step)
         # of the whole batch, of which each process takes its part: the same on any number of them
         shape, ranges = (size, *images.shape[1:]), (hp.rotation, hp.shift, hp.scale)
