@@ -44,8 +44,7 @@ class LitMNIST(LightningModule):
         network: name of the network, from `network.NETWORKS`.
         classes: number of classes, or 1 for a value. The command line takes it and `image_shape` from the data.
         image_shape: channels, height and width.
-        views: how many logits are averaged for an answer, in as many times the time: those of the image alone (1), or
-            of all its moves by up to a pixel (9) or two (25). Training is the same.
+        views: answers average the logits of the image alone (1), or also moved by up to a pixel (9), or two (25).
     """
 
     def __init__(

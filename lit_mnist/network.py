@@ -142,15 +142,18 @@ class MLP(nn.Module):
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"digitnet": DigitNet, "mlp": MLP}
 
 
+def moves(images: Tensor, pixels: int) -> Tensor:
+    """View images (B, ..., H, W) moved by all whole pixels up to P, 0 beyond the edges: (B, ..., 2P+1, 2P+1, H, W)."""
+    height, width = images.shape[-2:]
+    return F.pad(images, [pixels] * 4).unfold(-2, height, 1).unfold(-2, width, 1)  # the first is furthest down, right
+
+
 def average_views(network: nn.Module, inputs: tuple[Tensor], logits: Tensor, views: int) -> Tensor:
-    """Forward hook: in eval mode, average the logits of the images and of all their moves by whole pixels, 8 of one."""
+    """Forward hook: in eval mode, average the logits over all moves that `views` counts, by up to a pixel of 9."""
     if network.training:
         return logits
-    (images,), edge = inputs, math.isqrt(views) // 2
-    height, width = images.shape[2:]
-    windows = F.pad(images, [edge] * 4).unfold(2, height, 1).unfold(3, width, 1).flatten(2, 3).unbind(2)
-    others = (network.forward(window) for number, window in enumerate(windows) if number != views // 2)
-    return torch.stack([logits, *others]).mean(0)
+    images, middle = moves(inputs[0], math.isqrt(views) // 2).flatten(2, 3).unbind(2), views // 2
+    return torch.stack([logits, *map(network.forward, images[:middle] + images[middle + 1 :])]).mean(0)
 
 
 def make_network(settings: Mapping[str, Any]) -> nn.Module:

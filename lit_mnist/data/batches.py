@@ -112,17 +112,3 @@ def affine(images: Tensor, matrices: Tensor, mode: str = "bilinear") -> Tensor:
         matrices = matrices.pin_memory()  # or the copy would wait for the device
     grid = F.affine_grid(matrices.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, mode=mode, padding_mode="zeros", align_corners=False)
-
-
-def move(images: Tensor, offsets: Tensor, pixels: int) -> Tensor:
-    """Move each image of (B, ..., H, W) by whole pixels, 0 beyond the edges, so that it stays as sharp as it was.
-
-    `offsets`, int64 (2, B), count rows and columns from 0, `pixels` down and right, to 2 * `pixels`, up and left.
-    """
-    height, width = images.shape[-2:]
-    if images.device.type == "cuda":
-        offsets = offsets.pin_memory()  # or the copy would wait for the device
-    rows, columns = offsets.to(images.device, non_blocking=True)
-    numbers = torch.arange(len(images), device=images.device)
-    windows = F.pad(images, [pixels] * 4).unfold(-2, height, 1).unfold(-2, width, 1)  # (B, ..., row, column, H, W)
-    return windows[numbers, ..., rows, columns, :, :]

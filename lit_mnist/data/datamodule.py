@@ -10,9 +10,9 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from lit_mnist.data import datasets
-from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, move, seeded_generator
+from lit_mnist.data.batches import TensorBatches, affine, affine_matrices, seeded_generator
 from lit_mnist.exact.console import UserError
-from lit_mnist.network import DIGITS, Batch
+from lit_mnist.network import DIGITS, Batch, moves
 
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
 RANGES: dict[str, tuple[float, float]] = {"batch_size": (1, 60_000), "val_size": (0, 59_999)}
@@ -155,19 +155,26 @@ class MNISTDataModule(LightningDataModule):
         hp: Any = self.hparams
         epoch, step = self.train_batches.position
         start, stop, size = self.train_batches.part(step)
+        offsets = torch.zeros(2, len(images))
+        # drawn for the whole batch, of which each process takes its part: the same on any number of them
         if hp.move:
             generator = seeded_generator(hp.seed, epoch, step, 1)
             offsets = torch.randint(2 * hp.move + 1, (2, size), generator=generator)[:, start:stop]
-            images = move(images, offsets, hp.move)
-            targets = move(targets, offsets, hp.move) if targets.ndim > 2 else targets
-        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
+            if images.is_cuda:
+                offsets = offsets.pin_memory()  # or the copy would wait for the device
+            rows, columns = offsets.to(images.device, non_blocking=True)
+            numbers = torch.arange(len(images), device=images.device)
+            images = moves(images, hp.move)[numbers, ..., rows, columns, :, :]
+        still, masked = hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0, targets.ndim > 2 and len(targets)
+        if still and not (hp.move and masked):
             return images, targets
         generator = seeded_generator(hp.seed, epoch, step)
-        # of the whole batch, of which each process takes its part: the same on any number of them
         shape, ranges = (size, *images.shape[1:]), (hp.rotation, hp.shift, hp.scale)
         matrices = affine_matrices(shape, *ranges, generator, hp.augmented)[start:stop]
-        if targets.ndim > 2 and len(targets):
+        images = affine(images, matrices)
+        if masked:
+            matrices[:, :, 2] += (offsets.flip(0).T - hp.move) * 2 / torch.tensor(shape[:1:-1])  # of any size
             masks = targets.view(len(targets), -1, *targets.shape[-2:])
             mode = "bilinear" if targets.is_floating_point() else "nearest"  # classes have nothing in between
             targets = affine(masks, matrices, mode).to(targets.dtype).view_as(targets)
-        return affine(images, matrices), targets
+        return images, targets

@@ -14,13 +14,14 @@ model.network model.activation model.optimizer model.schedule best.mode | | x ''
 model.dropout model.label_smoothing model.ema_decay data.scale | 0 0.5 | -0.1 1 1.5 nan inf x [] null
 model.warmup data.augmented | 0 0.5 1         | -1 1.1 nan inf x
 model.nesterov data.download | false true     | x 2 null
+model.views         | 9                       | 0 4 x
 model.lr            | 0.01 1e-3               | 0 -1 nan inf -inf x [] null ''
 model.momentum      | 0.5 0.99                | 1 -1 nan x
 data.rotation data.shift | 0 28 10            | -1 181 nan inf x
 data.root           | data ./data data/       | pipe a.yaml nowhere loop empty
 data.batch_size     | 7 40                    | 0 -1 60001 x 1.5 nan null 1000000000000000000000
 data.val_size       | 0 10                    | -1 400 60000 x 1.5
-data.split_seed checkpoint.every_n_steps board.every_n_epochs | 1 3 | -1 x 1.5
+data.split_seed data.move checkpoint.every_n_steps board.every_n_epochs | 1 3 | -1 x 1.5
 seed_everything     | 0 4294967295            | -1 4294967296 x 1.5 nan null true
 checkpoint.every_seconds model.weight_decay | 0 0.5 | -1 x
 processes.timeout   | 5 86400                 | 0 -1 nan inf 86401 x

@@ -9,7 +9,7 @@ from helpers import TINY, Capsys, Command, fails, last_checkpoint
 from lit_mnist.data.datamodule import MNISTDataModule, stratified_split
 from lit_mnist.exact.console import UserError
 from lit_mnist.module import LitMNIST
-from lit_mnist.network import Batch
+from lit_mnist.network import Batch, moves
 
 
 def ready(root: Path, stage: str, **settings: Any) -> MNISTDataModule:
@@ -60,7 +60,7 @@ def test_settings_out_of_range_are_refused_at_once(tiny_root: Path) -> None:
 
 def test_augmentation_is_a_function_of_seed_epoch_and_step(tiny_root: Path) -> None:
     def augmented(seed: int, epoch: int, step: int, rank: int = 0, processes: int = 1) -> torch.Tensor:
-        data = ready(tiny_root, "fit", batch_size=16, val_size=0, seed=seed, shift=2)
+        data = ready(tiny_root, "fit", batch_size=16, val_size=0, seed=seed, shift=2, move=2)
         batches = data.train_dataloader()
         batches.rank, batches.processes = rank, processes
         batches.sampler.set_epoch(epoch)
@@ -75,9 +75,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_step(tiny_root: Path) -> N
     assert torch.equal(torch.cat([augmented(5, 3, 7, rank, 3) for rank in range(3)]), first)
 
 
-@pytest.mark.parametrize("size", [28, 14])
-def test_masks_move_with_their_images(tiny_root: Path, size: int) -> None:
-    data = ready(tiny_root, "fit", batch_size=16, val_size=0, shift=6)
+def test_moves_by_whole_pixels(tiny_root: Path) -> None:
+    data = ready(tiny_root, "fit", batch_size=64, val_size=0, shift=0, move=1)
+    images, targets = next(iter(data.train_dataloader()))
+    moved = data.augment(images, targets)[0]
+    equal = (moved[:, :, None] == moves(images, 1).flatten(2, 3)).flatten(3).all(3)[:, 0]  # image, move
+    assert (moved.dtype, equal.any(1).all(), equal.sum(0).count_nonzero()) == (torch.uint8, True, 9)
+
+
+@pytest.mark.parametrize(("size", "shift", "pixels"), [(28, 6, 0), (14, 6, 0), (28, 0, 6), (14, 3, 3)])
+def test_masks_move_with_their_images(tiny_root: Path, size: int, shift: int, pixels: int) -> None:
+    data = ready(tiny_root, "fit", batch_size=16, val_size=0, shift=shift, move=pixels)
     next(iter(data.train_dataloader()))
     images, shape = torch.zeros(16, 1, 28, 28, dtype=torch.uint8), (16, 1, size, size)
     images[:, :, 8:20, 10:16] = 200
