@@ -1,10 +1,12 @@
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from lit_mnist.module import LitMNIST
 from lit_mnist.network import MEAN, MLP, NETWORKS, STD, DigitNet, Residual
 
 
@@ -78,3 +80,14 @@ BAD["mlp"] = ["", "16x5", "0", "16,8", "99999"]
 def test_bad_layers(network: str, layers: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.layers .*{re.escape(repr(layers))}"):
         NETWORKS[network](layers, 0.0, "relu", 10)
+
+
+def test_views_are_averaged_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    network = LitMNIST("4/2 8", views=9, ema_decay=0).network
+    pixels, plain = images(), DigitNet("4/2 8", activation="silu")
+    plain.load_state_dict(network.state_dict())
+    assert_close(network.train()(pixels), plain.train()(pixels))
+    moves = [(x, -x, y, -y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    expected = torch.stack([plain.eval()(nn.functional.pad(pixels, move)) for move in moves]).mean(0)
+    assert_close(deepcopy(network).eval()(pixels), expected)

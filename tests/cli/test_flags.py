@@ -14,6 +14,7 @@ model.network model.activation model.optimizer model.schedule best.mode | | x ''
 model.dropout model.label_smoothing model.ema_decay data.scale | 0 0.5 | -0.1 1 1.5 nan inf x [] null
 model.warmup data.augmented | 0 0.5 1         | -1 1.1 nan inf x
 model.nesterov data.download | false true     | x 2 null
+model.views         | 9                       | 0 4 x
 model.lr            | 0.01 1e-3               | 0 -1 nan inf -inf x [] null ''
 model.momentum      | 0.5 0.99                | 1 -1 nan x
 data.rotation data.shift | 0 28 10            | -1 181 nan inf x
