@@ -35,10 +35,11 @@ class TensorBatches:
     seed: int | None = None  # epoch e has a permutation by (seed, e); None keeps the order of the tensors
     rank: int = 0  # of this process, which gets a part of every batch; the parts differ by one image at most
     processes: int = 1
-    part_of: Tensor | None = None  # int (n,): which of the images these batches are of; None is all
+    part_of: Tensor | None = None  # int32 (n,) on the CPU: which of the images these batches are of; None is all
     shares: Sequence[float] = ()  # of the n images, in the first epoch, the second, ...; the last is kept
     fixed: bool = False  # whether every epoch has the order of the first
     epoch: int = field(default=0, init=False)
+    order: Tensor = field(init=False)  # int32 (n,): this epoch's images, once its first batch is made
     _batches_done: int = field(default=0, init=False)
     _resumed: bool = field(default=False, init=False)  # whether batches are to be skipped
 
@@ -48,7 +49,7 @@ class TensorBatches:
         self.total = len(self.images if self.part_of is None else self.part_of)
         # of each image: when last seen before this epoch, and within it; infinite where it was not
         unseen = torch.tensor([math.inf, -math.inf], dtype=torch.float16, device=self.images.device)
-        self.losses = unseen.view(2, 1).repeat(1, self.total if self.shares else 0)
+        self.losses = unseen.view(2, 1).repeat(1, len(self.images) if self.shares else 0)
 
     @property
     def sampler(self) -> "TensorBatches":
@@ -88,11 +89,12 @@ class TensorBatches:
         return 0 if self.fixed else self.epoch, self._batches_done - 1
 
     def _order(self) -> Tensor:
-        """Draw this epoch's images on the CPU, so that every device sees the same: int32 (n,) of those in `part_of`."""
+        """Draw this epoch's images on the CPU, so that every device sees the same order: int32 (n,)."""
+        images = torch.arange(self.total, dtype=torch.int32) if self.part_of is None else self.part_of
         if self.seed is None:
-            return torch.arange(self.total, dtype=torch.int32)
+            return images
         generator = seeded_generator(self.seed, self.position[0])
-        order = torch.randperm(self.total, generator=generator, dtype=torch.int32)
+        order = images[torch.randperm(self.total, generator=generator, dtype=torch.int32)]
         if (size := self.size()) == self.total:
             return order
         ranked = order[self.losses[0].cpu()[order].argsort(descending=True, stable=True)]  # ties are in a drawn order
@@ -103,14 +105,13 @@ class TensorBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before it sets the epoch, and for the first batch after.
         self._batches_done, self._resumed = self._batches_done if self._resumed else 0, False
-        order = self._order().to(self.images.device, non_blocking=True)
+        self.order = self._order().to(self.images.device, non_blocking=True)
         for number in range(self._batches_done, len(self)):
             self._batches_done += 1
             start, stop, _ = self.part(number)
-            self._latest = order[number * self.batch_size + start : number * self.batch_size + stop]
-            indices = self._latest if self.part_of is None else self.part_of[self._latest]
+            self._latest = self.order[number * self.batch_size + start : number * self.batch_size + stop]
             if self.seed is not None or stop > start:  # an empty part is left out in evaluation alone
-                yield self.images.index_select(0, indices), self.targets.index_select(0, indices)
+                yield self.images.index_select(0, self._latest), self.targets.index_select(0, self._latest)
 
     def keep_losses(self, losses: Tensor) -> None:
         """Remember the losses of the batch that was handed out last, float (B,), for the next epoch's choice."""

@@ -159,9 +159,8 @@ class MNISTDataModule(LightningDataModule):
         if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             device = images.device  # too large: Lightning moves it there batch by batch
         self.sets[whole] = images.to(device), targets.to(device)  # once, whatever the parts
-        part = self.parts[name].to(device) if name in self.parts else None
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TensorBatches(*self.sets[whole], batch_size, seed, rank, processes, part, shares)
+        return TensorBatches(*self.sets[whole], batch_size, seed, rank, processes, self.parts.get(name), shares)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.augment(*batch) if self.trainer and self.trainer.training else batch
