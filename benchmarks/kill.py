@@ -30,7 +30,9 @@ SHORT += ["--trainer.accelerator", "cpu", "--trainer.devices"]  # last, as resum
 FIT = ["-m", "lit_mnist", "fit"]
 RECIPES: dict[str, list[str]] = {
     **{name: [*FIT, *SHORT, devices] for name, devices in (("default", "1"), ("processes", "2"))},
-    **{name: [*FIT, "--config", f"{REPOSITORY}/configs/{name}.yaml", *SHORT, "1"] for name in ("seed", "smoke")},
+    **{
+        name: [*FIT, "--config", f"{REPOSITORY}/configs/{name}.yaml", *SHORT, "1"] for name in ("seed", "smoke", "fast")
+    },
     # lit_mnist/exact in other projects, under another name, on one process or two
     **{f"{x}-{n}": ["foreign.py", x, "lightning_logs", n] for x in ("autoencoder", "gan", "text") for n in "12"},
 }

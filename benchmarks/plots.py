@@ -25,12 +25,13 @@ def plot_recipes() -> None:
     """Plot every test accuracy in the studies results/seeds-NAME against parameters, and against seconds."""
     epoch_seconds, target = newest("speed", "epochs")["seconds"], newest("speed", "target")
     seed = json.loads((RESULTS / "seed.json").read_text())["fit"]
-    baseline = seed["epochs"] * statistics.median(epoch["epoch_seconds"] for epoch in target["baseline"])
+    baseline = seed["epochs"] * statistics.median(row["baseline"]["epoch_seconds"] for row in target["rounds"])
+    fast = statistics.median(row["ours"]["train_seconds"] for row in target["rounds"])  # its epochs differ
     (first, by_parameters), (second, by_seconds) = (plt.subplots(figsize=(7, 4.5)) for _ in range(2))
     for number, path in enumerate(sorted(RESULTS.glob("seeds-*/results.json"))):
         name, (row,) = path.parent.name.removeprefix("seeds-"), json.loads(path.read_text())["settings_tried"]
         accuracy = np.array([100 * trial["test/accuracy"] for trial in row["trials"]])
-        seconds = statistics.median(epoch_seconds[name]) * row["epochs"]
+        seconds = fast if name == "fast" else statistics.median(epoch_seconds[name]) * row["epochs"]
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": f"C{number}", "linewidths": 2}
         for axes, x, y in ((by_parameters, row["parameters"], 100 - accuracy), (by_seconds, seconds, accuracy)):
             axes.scatter([x] * len(y), y, s=12, alpha=0.5, color=f"C{number}")

@@ -183,7 +183,7 @@ def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
         fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
         loop = runs.section(runs.section(settings.run.loaded, "loops"), "fit_loop")
         if not runs.section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
-            fixed |= {"data.batch_size"}  # the batches of the epoch are counted
+            fixed |= {"data.batch_size", "data.shares"}  # the batches of the epoch are counted
     for key in sorted(fixed & before.keys()):
         if before[key] != now[key]:
             raise UserError(f"{key} was {before[key]} in this run and cannot become {now[key]}")
