@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from records import REPOSITORY, append, children, make_parser, scalars
+from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lit_mnist.data import datasets
@@ -30,9 +31,7 @@ SHORT += ["--trainer.accelerator", "cpu", "--trainer.devices"]  # last, as resum
 FIT = ["-m", "lit_mnist", "fit"]
 RECIPES: dict[str, list[str]] = {
     **{name: [*FIT, *SHORT, devices] for name, devices in (("default", "1"), ("processes", "2"))},
-    **{
-        name: [*FIT, "--config", f"{REPOSITORY}/configs/{name}.yaml", *SHORT, "1"] for name in ("seed", "smoke", "fast")
-    },
+    **{x: [*FIT, "--config", f"{REPOSITORY}/configs/{x}.yaml", *SHORT, "1"] for x in ("seed", "smoke", "fast")},
     # lit_mnist/exact in other projects, under another name, on one process or two
     **{f"{x}-{n}": ["foreign.py", x, "lightning_logs", n] for x in ("autoencoder", "gan", "text") for n in "12"},
 }
@@ -49,10 +48,10 @@ def start(folder: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, *arguments], **keywords)
 
 
-def wait(folder: Path, process: subprocess.Popen[bytes], pattern: str = "version_0/events.out.*") -> float:
+def wait(folder: Path, process: subprocess.Popen[bytes]) -> float:
     """Wait until a run makes another file, or ends, and return that moment: before an event file none can be lost."""
-    before = set(folder.glob(f"lightning_logs/{pattern}"))
-    while set(folder.glob(f"lightning_logs/{pattern}")) == before and process.poll() is None:
+    before = set(folder.glob("lightning_logs/version_0/events.out.*"))
+    while set(folder.glob("lightning_logs/version_0/events.out.*")) == before and process.poll() is None:
         sleep(0.005)
     return monotonic()
 
@@ -87,17 +86,12 @@ def kill_somewhere(folder: Path, arguments: list[str], seconds: float, moment: r
     raise RuntimeError("a process waits for one that was killed")
 
 
-def tensors_of(path: Path, name: str) -> dict[str, bytes]:
-    """Return the bytes of all tensors of a checkpoint, by their place in it below the name."""
-    leaves, _ = tree_flatten_with_path(torch.load(path, weights_only=True))
-    return {name + keystr(key): leaf.numpy().tobytes() for key, leaf in leaves if isinstance(leaf, torch.Tensor)}
-
-
 def outcome(folder: Path) -> Outcome:
     """Return the bytes of all tensors of the checkpoints, and the scalars of each tag."""
     run, found = folder / "lightning_logs" / "version_0", dict[str, bytes]()
     for path in run.glob("checkpoints/*"):
-        found |= tensors_of(path, path.name)
+        leaves, _ = tree_flatten_with_path(torch.load(path, weights_only=True))
+        found |= {f"{path.name}{keystr(k)}": leaf.numpy().tobytes() for k, leaf in leaves if isinstance(leaf, Tensor)}
     return {**found, **{tag: values for tag, values in scalars(run).items() if tag != "train/samples_per_second"}}
 
 
