@@ -52,38 +52,32 @@ def test_parts_of_the_processes_are_the_batch(processes: int) -> None:
 
 
 def test_an_epoch_takes_the_hardest_of_its_share_and_draws_the_others() -> None:
-    def shared() -> TensorBatches:
-        return TensorBatches(torch.zeros(100, 1), torch.arange(100), 8, 3, shares=(1, 0.5, 0.2))
-
-    def seen(loader: TensorBatches, sign: int) -> list[int]:
-        found = []
+    def seen(loader: TensorBatches, sign: int) -> set[int]:
+        found = set()
         for _, targets in loader:
             loader.keep_losses(sign * targets / 10)
-            found += targets.tolist()
+            found |= {*targets.tolist()}
         return found
 
-    loader, other = shared(), shared()
-    assert sorted(seen(loader, 1)) == list(range(100))
+    everything = torch.zeros(100, 1), torch.arange(100), 8, 3
+    loader, other = (TensorBatches(*everything, shares=(1, 0.5, 0.2)) for _ in range(2))
+    assert seen(loader, 1) == {*range(100)}
     loader.set_epoch(1)
-    second = seen(loader, -1)
-    assert (len(loader), len(second), len({*second})) == (7, 50, 50)
-    assert {*range(75, 100)} < {*second}  # and of the others some
-    assert len({*second} & {*range(25)}) in range(3, 15)
+    second = seen(loader, -1)  # in which these become easy
+    assert (len(loader), len(second)) == (7, 50)
+    assert second > {*range(75, 100)}
+    assert len(second & {*range(25)}) in range(3, 15)
     resumed = iter(loader)
-    taken = [next(resumed) for _ in range(3)]
+    taken = sum(len(targets) for _, targets in (next(resumed) for _ in range(3)))
     other.load_state_dict(loader.state_dict())
-    assert sum(len(targets) for _, targets in taken) + len(order(other)) == 50
+    assert taken + len(order(other)) == 50
     for each in (loader, other):
         each.set_epoch(2)
-    third = order(loader)
-    assert order(other) == third
-    # those of the second epoch have become easy
-    assert {*sorted({*range(100)} - {*second})[-10:]} < {*third}
-    assert [loader.lengths(range(4)), len(third)] == [[13, 7, 3, 3], 20]
-    other = shared()
-    order(other)
+    assert order(other) == (third := order(loader))
+    assert {*third} > {*sorted({*range(100)} - second)[-10:]}
+    assert (loader.lengths(range(4)), len(third)) == ([13, 7, 3, 3], 20)
     with pytest.raises(UserError, match="keep_losses"):
-        other.set_epoch(1)
+        other.set_epoch(3)
 
 
 def some_images(count: int) -> torch.Tensor:

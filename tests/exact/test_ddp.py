@@ -23,12 +23,11 @@ from lit_mnist.data.batches import TensorBatches
 from lit_mnist.exact.ddp import ExactDDP
 from lit_mnist.exact.runs import read_results
 
-# 350 images to train on: 4 batches of 87 and one of 2, of which one of three processes, or two of four, have none; and
-# in the second epoch 4 batches of hard images and others
+# 350 images to train on: 4 batches of 87 and one of 2, of which one of three processes, or two of four, have none
 SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
+SETTINGS += ["--data.shares", "[1, 0.8]"]  # 4 batches in the second epoch
 SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_decay", "0.5", "--data.batch_size", "87"]
 SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
-SETTINGS += ["--data.shares", "[1, 0.8]"]
 EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
 JOB = dict.fromkeys(("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"), "2")
