@@ -1,6 +1,6 @@
 """Peak memory and times of `fit` on many images: MNIST's, over and over, as a user's own IDX files, 5,000 held out.
 
-A run of 200 steps for each number of images; beyond the first number's its peak is divided by the bytes of the files.
+A run of 200 steps for each number; beyond the first number's its peak is divided by the bytes of the files.
 """
 
 import os
@@ -25,8 +25,7 @@ FLAGS = ["--data.name=idx", "--data.val_size=5000", "--trainer.max_steps=200", "
 def write_files(folder: Path, root: Path, count: int) -> None:
     for part in ("train", "t10k"):
         for name, tensor in zip(("images-idx3", "labels-idx1"), datasets.load(root, part == "train"), strict=True):
-            values = tensor.squeeze().byte().numpy()
-            total = count if part == "train" else len(values)
+            values, total = tensor.squeeze().byte().numpy(), count if part == "train" else len(tensor)
             with (folder / f"{part}-{name}-ubyte").open("wb") as file:
                 file.write(np.array([0x800 + values.ndim, total, *values.shape[1:]], ">u4").tobytes())
                 for start in range(0, total, len(values)):
@@ -43,15 +42,13 @@ def fit(options: Options) -> Iterator[Record]:
                 size = sum(np.fromfile(path, np.uint8).nbytes for path in Path(folder).glob("*-ubyte"))
                 reading, began = perf_counter() - started, time()
                 command = [sys.executable, "-m", "lit_mnist", "fit", *FLAGS, "--data.root=.", *options.flags]
-                environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
-                _, _, used = os.wait4(subprocess.Popen(command, cwd=folder, env=environment).pid, 0)
-                run = max(Path(folder, "lightning_logs").glob("version_*"), key=os.path.getctime)
-                seconds = read_results(run)["fit"]["train_seconds"]
+                process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(checkout)})
+                _, _, used = os.wait4(process.pid, 0)
+                results = read_results(max(Path(folder).glob("lightning_logs/version_*"), key=os.path.getctime))
                 found.append({"checkout": checkout.name, "images": count, "bytes": size, "peak": 1024 * used.ru_maxrss})
-                found[-1] |= {"reading": reading, "seconds": seconds, "all": time() - began}
+                found[-1] |= {"reading": reading, "all": time() - began, "seconds": results["fit"]["train_seconds"]}
     table = pandas.DataFrame(found)
-    smallest = table.groupby("checkout")["peak"].transform("first")
-    table["over bytes"] = (table["peak"] - smallest) / table["bytes"]
+    table["over bytes"] = (table["peak"] - table.groupby("checkout")["peak"].transform("first")) / table["bytes"]
     print(table.to_string(float_format="{:,.2f}".format))
     yield {"fits": table.to_dict("records")}
 
@@ -59,5 +56,5 @@ def fit(options: Options) -> Iterator[Record]:
 if __name__ == "__main__":
     parser = make_parser(__doc__, "memory")
     parser.add_argument("--images", type=int, nargs="+", default=[60_000, 2_000_000], help="in each set")
-    parser.add_argument("--checkouts", type=Path, nargs="+", default=[REPOSITORY], help="versions to compare, in turns")
+    parser.add_argument("--checkouts", type=Path, nargs="+", default=[REPOSITORY], help="absolute, to compare in turns")
     sys.exit(measure(parser, {"fit": fit}))

@@ -128,8 +128,8 @@ def outcome(run: Path) -> dict[str, Any]:
     return {"state": loaded, "best": best, "curves": scalars(run), "files": files}
 
 
-def assert_alike(ours: Path, theirs: Path, ignored: str = "") -> None:
-    assert_same(outcome(ours), outcome(theirs), "", ignored)
+def assert_alike(ours: Path, theirs: Path) -> None:
+    assert_same(outcome(ours), outcome(theirs))
 
 
 def results(run: Path = RUN) -> dict[str, Any]:

@@ -53,29 +53,26 @@ def test_parts_of_the_processes_are_the_batch(processes: int) -> None:
 
 def test_an_epoch_takes_the_hardest_of_its_share_and_draws_the_others() -> None:
     def seen(loader: TensorBatches, sign: int) -> set[int]:
-        found = set()
+        found = list[int]()
         for _, targets in loader:
             loader.keep_losses(sign * targets / 10)
-            found |= {*targets.tolist()}
-        return found
+            found += targets.tolist()
+        return {*found}
 
     everything = torch.zeros(100, 1), torch.arange(100), 8, 3
     loader, other = (TensorBatches(*everything, shares=(1, 0.5, 0.2)) for _ in range(2))
-    assert seen(loader, 1) == {*range(100)}
+    assert len(seen(loader, 1)) == 100
     loader.set_epoch(1)
     second = seen(loader, -1)  # in which these become easy
-    assert (len(loader), len(second)) == (7, 50)
-    assert second > {*range(75, 100)}
-    assert len(second & {*range(25)}) in range(3, 15)
-    resumed = iter(loader)
-    taken = sum(len(targets) for _, targets in (next(resumed) for _ in range(3)))
+    hardest, easiest = second & {*range(75, 100)}, second & {*range(25)}
+    assert (len(loader), len(second), len(hardest), len(easiest) in range(3, 15)) == (7, 50, 25, True)
+    taken = sum(len(targets) for _, (_, targets) in zip(range(3), loader, strict=False))
     other.load_state_dict(loader.state_dict())
     assert taken + len(order(other)) == 50
-    for each in (loader, other):
-        each.set_epoch(2)
-    assert order(other) == (third := order(loader))
-    assert {*third} > {*sorted({*range(100)} - second)[-10:]}
-    assert (loader.lengths(range(4)), len(third)) == ([13, 7, 3, 3], 20)
+    loader.set_epoch(2)
+    other.set_epoch(2)
+    assert {*order(loader)} > {*sorted({*range(100)} - second)[-10:]}
+    assert (order(other), loader.lengths(range(4)), len(order(loader))) == (order(loader), [13, 7, 3, 3], 20)
     with pytest.raises(UserError, match="keep_losses"):
         other.set_epoch(3)
 

@@ -548,9 +548,9 @@ def page(found: Sequence[Row]) -> str:
         if (kind, what) == ("metric", "exact"):
             shown = [f"all of torchmetrics' {metrics} classes but those that are not tried"]
         lines.append(f"| {kind} | {what} | {len(own)} | {', '.join(dict.fromkeys(shown))} |")
+    known = {"epochs": EPOCHS, "kills": len(KILLS), "variants": ", ".join([*VARIANTS, *WAYS])}
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pytorch-lightning", "torchmetrics"))
-    variants = ", ".join([*VARIANTS, *WAYS])
-    return PAGE.format(versions=versions, epochs=EPOCHS, kills=len(KILLS), variants=variants, rows="\n".join(lines))
+    return PAGE.format(versions=versions, rows="\n".join(lines), **known)
 
 
 def main() -> None:
