@@ -91,7 +91,7 @@ def test_no_step_waits_for_the_device(fit: Command, device: str, monkeypatch: Pa
 
     watch(monkeypatch, look)
     seldom = ["--trainer.log_every_n_steps", "1000", "--checkpoint.every_seconds", "3600"]
-    assert fit(*seldom, *BOARD, "--data.batch_size", "3", "--trainer.max_epochs", "1") == 0
+    assert fit(*seldom, *BOARD, "--data.batch_size", "3", "--trainer.max_epochs", "1", "--data.shares", "[1]") == 0
     assert len(steps) == 117
 
 
@@ -117,7 +117,7 @@ def test_a_run_that_is_cut_short_is_resumed(command: Command, fit: Command, devi
     if device == "lazy" and own != "precision=32-true":
         pytest.skip("not imitated")
     flags = [f"--trainer.{own}", "--trainer.devices", "1", "--trainer.deterministic", "true"]
-    flags += ["--model.dropout", "0.1", "--checkpoint.every_n_steps", "1"]
+    flags += ["--model.dropout", "0.1", "--checkpoint.every_n_steps", "1", "--data.shares", "[1, 0.8]"]
     assert fit(*flags) == 0
     with at_call(10, partial(fail, Killed()), LitMNIST, "training_step"), pytest.raises(Killed):
         fit(*flags)  # which stops within the second epoch

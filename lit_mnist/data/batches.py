@@ -115,7 +115,7 @@ class TensorBatches:
 
     def keep_losses(self, losses: Tensor) -> None:
         """Remember the losses of the batch that was handed out last, float (B,), for the next epoch's choice."""
-        self.losses[1, self._latest] = losses.detach().to(self.losses.dtype)
+        self.losses[1, self._latest] = losses.detach().to(self.losses)
 
     def _gathered(self) -> Tensor:
         """Return the losses that all processes have kept; all must call it."""
