@@ -53,7 +53,7 @@ class MNISTDataModule(LightningDataModule):
         scale: share by which training images are scaled up or down at most, drawn uniformly.
         augmented: share of the training images, drawn anew in each epoch, that are rotated, shifted and scaled.
         shares: shares of the training images in the first epoch, the second, ...; later epochs have the last. Half of
-            a share is drawn, half are the images whose loss was largest when they were last seen. None are all images.
+            a share is drawn, half are the images whose loss was largest when last seen. None: all, in each epoch.
     """
 
     image_shape = DIGITS  # channels, height and width, which the network must take
