@@ -110,9 +110,9 @@ class MNISTDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "test" and "test" not in self.sets:
             self.sets["test"] = self._load(train=False)
-        elif stage in ("fit", "validate") and "train" not in self.sets:
-            self.sets["train"] = images, targets = self._load(train=True)
+        elif stage in ("fit", "validate") and not self.parts:
             hp: Any = self.hparams
+            self.sets["train"] = images, targets = self.sets.get("train") or self._load(train=True)
             if not 0 <= hp.val_size < len(images):
                 raise UserError(f"data.val_size must be in 0..{len(images) - 1}, got {hp.val_size}")
             if not 1 <= hp.batch_size <= len(images) - hp.val_size:
