@@ -180,7 +180,7 @@ def runs(options: Options) -> Iterator[Record]:
     for recipe, seed in seeds:
         flags = ["--seed_everything", str(seed), "--trainer.callbacks", f"{__name__}.Watch"]
         if options.cpu:
-            flags += "--trainer.max_epochs=1 --trainer.limit_train_batches=4 --data.val_size=0 --data.batch_size=64".split()
+            flags += ["--trainer.max_steps", "4", "--data.batch_size", "64", "--data.val_size", "0"]
         with redirect_stdout(StringIO()):
             results = results_of(recipe, options.root, "cpu" if options.cpu else "gpu", *flags, test=True)
         fit, seconds, accuracy = results["fit"], Watch.marks[-1] - Watch.marks[0], results["test"][-1]["test/accuracy"]
