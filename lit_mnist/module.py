@@ -88,7 +88,7 @@ class LitMNIST(LightningModule):
         images, targets = batch
         logits = self(images)
         self.train_metrics.update(logits, targets)
-        loader: Any = self.trainer.train_dataloader
+        loader: Any = self._trainer and self.trainer.train_dataloader
         if getattr(loader, "shares", None):  # its next epoch takes the hardest images
             loader.keep_losses(F.cross_entropy(logits, targets, reduction="none"))
         return F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])

@@ -143,7 +143,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {"digitnet": DigitNet, "mlp": ML
 
 
 def average_views(network: nn.Module, inputs: tuple[Tensor], logits: Tensor, views: int) -> Tensor:
-    """Forward hook: in eval mode, average the logits over an image's moves by whole pixels, up to one of 9 views."""
+    """Forward hook: in eval mode, average the logits over moves by up to a pixel (9 views) or two (25)."""
     if network.training:
         return logits
     (images,), edge, middle = inputs, math.isqrt(views) // 2, views // 2

@@ -27,7 +27,7 @@ MACHINE = {f"trainer.{name}" for name in ("devices", "num_nodes", "default_root_
 MACHINE |= {"ckpt_path", "trainer.enable_progress_bar", "trainer.enable_model_summary", "processes.timeout"}
 KEPT = ("trainer.", "checkpoint.", "best.", "board.")  # in results.json, beside those of the module and the data
 # Settings that must be the checkpoint's: the weights, the images held out, the optimizer's state, the order of batches
-FIXED = {"test": {"model.network", "model.layers", "model.activation"}}
+FIXED = {"test": {"model.network", "model.layers", "model.activation", "model.views"}}
 FIXED["validate"] = FIXED["test"] | {"data.name", "data.val_size", "data.split_seed"}
 FIXED["fit"] = FIXED["validate"] | {"model.optimizer", "seed_everything"}
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
@@ -179,6 +179,7 @@ def quickest_precision(accelerator: Any) -> str:
 def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
     """Refuse settings that would turn the checkpoint's run into another one."""
     now, fixed = settings.plain, FIXED[settings.command]
+    before = before and {"model.views": 1, "data.shares": None, **before}  # which older runs do not have
     if settings.command == "fit":
         fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
         loop = runs.section(runs.section(settings.run.loaded, "loops"), "fit_loop")

@@ -58,12 +58,8 @@ class TensorBatches:
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self.losses = self._gathered()
-            seen = self.losses[1] > -math.inf
-            if self.shares and self._batches_done and not seen.any():
-                raise UserError("data.shares needs a training_step that calls train_dataloader.keep_losses")
-            self.epoch, self._batches_done, self._resumed = epoch, 0, False
-            self.losses[0] = torch.where(seen, self.losses[1], self.losses[0])
+            self.epoch, self._batches_done, self._resumed, self.losses = epoch, 0, False, self._gathered()
+            self.losses[0] = torch.where(self.losses[1] > -math.inf, self.losses[1], self.losses[0])
             self.losses[1] = -math.inf
 
     def size(self, epoch: int | None = None) -> int:
@@ -74,7 +70,7 @@ class TensorBatches:
     def __len__(self) -> int:
         return -(-self.size() // self.batch_size)
 
-    def lengths(self, epochs: range) -> list[int]:
+    def epoch_lengths(self, epochs: range) -> list[int]:
         """Return the numbers of batches in some epochs."""
         return [-(-self.size(epoch) // self.batch_size) for epoch in epochs] if self.shares else []
 
@@ -110,12 +106,15 @@ class TensorBatches:
             self._batches_done += 1
             start, stop, _ = self.part(number)
             self._latest = self.order[number * self.batch_size + start : number * self.batch_size + stop]
+            self._kept = not self.shares
             if self.seed is not None or stop > start:  # an empty part is left out in evaluation alone
                 yield self.images.index_select(0, self._latest), self.targets.index_select(0, self._latest)
+            if not self._kept:
+                raise UserError("data.shares needs a training_step that calls train_dataloader.keep_losses")
 
     def keep_losses(self, losses: Tensor) -> None:
         """Remember the losses of the batch that was handed out last, float (B,), for the next epoch's choice."""
-        self.losses[1, self._latest] = losses.detach().to(self.losses)
+        self.losses[1, self._latest], self._kept = losses.detach().to(self.losses), True
 
     def _gathered(self) -> Tensor:
         """Return the losses that all processes have kept; all must call it."""
@@ -130,8 +129,10 @@ class TensorBatches:
         """Make that epoch's next iteration skip the batches that the saved run had taken from it."""
         self.epoch, self._resumed = state["epoch"], True
         self._batches_done = state["batches_done"] % len(self)
-        if self.shares and "losses" in state:
-            self.losses = state["losses"].to(self.losses.device)
+        losses = state.get("losses", self.losses) if self.shares else self.losses
+        if losses.shape != self.losses.shape:
+            raise UserError(f"data.shares has losses of {losses.shape[1]} images, and there are {len(self.images)} now")
+        self.losses = losses.to(self.losses.device)
 
 
 def affine_matrices(

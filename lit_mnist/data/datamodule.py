@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -89,7 +89,7 @@ class MNISTDataModule(LightningDataModule):
         if problems:
             raise UserError("; ".join(problems))
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """How many classes the data has (1 of values), and so the network; UserError if labels cannot be read."""
         return datasets.classes(self.root, self.hparams["name"])
@@ -126,15 +126,19 @@ class MNISTDataModule(LightningDataModule):
         return datasets.load(self.root, train, self.hparams["name"])
 
     def train_dataloader(self) -> TensorBatches:
+        hp, trainer = cast(Any, self.hparams), cast(Any, self.trainer)
         if self.train_batches is None:
-            hp: Any = self.hparams
-            self.train_batches = self._batches("train", hp.batch_size, hp.seed, hp.shares or ())
-        if self.trainer:
-            # Lightning 2.6 keeps the batches the same only of a DataLoader
-            self.train_batches.fixed = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
-            if self.hparams["shares"]:  # or Lightning would ask for the number of batches in the first epoch alone
-                self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-            self.train_batches.set_epoch(self.trainer.current_epoch)
+            fixed = bool(trainer and trainer.overfit_batches)  # Lightning 2.6 fixes the batches of a DataLoader alone
+            self.train_batches = self._batches("train", hp.batch_size, hp.seed, () if fixed else hp.shares or ())
+            self.train_batches.fixed = fixed
+        if trainer:
+            self.train_batches.set_epoch(trainer.current_epoch)
+        if trainer and self.train_batches.shares:
+            trainer.reload_dataloaders_every_n_epochs = 1  # or Lightning asks for the first epoch's number of batches
+            least, limit = min(self.train_batches.epoch_lengths(range(len(hp.shares)))), trainer.limit_train_batches
+            interval = trainer.val_check_interval if trainer.check_val_every_n_epoch else 0
+            if (isinstance(limit, float) and limit * least < 1) or (isinstance(interval, int) and interval > least):
+                raise UserError(f"data.shares: {least} batches are below val_check_interval or limit_train_batches")
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:

@@ -11,7 +11,6 @@ import sys
 import zipfile
 import zlib
 from functools import partial
-from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -138,11 +137,10 @@ def _find_wrong(raw: Path, known: dict[str, str]) -> list[str]:
     return [file for file in known if not any(_verifies(path, known[file]) for path in _places(raw, file))]
 
 
-def _open(path: Path, file: str) -> BufferedReader:
-    if path.suffix not in (".gz", ".zip"):
-        return path.open("rb")
-    packed: Any = zipfile.ZipFile(path).open(f"gzip/{file}.gz") if path.suffix == ".zip" else path  # noqa: SIM115
-    return BufferedReader(gzip.open(packed))  # which fills a buffer, as GzipFile does not
+def _open(path: Path, file: str) -> Any:
+    if path.suffix == ".zip":
+        return gzip.open(zipfile.ZipFile(path).open(f"gzip/{file}.gz"))
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
@@ -163,9 +161,12 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
             dtype, shape = np.dtype(KINDS[head[2]]), struct.unpack(f">{head[3]}I", content.read(4 * head[3]))
             right = shape[0] > 0 and shape[1:] == sides and dtype.kind in types
             values = np.empty(dtype.itemsize * math.prod(shape) * right, np.uint8)  # the one copy in memory
-            size = content.readinto(values.data) + sum(map(len, iter(partial(content.read, 2**20), b"")))
+            size, block = 0, 2**20
+            while got := content.readinto(values[size : size + block].data):  # GzipFile makes a copy of each block
+                size += got
+            size += sum(map(len, iter(partial(content.read, block), b"")))
         if not right or size != len(values):
-            found = f"{dtype.name} {shape} in {4 + 4 * head[3] + size:,} bytes"
+            found = f"{dtype.name} {shortened(str(shape))} in {4 + 4 * head[3] + size:,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
         return values.view(dtype).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, MemoryError) as error:

@@ -146,8 +146,8 @@ def total_steps(trainer: Trainer) -> float:
     batches, counts = [each] * (epochs - first), [count] * (epochs - first)
     if schedule := callback_of(trainer, GradientAccumulationScheduler):
         counts = [schedule.get_accumulate_grad_batches(epoch) for epoch in range(first, epochs)]
-    loader: Any = trainer.train_dataloader
-    if lengths := loader.lengths(range(first, epochs)) if hasattr(loader, "lengths") else []:  # its epochs differ
+    epoch_lengths = getattr(trainer.train_dataloader, "epoch_lengths", None)  # of a loader whose epochs differ
+    if lengths := epoch_lengths and epoch_lengths(range(first, epochs)):
         batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
     left = sum(math.ceil(number / count) for number, count in zip(batches, counts, strict=True))
     return min(most, trainer.global_step - math.ceil(this / (counts or [count])[0]) + left)
