@@ -159,7 +159,7 @@ class ExactResume(Callback):
             pl_module.on_train_epoch_start()
         validation = loop.epoch_loop.val_loop
         validation._seen_batches_per_dataloader.update(loaded.get("validation_batches", {}))
-        if vars(trainer)["reload_dataloaders_every_n_epochs"] and loaded.get("validation_loaded"):
+        if vars(trainer)["reload_dataloaders_every_n_epochs"] and "validation_loaded" in loaded:
             validation._last_val_dl_reload_epoch = loaded["validation_loaded"]
         # Lightning 2.6 does not always give the loaders their states (issue 20550)
         loop._combined_loader._load_state_dicts(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
