@@ -91,21 +91,28 @@ def real_root() -> Path:
     return root
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """Chromium without a window, which keeps a log of its requests."""
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if not all(programs):
-        pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
+@pytest.fixture(params=["chromium", "firefox-esr"])
+def browser(request: Any, tmp_path: Path) -> Iterator[Any]:
+    """Each browser without a window; Chromium keeps a log of its requests."""
+    driver = {"chromium": "chromedriver", "firefox-esr": "geckodriver"}[request.param]
+    program, service = shutil.which(request.param), shutil.which(driver)
+    if not program or not service:
+        pytest.skip(f"no {request.param} and {driver} here")
     from selenium import webdriver  # takes a while, and few tests need it
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0] or ""
-    flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking window-size=1600,1200"
-    for flag in [*flags.split(), f"user-data-dir={tmp_path}/chromium"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1])) as browser:
+    options: Any = webdriver.ChromeOptions() if driver == "chromedriver" else webdriver.FirefoxOptions()
+    options.binary_location, options.enable_bidi = program, True
+    if driver == "geckodriver":
+        options.add_argument("-headless")
+        options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
+        made: Any = webdriver.Firefox(options=options, service=webdriver.FirefoxService(service))
+    else:
+        flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking window-size=1600,1200"
+        for flag in [*flags.split(), f"user-data-dir={tmp_path}/chromium"]:
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
+    with made as browser:
         yield browser
 
 

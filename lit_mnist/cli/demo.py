@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,16 +22,14 @@ from lit_mnist.exact.console import UserError
 from lit_mnist.network import DIGITS
 from lit_mnist.pictures.report import UNSURE, classify, read
 
-LONGEST = 2**26  # bytes of a picture
 
-
-def fill_page(metadata: dict[str, str], notices: str = "", parts: dict[str, bytes] | None = None) -> bytes:
+def fill_page(data: str, about: str, parts: dict[str, bytes] | None = None) -> bytes:
     """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
     packed = {name: base64.b64encode(gzip.compress(part, mtime=0)).decode() for name, part in (parts or {}).items()}
-    names = SETS[metadata["data"]].names if metadata["data"] in SETS else ()  # the others are numbered
-    filled = {"names": list(names), "unsure": UNSURE, "metadata": metadata, "notices": notices, "parts": packed or None}
+    names = list(SETS[data].names) if data in SETS else []  # the others are numbered
+    filled = json.dumps({"names": names, "unsure": UNSURE, "about": about, "parts": packed or None})
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return page.replace("{{filled}}", json.dumps(filled).replace("<", r"\u003c")).encode()  # ends no script
+    return page.replace("{{filled}}", filled.replace("<", r"\u003c")).encode()  # ends no script
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,52 +37,35 @@ class Handler(BaseHTTPRequestHandler):
 
     def __init__(self, network: nn.Module, page: bytes, *connection: Any) -> None:
         self.network, self.page = network, page
-        super().__init__(*connection)  # which answers
-
-    def handle(self) -> None:
-        with suppress(ConnectionError):  # the browser is gone
-            super().handle()
-
-    def parse_request(self) -> bool:
-        """Refuse another host name: a stranger's page could make its own lead here, and read the answers."""
-        if not super().parse_request():
-            return False
-        known = str(self.headers["Host"]).partition(":")[0] in ("localhost", self.connection.getsockname()[0])
-        if not known:
-            self.send_error(403)
-        return known
+        with suppress(ConnectionError):  # the browser has left
+            super().__init__(*connection)  # which answers
 
     def do_GET(self) -> None:
-        if self.path != "/":
-            return self.send_error(404)
-        return self.reply("text/html; charset=utf-8", self.page)
+        self.reply("text/html; charset=utf-8", self.page)
 
     def do_POST(self) -> None:
-        """Answer in JSON: the page's own digits, uint8 (N, 28, 28), or a picture in any format that `predict` reads."""
-        path, _, several = self.path.partition("?")
+        """Answer in JSON: a `digit` of the page, uint8 (28, 28), or a picture in any format that `predict` reads."""
         length = self.headers["Content-Length"] or ""
-        if path not in ("/digits", "/picture") or not (length.isdecimal() and length.isascii()):
-            return self.send_error(404 if length else 411)
-        if len(length) > 9 or int(length) > LONGEST:
-            return self.send_error(413)
-        content = self.rfile.read(int(length))
-        if len(content) < int(length) or not content or (path == "/digits" and len(content) % prod(DIGITS)):
-            return self.send_error(400)
-        if path == "/digits":
-            images = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, *DIGITS)
-            found = [{"probabilities": answer} for answer in classify(self.network, images).tolist()]
+        if not re.fullmatch("[0-9]{1,8}", length):
+            return self.send_error(413 if length.isdecimal() else 411)
+        content, found = self.rfile.read(int(length)), []
+        if self.path == "/digit" and len(content) == prod(DIGITS):
+            image = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, *DIGITS)
+            found = classify(self.network, image)[0].tolist()
+        elif self.path in ("/picture", "/several") and content:
+            for picture in read(self.network, BytesIO(content), self.path == "/several"):
+                pixels = [] if picture.digit is None else picture.digit.flatten().tolist()
+                found += [{"pixels": pixels, "probabilities": picture.probabilities, "problem": picture.problem}]
         else:
-            found = [
-                {
-                    "pixels": [] if picture.digit is None else picture.digit.flatten().tolist(),
-                    "probabilities": picture.probabilities,
-                    "problem": picture.problem,
-                }
-                for picture in read(self.network, BytesIO(content), several == "several")
-            ]
+            return self.send_error(400)
         return self.reply("application/json", json.dumps(found).encode())
 
     def reply(self, kind: str, content: bytes) -> None:
+        """Answer, except under another name: a stranger's page could let its own lead here, and read the answers."""
+        own = "localhost", self.connection.getsockname()[0]
+        if str(self.headers["Host"]).partition(":")[0] not in own:
+            self.send_error(403)
+            return
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
@@ -102,7 +84,8 @@ def demo(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     path, checkpoint, network = open_network(options)
     try:
-        page = fill_page({"data": str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist")), "checkpoint": path.name})
+        data = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
+        page = fill_page(data, f"Checkpoint: {path.name}")
         server = ThreadingHTTPServer((options.host, options.port), partial(Handler, network, page))
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from error

@@ -97,8 +97,9 @@ def export(args: Sequence[str]) -> None:
     if not difference <= TOLERANCE or not torch.equal(answers.argmax(1), expected.argmax(1)):  # NaN is refused, too
         raise UserError(f"--output {output}: nothing was written; its probabilities differ by {difference:.1e}")
     if output.suffix == ".html":
-        texts = (files("onnxruntime").joinpath(name).read_text("utf-8") for name in ("LICENSE", "ThirdPartyNotices.txt"))
-        content = fill_page(metadata, f"{RUNTIME}\n\n" + "\n\n".join(texts), fetch_runtime() | {"network": content})
+        texts = [(files("onnxruntime") / text).read_text("utf-8") for text in ("LICENSE", "ThirdPartyNotices.txt")]
+        about = "\n\n".join([json.dumps(metadata, indent=2), f"{RUNTIME}, a part of this page:", *texts])
+        content = fill_page(name, about, fetch_runtime() | {"network": content})
     with replaced(output) as partial:
         partial.write_bytes(content)
     score = f"accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), probabilities within {difference:.0e}"
