@@ -20,14 +20,16 @@ from lit_mnist.cli.predict import checkpoint_parser, open_network
 from lit_mnist.data.datasets import SETS
 from lit_mnist.exact.console import UserError
 from lit_mnist.network import DIGITS
-from lit_mnist.pictures.report import UNSURE, classify, read
+from lit_mnist.pictures.report import classify, most_spread, read
 
 
-def fill_page(data: str, about: str, parts: dict[str, bytes] | None = None) -> bytes:
+def fill_page(checkpoint: dict[str, Any], about: str, parts: dict[str, bytes] | None = None) -> bytes:
     """Fill in page.html: with PARTS it runs the network itself, without it asks the server that it came from."""
     packed = {name: base64.b64encode(gzip.compress(part, mtime=0)).decode() for name, part in (parts or {}).items()}
+    settings, data = checkpoint["hyper_parameters"], str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
     names = list(SETS[data].names) if data in SETS else []  # the others are numbered
-    filled = json.dumps({"names": names, "unsure": UNSURE, "about": about, "parts": packed or None})
+    limit = most_spread(settings["classes"], settings.get("label_smoothing", 0))
+    filled = json.dumps({"names": names, "limit": limit, "about": about, "parts": packed or None})
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return page.replace("{{filled}}", filled.replace("<", r"\u003c")).encode()  # ends no script
 
@@ -84,8 +86,7 @@ def demo(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     path, checkpoint, network = open_network(options)
     try:
-        data = str(checkpoint["datamodule_hyper_parameters"].get("name", "mnist"))
-        page = fill_page(data, f"Checkpoint: {path.name}")
+        page = fill_page(checkpoint, f"Checkpoint: {path.name}")
         server = ThreadingHTTPServer((options.host, options.port), partial(Handler, network, page))
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from error

@@ -99,7 +99,7 @@ def export(args: Sequence[str]) -> None:
     if output.suffix == ".html":
         texts = [(files("onnxruntime") / text).read_text("utf-8") for text in ("LICENSE", "ThirdPartyNotices.txt")]
         about = "\n\n".join([json.dumps(metadata, indent=2), f"{RUNTIME}, a part of this page:", *texts])
-        content = fill_page(name, about, fetch_runtime() | {"network": content})
+        content = fill_page(checkpoint, about, fetch_runtime() | {"network": content})
     with replaced(output) as partial:
         partial.write_bytes(content)
     score = f"accuracy {correct}/{len(targets)} ({correct / len(targets):.2%}), probabilities within {difference:.0e}"
