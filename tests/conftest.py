@@ -91,27 +91,26 @@ def real_root() -> Path:
     return root
 
 
-@pytest.fixture(params=["chromium", "firefox-esr"])
+@pytest.fixture(params=["chromium chromedriver", "firefox-esr geckodriver"])
 def browser(request: Any, tmp_path: Path) -> Iterator[Any]:
     """Each browser without a window; Chromium keeps a log of its requests."""
-    driver = {"chromium": "chromedriver", "firefox-esr": "geckodriver"}[request.param]
-    program, service = shutil.which(request.param), shutil.which(driver)
-    if not program or not service:
-        pytest.skip(f"no {request.param} and {driver} here")
+    program, driver = map(shutil.which, request.param.split())
+    if not program or not driver:
+        pytest.skip(f"no {request.param} here")
     from selenium import webdriver  # takes a while, and few tests need it
 
-    options: Any = webdriver.ChromeOptions() if driver == "chromedriver" else webdriver.FirefoxOptions()
+    chromium = "chromium" in request.param
+    options: Any = webdriver.ChromeOptions() if chromium else webdriver.FirefoxOptions()
     options.binary_location, options.enable_bidi = program, True
-    if driver == "geckodriver":
-        options.add_argument("-headless")
-        options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
-        made: Any = webdriver.Firefox(options=options, service=webdriver.FirefoxService(service))
-    else:
-        flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking window-size=1600,1200"
-        for flag in [*flags.split(), f"user-data-dir={tmp_path}/chromium"]:
-            options.add_argument(f"--{flag}")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    for flag in [*flags, f"--user-data-dir={tmp_path}/chromium"] if chromium else ["-headless"]:
+        options.add_argument(flag)
+    if chromium:
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
+        made: Any = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    else:
+        options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
+        made = webdriver.Firefox(options, webdriver.FirefoxService(driver))
     with made as browser:
         yield browser
 

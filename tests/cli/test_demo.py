@@ -20,8 +20,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from test_predict import picture
 from torch import Tensor, nn
 
-from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels
-from lit_mnist.pictures.report import classify
+from lit_mnist.pictures import report
+from lit_mnist.pictures.prepare import NO_PICTURE
 
 Server = tuple[subprocess.Popen[str], str, int]  # its process, and where it listens
 # Their lines, as places across and down in eighths of the sheet
@@ -49,6 +49,12 @@ def read(browser: Any) -> list[str]:
     script = "return document.getElementById('answers').ariaBusy"
     WebDriverWait(browser, 60).until(lambda _: browser.execute_script(script) == "false")
     return [label.text for label in browser.find_elements("css selector", "figure b")]
+
+
+def predicted(network: nn.Module, file: Any) -> Tensor:
+    (answer,) = report.read(network, file)
+    assert answer.digit is not None
+    return answer.digit
 
 
 def bars(browser: Any) -> list[float]:
@@ -97,7 +103,7 @@ def test_answers_and_refusals(server: Server, network: nn.Module, tmp_path: Path
     process, host, port = server
     before = {*tmp_path.rglob("*")}
     path = picture(tmp_path / "one.png")
-    seen = digit(grey_levels(path))
+    seen = predicted(network, path)
     for known in ("localhost", f"{host}:{port}"):
         status, answer = ask(host, port, path.read_bytes(), Host=known)
         (found,) = json.loads(answer)
@@ -125,16 +131,19 @@ def test_in_a_browser(browser: Any, network: nn.Module, server: Server, tmp_path
     address = f"http://{host}:{port}/"
     browser.get(address)
     assert read(browser) == []
+    dark = "return matchMedia('(prefers-color-scheme: dark)').matches"
+    assert browser.execute_script(dark) == (browser.capabilities["browserName"] == "firefox")
+    assert "(255, 255, 255" in browser.find_element("id", "sheet").value_of_css_property("background-color")
     for kind, lines in {"mouse": DIGITS[5], "touch": DIGITS[8]}.items():
         browser.find_element("id", "clear").click()
         draw(browser, lines, kind=kind)
         answer = read(browser)
-        probabilities = classify(network, pixels(browser))[0]
+        probabilities = report.classify(network, pixels(browser))[0]
         assert bars(browser) == pytest.approx((100 * probabilities).tolist(), abs=0.06)
         assert answer == [str(int(probabilities.argmax()))]
         url = browser.execute_script("return document.getElementById('sheet').toDataURL()")  # 4 times the pixels
-        predicted = digit(grey_levels(BytesIO(base64.b64decode(url.partition(",")[2]))))
-        assert (pixels(browser)[0].int() - predicted.int()).abs().float().mean() < 1
+        seen = predicted(network, BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert (pixels(browser)[0].int() - seen.int()).abs().float().mean() < 1
     draw(browser, "77 77", scale=0.9)
     assert len(read(browser)) == 2
     assert browser.find_elements("css selector", "figcaption")[1].text == "not sure"  # a dot
@@ -147,7 +156,7 @@ def test_in_a_browser(browser: Any, network: nn.Module, server: Server, tmp_path
     choose = browser.find_element("id", "file")
     choose.send_keys(str(picture(tmp_path / "one.png")))
     assert len(read(browser)) == 1
-    assert torch.equal(pixels(browser)[0], digit(grey_levels(tmp_path / "one.png")))
+    assert torch.equal(pixels(browser)[0], predicted(network, tmp_path / "one.png"))
     choose.send_keys(str(picture(tmp_path / "two.png", 0, (40, 140), 200)))
     browser.find_element("id", "several").click()
     assert len(read(browser)) == 2

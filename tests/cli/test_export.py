@@ -72,7 +72,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, real_root: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_page(browser: Any, page: Path) -> None:
-    """30 drawings, a number, two rows, a scribble, and nothing that leaves the page."""
+    """30 drawings, a number, a scribble, and nothing that leaves the page."""
     assert 5e6 < page.stat().st_size < 6e6
     assert "Copyright (c) Microsoft Corporation" in page.read_text(encoding="utf-8")
     browser.get(page.as_uri())
@@ -87,17 +87,13 @@ def test_a_page(browser: Any, page: Path) -> None:
     assert read(browser) == ["4", "2"]
     browser.find_element("id", "clear").click()
     draw(browser, "11 77 17 71 14 74 41 47 25 52 36 63 11 55 72")
+    assert len(read(browser)) == 1
     assert [label.text for label in browser.find_elements("css selector", ".grey figcaption")] == ["not sure"]
     assert browser.find_elements("id", "choose") == []  # photographs are for the demo
     assert not stray_requests(browser, "file:", "blob:")
 
 
-@pytest.mark.parametrize("npm", ["missing", "offline"])
-def test_a_page_without_npm(tmp_path: Path, monkeypatch: Patch, npm: str) -> None:
-    if npm == "missing":
-        monkeypatch.setenv("PATH", str(tmp_path))
-    else:
-        for name, value in {"registry": "http://127.0.0.1:9", "fetch_retries": "0", "cache": str(tmp_path)}.items():
-            monkeypatch.setenv(f"npm_config_{name}", value)
-    with pytest.raises(UserError, match=r"^npm cannot fetch onnxruntime-web@.*(No such file|ECONNREFUSED)"):
+def test_a_page_without_npm(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^npm cannot fetch onnxruntime-web@.*No such file"):
         export.fetch_runtime()
