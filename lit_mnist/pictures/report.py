@@ -20,6 +20,7 @@ from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
+UNSURE = 0.7  # the highest probability below which an answer is unsure
 
 
 class Picture(NamedTuple):
@@ -97,6 +98,11 @@ def write(pictures: Sequence[Picture], output: Path) -> None:
 def classify(network: nn.Module, images: Tensor) -> Tensor:
     """Map raw images, uint8 (N, 1, 28, 28), to probabilities, float (N, C)."""
     return torch.cat([network(batch).softmax(dim=1) for batch in images.split(500)])  # larger ones wait for memory
+
+
+def unsure(probabilities: Sequence[float]) -> bool:
+    """Tell whether no class is probable enough to be an answer."""
+    return max(probabilities) < UNSURE
 
 
 def columns(probabilities: Sequence[float]) -> dict[str, Any]:
