@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels, split
+from lit_mnist.pictures.prepare import NO_PICTURE, Found, find_one, grey_levels, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
@@ -51,19 +51,19 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False) -> li
     """Answer the digits of one file; if it has none, or cannot be read, the one result says why."""
     try:
         levels = grey_levels(file)
-        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), digit(levels))]
+        found = split(levels) if several else [Found((0, 0, *levels.shape[::-1]), *find_one(levels))]
     except UserError as error:
         return [Picture(file, str(error))]
     with Image.open(file) as opened:
         scale = max(opened.size) / max(levels.shape)
     pictures = []
-    for number, (box, seen) in enumerate(found, 1):
+    for number, (box, seen, problem) in enumerate(found, 1):
         (x, y, width, height), margin = box, max(box[2:]) // 4
         part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
         whole = Image.fromarray((part.clip(0, 1) * 255).astype(np.uint8))
         thumbnail = ImageOps.pad(whole, (CELL, CELL), Image.Resampling.BOX, "white")
         place = (number, *(round(scale * side) for side in box)) if several else ()
-        pictures.append(Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, place))
+        pictures.append(Picture(file, problem, seen, classify(network, seen[None])[0].tolist(), thumbnail, place))
     return pictures
 
 
