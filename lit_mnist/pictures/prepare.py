@@ -7,7 +7,7 @@ pixels with its proportions and its grey levels kept, and set into 28x28 pixels 
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -34,14 +34,7 @@ Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results a
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
 Box = tuple[int, ...]  # x, y, width, height
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
-
-
-class Found(NamedTuple):
-    """A digit among several, or what was left out."""
-
-    box: Box  # in the pixels of the grey levels
-    seen: Tensor | None  # in MNIST's form, uint8 (1, 28, 28)
-    problem: str = ""  # why it was left out, or may be read wrongly
+Found = tuple[Box, Tensor | None, str]  # where, in MNIST's form unless it was left out, and why or what is doubtful
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
@@ -80,24 +73,21 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     for mask in (light, 1 - light):
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
-        sides = cv2.minAreaRect(outline)[1]
-        if cv2.contourArea(outline) < 0.05 * mask.size or not is_rectangle(outline, 0.85):
-            continue
+        side = min(cv2.minAreaRect(outline)[1])
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
-        inner = cv2.erode(whole, ones(*[odd(0.04 * min(sides))] * 2))
+        clear = not (whole[[0, -1]].any() or whole[:, [0, -1]].any())
+        if not (clear and side >= 0.22 * max(mask.shape) and is_rectangle(outline, 0.88)):
+            continue
+        inner = cv2.erode(whole, ones(*[odd(0.04 * side)] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
-        x, y, width, height = cv2.boundingRect(inner)
-        inside = (
-            min(cv2.boundingRect(outline)[:2]) > 0 and x + width < mask.shape[1] - 1 and y + height < mask.shape[0] - 1
-        )
-        drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * min(sides))).any()
-        beyond = cv2.dilate(whole, ones(*[odd(0.5 * min(sides))] * 2)) > whole
-        if inside and drawn and mask[beyond].mean() < 0.2 and marks[:, cv2.CC_STAT_AREA].sum() < 0.3 * inner.sum():
-            scale = max(levels.shape) / max(mask.shape)
-            top, left, bottom, right = (round(scale * edge) for edge in (y, x, y + height, x + width))
-            cut = levels[top:bottom, left:right]
-            inner = cv2.resize(inner[y : y + height, x : x + width], cut.shape[::-1], interpolation=cv2.INTER_NEAREST)
-            return np.where(inner, cut, np.median(cut[inner > 0])).astype(np.float32), (left, top)
+        drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.15 * inner.sum()
+        beyond = cv2.dilate(whole, ones(*[odd(0.5 * side)] * 2)) > whole  # of a cell this is the next one
+        if drawn and mask[beyond].mean() < 0.2:
+            scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
+            left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
+            part = levels[top:bottom, left:right]
+            inner = cv2.resize(inner[y : y + height, x : x + width], part.shape[::-1], interpolation=cv2.INTER_NEAREST)
+            return np.where(inner, part, np.median(part[inner > 0])).astype(np.float32), (left, top)
     return levels, (0, 0)
 
 
@@ -107,20 +97,14 @@ def is_rectangle(outline: Any, least: float) -> bool:
 
 def digit(levels: Pixels) -> Tensor:
     """Bring the one digit of grey levels into MNIST's form, uint8 (1, 28, 28); UserError if nothing stands out."""
-    return find_one(levels)[0]
+    return find_one(sheet(levels)[0])[0]
 
 
-def find_one(levels: Pixels) -> tuple[Tensor, str]:
-    """Find the digit, in MNIST's form, and what is doubtful about it; UserError if nothing stands out."""
-    return look_at(sheet(levels)[0])
-
-
-def look_at(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
+def find_one(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
+    """Find a sheet's digit, as `digit` does, and what is doubtful about it."""
     small = shrunk(pixels, WORKING_SIZE)
     ink = unboxed(ink_of(small))
-    tries = [
-        (each, *main_part(each)) for each in (unruled(ink, closer), ink)
-    ]  # without ruled lines there may be no digit left
+    tries = [(each, *main_part(each)) for each in (unruled(ink, closer), ink)]  # its lines may be all of a digit
     ink, parts, others = next((each for each in tries if fits(cv2.boundingRect(each[1]), ink.shape)), tries[0])
     around = 3 + 2 * (max(ink.shape) // 100)
     ink = ink * cv2.dilate(parts, ones(around, around))
@@ -128,27 +112,23 @@ def look_at(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     if not width:
         raise UserError("nothing stands out from the background")
     doubt = "more than one digit?" * any(0.6 * height <= other <= 1.7 * height for other in others)
-    if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again, closer
+    if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
         top, left = (max(0, int((start - margin) * scale)) for start in (y, x))
         bottom, right = (int((stop + margin) * scale) for stop in (y + height, x + width))
-        return look_at(pixels[top:bottom, left:right], closer=True)[0], doubt
+        return find_one(pixels[top:bottom, left:right], closer=True)[0], doubt
     return in_form(ink[y : y + height, x : x + width]), doubt
 
 
 def main_part(ink: Pixels) -> tuple[Mask, list[int]]:
     """Find the largest part with those that belong to it; and the heights of others that may be digits."""
     labels, stats = components(ink, 100)
-    parts = [int(part) + 1 for part in stats[1:, cv2.CC_STAT_AREA].argsort()[::-1][:100]]  # noise makes thousands
-    clear = [part for part in parts if fits(stats[part, :4], ink.shape)]
-    parts = without_boxes(stats, clear or parts)
-    if not parts:
-        return np.zeros_like(ink, np.uint8), []
-    sizes = stats[:, cv2.CC_STAT_AREA] * stats[:, cv2.CC_STAT_HEIGHT]
-    main = max(parts, key=sizes.__getitem__)
-    parts = [part for part in parts if stats[part, cv2.CC_STAT_AREA] >= 0.1 * stats[main, cv2.CC_STAT_AREA]]
-    digits = united([(tuple(stats[part, :4].tolist()), [part]) for part in parts], np.inf, 0.3)
-    own = next(group for _, group in digits if main in group)
+    areas, heights = stats[:, cv2.CC_STAT_AREA], stats[:, cv2.CC_STAT_HEIGHT]
+    parts = [int(part) + 1 for part in areas[1:].argsort()[::-1][:100]]  # noise makes thousands
+    parts = without_boxes(stats, [part for part in parts if fits(stats[part, :4], ink.shape)] or parts)
+    main = max(parts, key=(areas * heights).__getitem__, default=0)
+    digits = united(items_of(stats, [part for part in parts if areas[part] >= 0.1 * areas[main]]), np.inf, 0.3)
+    own = next((group for _, group in digits if main in group), [-1])
     others = [box[3] for box, group in digits if group is not own and fits(box, ink.shape)]
     return np.isin(labels, own).astype(np.uint8), others
 
@@ -194,7 +174,7 @@ def ink_of(levels: Pixels) -> Pixels:
     low, high = float(levels.min()), float(levels.max())
     eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
     coarse = shrunk(eight_bits, WORKING_SIZE)
-    edge = max(coarse.shape) // 50  # where the sheet may end
+    edge = 3 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
     coarse = np.ascontiguousarray(coarse[edge : len(coarse) - edge, edge : coarse.shape[1] - edge])
     median = cv2.medianBlur(coarse, odd(max(coarse.shape) / 2))
     dark = ((coarse - median.astype(np.float32)) ** 3).sum() < 0  # ink is the smaller part, and differs more
@@ -271,6 +251,10 @@ def components(ink: Pixels, share: int) -> tuple[Any, Any]:
     return tuple(cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))[1:3])
 
 
+def items_of(stats: Any, parts: list[int]) -> list[Part]:
+    return [(tuple(stats[part, :4].tolist()), [part]) for part in parts]
+
+
 def unboxed(ink: Pixels) -> Pixels:
     """Remove printed cells and drawn boxes, even those that a digit touches, if something of its size is in them."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(inked(ink, 0.2))
@@ -279,19 +263,18 @@ def unboxed(ink: Pixels) -> Pixels:
         x, y, width, height, area = stats[part].tolist()
         place = slice(y, y + height), slice(x, x + width)
         own = (labels[place] == part).astype(np.uint8)
-        corners = cv2.findNonZero(own)
-        if area > 0.5 * width * height or not is_rectangle(cv2.convexHull(corners), 0.85):
+        whole = cv2.convexHull(cv2.findNonZero(own))
+        if area > 0.5 * width * height or not is_rectangle(whole, 0.85):
             continue
-        outlines, (levels,) = cv2.findContours(own, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        holes = [cv2.convexHull(each) for each, (*_, outer) in zip(outlines, levels, strict=True) if outer >= 0]
+        outlines, (tree,) = cv2.findContours(own, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= 0.3 * min(width, height)]
-        straight = [cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9)]
-        if sum(straight) < 0.5 * cv2.contourArea(cv2.convexHull(corners)):
-            continue
+        straight = [cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9)]  # between strokes they are not
         inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
         cv2.drawContours(inside, cells, -1, 0, odd(0.05 * min(width, height)))
         bare = np.where(cv2.dilate(own, ones(3, 3)) > inside, 0, ink[place])
-        if components(bare, 100)[1][1:, cv2.CC_STAT_HEIGHT].max(initial=0) >= 0.25 * height:
+        tallest = components(bare, 100)[1][1:, cv2.CC_STAT_HEIGHT].max(initial=0)
+        if sum(straight) >= 0.5 * cv2.contourArea(whole) and tallest >= 0.25 * height:
             ink[place] = bare
     return ink
 
@@ -310,31 +293,38 @@ def split(levels: Pixels) -> list[Found]:
     pixels = shrunk(whole, FINE_SIZE)
     ink = unruled(unboxed(ink_of(pixels)))
     labels, stats = components(ink, 500)
-    heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
-    large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
-    parts = sorted((1 + np.flatnonzero(large)).tolist(), key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
+    heights, longer = stats[:, cv2.CC_STAT_HEIGHT], stats[:, 2:4].max(1)
+    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
+    large = (heights >= 0.1 * heights[clear].max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
+    parts = [int(part) for part in stats[:, cv2.CC_STAT_AREA].argsort()[::-1] if part and large[part]]
     if len(parts) > MAX_PARTS:
         raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
     if not parts:
         raise UserError("nothing stands out from the background")
-    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
-    digits = without_boxes(stats, [part for part in parts if clear[part]] or parts)
-    tall = stats[digits, cv2.CC_STAT_HEIGHT]
+    kept = without_boxes(stats, [part for part in parts if clear[part]] or parts)
+    tall = heights[kept]
     height = float(np.median(tall[tall >= 0.4 * tall.max()]))
-    sizes = stats[:, 2:4] / height
-    cut = ~clear & (abs(sizes[:, 1] - 1) < 0.5) & (sizes[:, 0] < 1.5)  # but of a digit's size
-    digits += [part for part in parts if cut[part] and part not in digits]
-    found = united([(tuple(stats[part, :4].tolist()), [part]) for part in digits], 1.6 * height, -1)
-    scale = max(whole.shape) / max(pixels.shape)
-    read = []
-    for (x, y, across, down), group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
-        place = slice(y, y + down), slice(x, x + across)
-        seen = in_form(ink[place] * np.isin(labels[place], group))
-        box = tuple(
-            round(side * scale) + start for side, start in zip((x, y, across, down), (*corner, 0, 0), strict=True)
-        )
-        read.append(Found(box, seen, "" if clear[group].all() else "touches the border"))
-    return read
+
+    def problem(item: Part) -> str:
+        (_, _, across, down), group = item
+        if not (inside := clear[group].all()) and (abs(down / height - 1) > 0.5 or across > 1.5 * height):
+            return "touches the border"
+        if max(across, down) > 1.6 * height and min(across, down) < 0.12 * max(across, down):
+            return "a line"
+        return "a box" if inside and group[0] not in kept else "too small" * (down < 0.4 * height)
+
+    items = items_of(stats, parts)
+    strokes = [item for item in items if problem(item) in ("", "too small")]
+    joined = united(strokes, 1.6 * height, -1)
+    others = [item for item in joined if problem(item)] + [item for item in items if item not in strokes]
+    scale, found = max(whole.shape) / max(pixels.shape), []
+    for (x, y, across, down), group in in_lines([item for item in joined if not problem(item)]) + others:
+        place, reason = (slice(y, y + down), slice(x, x + across)), problem(((x, y, across, down), group))
+        seen = None if reason else in_form(ink[place] * np.isin(labels[place], group))
+        box = [round(scale * side) for side in (x, y, across, down)]
+        box[:2] = box[0] + corner[0], box[1] + corner[1]
+        found.append((tuple(box), seen, reason or "touches the border" * (not clear[group].all())))
+    return found
 
 
 def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
@@ -365,7 +355,7 @@ def in_lines(parts: list[Part]) -> list[Part]:
         x, y, width, height = part[0]
         course = [abs(y + height / 2 - down - slope * (x + width / 2 - across)) for _, across, down, slope in lines]
         nearest = int(np.argmin(course)) if lines else 0
-        near = lines and course[nearest] < 0.6 * max(height, *(box[3] for box, _ in lines[nearest][0]))
+        near = lines and course[nearest] < 0.7 * max(height, *(box[3] for box, _ in lines[nearest][0]))
         line = [*(lines.pop(nearest)[0] if near else ()), part]
         middles = np.array([(x + width / 2, y + height / 2) for (x, y, width, height), _ in line])
         x, y = (middles - middles.mean(0)).T

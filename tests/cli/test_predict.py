@@ -69,7 +69,8 @@ def test_pictures(network: nn.Module, capsys: Capsys) -> None:
         probabilities = [float(row[f"p{digit}"]) for digit in range(10)]
         assert float(row["confidence"]) == max(probabilities) == probabilities[int(row["digit"])]
         assert row["p3"] == rows[0]["p3"]  # the same digit to the network
-    assert ["folder/white.gif", rows[3]["digit"], rows[3]["confidence"]] in [line.split() for line in out.splitlines()]
+    line = ["folder/white.gif", rows[3]["digit"], rows[3]["confidence"], "unsure"]  # as the CSV says, too
+    assert line in [line.split() for line in out.splitlines()] and rows[3]["unsure"] == line[-1]
     with Image.open(run / f"pictures-{Path(BEST).stem}.png") as sheet:
         seen = np.asarray(sheet.convert("L"))[12 + 2 : 12 + 112 : 4, 12 + 112 + 2 : 12 + 224 : 4]  # each pixel is 4x4
     with torch.inference_mode():
@@ -99,7 +100,7 @@ def test_several_digits() -> None:
     ("command", "problem"),
     [
         ("predict no/where.png", "'no/where.png' is neither a file nor a folder with files"),
-        ("predict --split", "--split needs pictures"),
+        ("predict --split", "--split and --labels need pictures"),
         ("predict --output no/answers.csv", "--output no/answers.csv: there is no folder "),
         ("predict one.png --output mine.csv", "--output mine.png: that file exists; --overwrite replaces it"),
         ("predict mine.png --output mine.csv --overwrite", "--output mine.csv: mine.png is one of the pictures"),
