@@ -76,11 +76,11 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         side = min(cv2.minAreaRect(outline)[1])
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         clear = not (whole[[0, -1]].any() or whole[:, [0, -1]].any())
-        if not (clear and side >= 0.22 * max(mask.shape) and is_rectangle(outline, 0.88)):
+        if not (clear and side >= 0.24 * max(mask.shape) and is_rectangle(outline, 0.88)):
             continue
         inner = cv2.erode(whole, ones(*[odd(0.04 * side)] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
-        drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.15 * inner.sum()
+        drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
         beyond = cv2.dilate(whole, ones(*[odd(0.5 * side)] * 2)) > whole  # of a cell this is the next one
         if drawn and mask[beyond].mean() < 0.2:
             scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
@@ -104,8 +104,13 @@ def find_one(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     """Find a sheet's digit, as `digit` does, and what is doubtful about it."""
     small = shrunk(pixels, WORKING_SIZE)
     ink = unboxed(ink_of(small))
-    tries = [(each, *main_part(each)) for each in (unruled(ink, closer), ink)]  # its lines may be all of a digit
-    ink, parts, others = next((each for each in tries if fits(cv2.boundingRect(each[1]), ink.shape)), tries[0])
+    lined, ink = ink, unruled(ink, closer)
+    parts, others = main_part(ink)
+    box = cv2.boundingRect(parts)
+    if not fits(box, ink.shape):  # what was taken for ruled lines may have been the digit
+        again, more = main_part(lined)
+        if fits(cv2.boundingRect(again), ink.shape) and cv2.boundingRect(again)[3] > box[3]:
+            ink, parts, others = lined, again, more
     around = 3 + 2 * (max(ink.shape) // 100)
     ink = ink * cv2.dilate(parts, ones(around, around))
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))

@@ -70,7 +70,8 @@ def test_pictures(network: nn.Module, capsys: Capsys) -> None:
         assert float(row["confidence"]) == max(probabilities) == probabilities[int(row["digit"])]
         assert row["p3"] == rows[0]["p3"]  # the same digit to the network
     line = ["folder/white.gif", rows[3]["digit"], rows[3]["confidence"], "unsure"]  # as the CSV says, too
-    assert line in [line.split() for line in out.splitlines()] and rows[3]["unsure"] == line[-1]
+    assert line in [each.split() for each in out.splitlines()]
+    assert rows[3]["unsure"] == line[-1]
     with Image.open(run / f"pictures-{Path(BEST).stem}.png") as sheet:
         seen = np.asarray(sheet.convert("L"))[12 + 2 : 12 + 112 : 4, 12 + 112 + 2 : 12 + 224 : 4]  # each pixel is 4x4
     with torch.inference_mode():
