@@ -75,14 +75,13 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
-        clear = not (whole[[0, -1]].any() or whole[:, [0, -1]].any())
-        if not (clear and side >= 0.24 * max(mask.shape) and is_rectangle(outline, 0.88)):
+        if whole[[0, -1]].any() or whole[:, [0, -1]].any() or side < 0.24 * max(mask.shape):
             continue
         inner = cv2.erode(whole, ones(*[odd(0.04 * side)] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
         beyond = cv2.dilate(whole, ones(*[odd(0.5 * side)] * 2)) > whole  # of a cell this is the next one
-        if drawn and mask[beyond].mean() < 0.2:
+        if drawn and mask[beyond].mean() < 0.2 and is_rectangle(outline, 0.88):
             scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
             left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
             part = levels[top:bottom, left:right]
@@ -307,8 +306,7 @@ def split(levels: Pixels) -> list[Found]:
     if not parts:
         raise UserError("nothing stands out from the background")
     kept = without_boxes(stats, [part for part in parts if clear[part]] or parts)
-    tall = heights[kept]
-    height = float(np.median(tall[tall >= 0.4 * tall.max()]))
+    height = float(np.median([tall for tall in heights[kept] if tall >= 0.4 * heights[kept].max()]))
 
     def problem(item: Part) -> str:
         (_, _, across, down), group = item
@@ -318,25 +316,22 @@ def split(levels: Pixels) -> list[Found]:
             return "a line"
         return "a box" if inside and group[0] not in kept else "too small" * (down < 0.4 * height)
 
-    items = items_of(stats, parts)
-    strokes = [item for item in items if problem(item) in ("", "too small")]
+    strokes = [item for item in items_of(stats, parts) if problem(item) in ("", "too small")]
+    others = [item for item in items_of(stats, parts) if item not in strokes]
     joined = united(strokes, 1.6 * height, -1)
-    others = [item for item in joined if problem(item)] + [item for item in items if item not in strokes]
+    joined = in_lines([item for item in joined if not problem(item)]) + [item for item in joined if problem(item)]
     scale, found = max(whole.shape) / max(pixels.shape), []
-    for (x, y, across, down), group in in_lines([item for item in joined if not problem(item)]) + others:
+    for (x, y, across, down), group in joined + others:
         place, reason = (slice(y, y + down), slice(x, x + across)), problem(((x, y, across, down), group))
         seen = None if reason else in_form(ink[place] * np.isin(labels[place], group))
-        box = [round(scale * side) for side in (x, y, across, down)]
-        box[:2] = box[0] + corner[0], box[1] + corner[1]
-        found.append((tuple(box), seen, reason or "touches the border" * (not clear[group].all())))
+        left, top, *size = (round(scale * side) for side in (x, y, across, down))
+        box = left + corner[0], top + corner[1], *size
+        found.append((box, seen, reason or "touches the border" * (not clear[group].all())))
     return found
 
 
 def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
-    """Join parts that nearly touch, one above the other, and together are no larger than a digit: a 5's two strokes.
-
-    Side by side they may be BESIDE times the size of the smaller one apart.
-    """
+    """Join parts one above the other, as a 5's strokes, and those BESIDE times their size apart, to a digit's size."""
     digits: list[Part] = []
     for box, own in parts:
         for other in digits.copy():

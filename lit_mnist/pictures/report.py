@@ -50,10 +50,7 @@ def find(names: Sequence[str]) -> list[Path]:
 
 
 def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoothing: float = 0) -> list[Picture]:
-    """Answer the digits of one file; if it has none, or cannot be read, the one result says why.
-
-    SMOOTHING is the label smoothing that the network was trained with. What was left out has no digit.
-    """
+    """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `unsure`."""
     try:
         levels = grey_levels(file)
         found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(sheet(levels)[0]))]
@@ -67,7 +64,7 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoot
         part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
         whole = Image.fromarray((part.clip(0, 1) * 255).astype(np.uint8))
         thumbnail = ImageOps.pad(whole, (CELL, CELL), Image.Resampling.BOX, "white")
-        p = [] if seen is None else classify(network, seen[None])[0].tolist()
+        p = classify(network, seen[None])[0].tolist() if seen is not None else []
         place = (number if p else "", *(round(scale * side) for side in box)) if several else ()
         pictures.append(Picture(file, problem, seen, p, thumbnail, place, bool(p) and unsure(p, smoothing)))
     return pictures
@@ -91,15 +88,13 @@ def answer(paths: Sequence[Path], several: bool, network: nn.Module, smoothing: 
 
 
 def labels_of(paths: Sequence[Path], names: Sequence[str], several: bool) -> list[str]:
-    """Read labels, of SEVERAL digits numbers, at the start of the names of subfolders or else files, or UserError."""
+    """Read each label, of SEVERAL digits a number, at the start of a subfolder's or the file's name, or UserError."""
     labels = []
     for path in paths:
         parts = next((path.relative_to(name).parts for name in names if path.is_relative_to(name)), ()) or [path.name]
         found = [match[0] for part in parts if (match := re.match(r"\d+" if several else r"\d(?!\d)", part))]
         if not found:
-            raise UserError(
-                f"--labels {path}: no digit begins its name or its folder's, as in 7_mine.png or 7/mine.png"
-            )
+            raise UserError(f"--labels {path}: no digit begins its name or folder, as in 7_mine.png or 7/mine.png")
         labels.append(found[0])
     return labels
 
@@ -135,10 +130,7 @@ def classify(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def unsure(probabilities: Sequence[float], smoothing: float = 0) -> bool:
-    """Tell whether too many classes share the probability, for a network trained with that label smoothing.
-
-    Measured by the sum of the roots, which is 1 if one class has it all, beyond that of the smoothed target.
-    """
+    """Tell by the sum of their roots if too many classes share what training with that SMOOTHING gives to one."""
     other = smoothing / len(probabilities)
     target = (1 - smoothing + other) ** 0.5 + (len(probabilities) - 1) * other**0.5
     return sum(p**0.5 for p in probabilities) - target > UNSURE
