@@ -212,7 +212,7 @@ def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> I
         length = 5 if index % 2 else int(painter.uniform(8, 11))
         chosen = torch.randint(len(inks), (length,), generator=painter.generator).tolist()
         picture, columns = painter.number([inks[choice] for choice in chosen])
-        found = prepare.split(picture.numpy())
+        found = [(box, seen) for box, seen, _ in prepare.split(picture.numpy()) if seen is not None]
         answers = report.classify(network, torch.stack([seen for _, seen in found])).argmax(1).tolist()
         middles = [x + width / 2 for (x, _, width, _), _ in found]
         for choice, (first, last) in zip(chosen, columns, strict=True):
