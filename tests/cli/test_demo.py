@@ -20,6 +20,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from test_predict import picture
 from torch import Tensor, nn
 
+from lit_mnist.cli.demo import fill_page
 from lit_mnist.pictures import report
 from lit_mnist.pictures.prepare import NO_PICTURE
 
@@ -124,6 +125,14 @@ def test_answers_and_refusals(server: Server, network: nn.Module, tmp_path: Path
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGINT\n")  # and no traceback
     assert process.returncode == 130
+
+
+def test_a_checkpoint_can_end_no_script() -> None:
+    settings = {"hyper_parameters": {"classes": 10}, "datamodule_hyper_parameters": {"name": "kmnist"}}
+    page = fill_page(settings, "</script>").decode()
+    filled = json.loads(page.split("parts } = ")[1].split(";  //")[0])
+    assert ("".join(filled["names"]), filled["about"]) == ("おきすつなはまやれを", "</script>")
+    assert page.count("</script>") == 1
 
 
 def test_in_a_browser(browser: Any, network: nn.Module, server: Server, tmp_path: Path) -> None:
