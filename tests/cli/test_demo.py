@@ -140,8 +140,6 @@ def test_in_a_browser(browser: Any, network: nn.Module, server: Server, tmp_path
     address = f"http://{host}:{port}/"
     browser.get(address)
     assert read(browser) == []
-    dark = "return matchMedia('(prefers-color-scheme: dark)').matches"
-    assert browser.execute_script(dark) == (browser.capabilities["browserName"] == "firefox")
     assert "(255, 255, 255" in browser.find_element("id", "sheet").value_of_css_property("background-color")
     for kind, lines in {"mouse": DIGITS[5], "touch": DIGITS[8]}.items():
         browser.find_element("id", "clear").click()
