@@ -1,7 +1,7 @@
 """How well a checkpoint reads digits that do not come in MNIST's form.
 
 Of MNIST's test images, and of scikit-learn's `load_digits` (other people's digits of 8x8 pixels), it makes pictures as
-people have them, and numbers, and reads each as `predict` does. In the end, how confident right and wrong answers are.
+people have them, and numbers, and reads each as `predict` does; and letters, to see whether they are called unsure.
 """
 
 import colorsys
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from records import append, make_parser
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -29,6 +29,7 @@ from lit_mnist.pictures import prepare, report
 CANVAS = 240
 DIFFICULTIES = ["on paper", "cell lines", "boxed", "desk", "hard shadow", "soft shadow", "strip", "ruled", "squared"]
 DIFFICULTIES += ["cut", "tiny", "low contrast", "colour ink"]
+LETTERS = "AEFHKMNPRTUVWXYadefhkmnrtuvwx"  # those that no digit looks like
 
 
 def cropped(ink: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -113,12 +114,17 @@ class Painter:
         inside = torch.stack(sides).amin(0)
         return self.photograph(torch.maximum(ink, (0.5 + width / 2 - inside.abs()).clamp(0, 1)))
 
-    def desk(self, digit: Tensor) -> Tensor:
+    def desk(self, digit: Tensor, shares: Sequence[float] = (0.15, 0.4), darkest: float = 0.15) -> Tensor:
         """The sheet ends, and 15 to 40 % of the picture is a darker desk with a grain."""
-        share, turns = self.uniform(0.15, 0.4), int(self.uniform(0, 4))
+        share, turns = self.uniform(*shares), int(self.uniform(0, 4))
         ink = self.scene(digit.rot90(-turns), (share, 0))
         on_desk, grain = distance(self.uniform(-3, 3)) < (share - 0.5) * CANVAS, self.grain(60, 12)
-        return self.photograph(ink, torch.where(on_desk, self.uniform(0.15, 0.45) + 0.03 * grain, 0.85)).rot90(turns)
+        light = torch.where(on_desk, self.uniform(darkest, darkest + 0.3) + 0.03 * grain, 0.85)
+        return self.photograph(ink, light).rot90(turns)
+
+    def strip(self, digit: Tensor) -> Tensor:
+        """A dark strip of 3 to 10 % along one border, as of a scanner's lid."""
+        return self.desk(digit, (0.03, 0.1), 0)
 
     def hard_shadow(self, digit: Tensor, blur: tuple[float, float] = (0.2, 0.8)) -> Tensor:
         """Across the picture, 35 to 60 % of the light gone within a pixel or two."""
@@ -130,13 +136,6 @@ class Painter:
     def soft_shadow(self, digit: Tensor) -> Tensor:
         """The same within 50 to 100 pixels."""
         return self.hard_shadow(digit, (12, 25))
-
-    def strip(self, digit: Tensor) -> Tensor:
-        """A dark strip of 3 to 10 % along one border, as of a scanner's lid."""
-        share, turns = self.uniform(0.03, 0.1), int(self.uniform(0, 4))
-        ink = self.scene(digit.rot90(-turns), (share, 0))
-        on_lid = distance(self.uniform(-1, 1)) < (share - 0.5) * CANVAS
-        return self.photograph(ink, torch.where(on_lid, self.uniform(0, 0.3), 0.85)).rot90(turns)
 
     def ruled(self, digit: Tensor, pitch: tuple[float, float] = (30, 70), angles: tuple[int, ...] = (0,)) -> Tensor:
         """Lines 30 to 75 % as dark as the ink, 30 to 70 pixels apart, askew by up to 2 degrees."""
@@ -177,20 +176,25 @@ class Painter:
         paper = torch.tensor(colorsys.hsv_to_rgb(self.uniform(0, 1), self.uniform(0, 0.25), 0.9))
         return (paper * (1 - ink) + 0.9 * colour * ink + 0.012 * self.noise(CANVAS, CANVAS, 3)).clamp(0, 1)
 
-    def number(self, inks: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Digits in a row, 50 to 80 pixels high, 8 to 50 % of that apart, not quite level; and each one's columns."""
+    def letter(self, index: int) -> Tensor:
+        """One in Pillow's own font, dark on light."""
+        picture, font = Image.new("L", (CANVAS, CANVAS), 230), ImageFont.load_default(int(self.uniform(80, 160)))
+        ImageDraw.Draw(picture).text([CANVAS / 2] * 2, LETTERS[index % len(LETTERS)], 40, font, anchor="mm")
+        return torch.from_numpy(np.array(picture)) / 255
+
+    def number(self, inks: list[Tensor]) -> Tensor:
+        """Digits in a row, 50 to 80 pixels high, 8 to 50 % of that apart, not quite level."""
         height = self.uniform(50, 80)
         spacing = self.uniform(0.08, 0.5) * height
-        x, columns, canvas = 40.0, [], torch.zeros(200, 1400)
+        x, canvas = 40.0, torch.zeros(200, 1400)
         for ink in inks:
             ink, _ = cropped(ink)
             scale = height * self.uniform(0.9, 1.1) / ink.shape[0]
             ink = resized(ink, [max(2, round(side * scale)) for side in ink.shape])
-            y, start = 55 + int(self.uniform(0, 0.1) * height), int(x)
-            canvas[y : y + ink.shape[0], start : start + ink.shape[1]] = ink
-            columns.append((start, start + ink.shape[1]))
+            y = 55 + int(self.uniform(0, 0.1) * height)
+            canvas[y : y + ink.shape[0], int(x) : int(x) + ink.shape[1]] = ink
             x += ink.shape[1] + spacing * self.uniform(0.7, 1.3)
-        return self.photograph(canvas[:, : int(x) + 40]), columns
+        return self.photograph(canvas[:, : int(x) + 40])
 
 
 def read(picture: Tensor) -> Tensor:
@@ -206,49 +210,53 @@ def read(picture: Tensor) -> Tensor:
 
 
 def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> Iterator[bool]:
-    """Whether each digit of 50 numbers, postal codes of 5 and telephone numbers of 8 to 10, is read in its place."""
+    """Whether each of 50 numbers, postal codes of 5 and telephone numbers of 8 to 10 digits, is read whole."""
     painter = Painter()
     for index in range(50):
         length = 5 if index % 2 else int(painter.uniform(8, 11))
         chosen = torch.randint(len(inks), (length,), generator=painter.generator).tolist()
-        picture, columns = painter.number([inks[choice] for choice in chosen])
-        found = prepare.split(picture.numpy())
-        answers = report.classify(network, torch.stack([seen for _, seen in found])).argmax(1).tolist()
-        middles = [x + width / 2 for (x, _, width, _), _ in found]
-        for choice, (first, last) in zip(chosen, columns, strict=True):
-            there = [answer for x, answer in zip(middles, answers, strict=True) if first <= x <= last]
-            yield there == [labels[choice]]
+        found = prepare.split(painter.number([inks[choice] for choice in chosen]).numpy())
+        answers = report.classify(network, torch.stack([seen for _, seen, _ in found if seen is not None])).argmax(1)
+        yield answers.tolist() == [labels[choice] for choice in chosen]
 
 
 def main() -> None:
     parser = make_parser(__doc__, "pictures")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--count", type=int, default=300, help="digits of each set (300)")
+    parser.add_argument("--pictures", nargs="*", default=[], help="folders of labelled pictures, as for predict")
     options = parser.parse_args()
     checkpoint = read_checkpoint(options.checkpoint)
-    network, others = load_network(checkpoint), load_digits()
+    network, smoothing = load_network(checkpoint), checkpoint["hyper_parameters"].get("label_smoothing", 0.0)
     datasets.prepare(options.root)
     images, targets = datasets.load(options.root, train=False)
     sets = {"MNIST": (images[:, 0] / 255, targets.tolist())}
-    sets["load_digits"] = torch.from_numpy(others.images).float() / 16, others.target.tolist()
-    rows: list[tuple[str, bool, float | None]] = []
+    sets["load_digits"] = torch.from_numpy(load_digits().images).float() / 16, load_digits().target.tolist()
+    rows: list[tuple[str, bool, bool | None]] = []
+
+    def classify(name: str, seen: list[Tensor], labels: list[int]) -> None:
+        for p, label in zip(report.classify(network, torch.stack(seen)).tolist(), labels, strict=False):
+            rows.append((name, p.index(max(p)) == label, report.unsure(p, smoothing)))
+
     for name, (levels, labels) in sets.items():
         inks = list(levels[: options.count])
         for difficulty in ("as they are", *DIFFICULTIES):
             make = getattr(Painter(), difficulty.replace(" ", "_"), lambda ink: ink)
-            seen = [read(make(ink)) for ink in track(inks, f"{name}, {difficulty}")]
-            confidence, answers = report.classify(network, torch.stack(seen)).max(1)
-            right = (answers == torch.tensor(labels[: len(inks)])).tolist()
-            rows += zip([f"{name}, {difficulty}"] * len(inks), right, confidence.tolist(), strict=True)
+            classify(f"{name}, {difficulty}", [read(make(ink)) for ink in track(inks, f"{name}, {difficulty}")], labels)
         rows += [(f"{name}, numbers", right, None) for right in read_numbers(network, inks, labels)]
-
-    table = pandas.DataFrame(rows, columns=["pictures", "right", "confidence"])
-    correct = table.groupby("pictures", sort=False)["right"].agg(["sum", "count", "mean"])
-    median = table.groupby("right")["confidence"].median()
-    print(correct.to_string(), median.to_string(), sep="\n\n")
+    classify("the whole test set", [*images], sets["MNIST"][1])
+    classify("letters", [read(letter) for letter in map(Painter().letter, range(200))], [-1] * 200)
+    for folder in options.pictures:
+        labels = report.labels_of(paths := report.find([folder]), [folder], several=True)
+        for path, label in zip(paths, labels, strict=True):
+            found = [each.probabilities for each in report.read(network, path, len(max(labels, key=len)) > 1)]
+            answer = "".join(str(p.index(max(p))) for p in map(list, found) if p)
+            rows.append((Path(folder).name, answer == label, None))
+    groups = pandas.DataFrame(rows, columns=["pictures", "right", "unsure"]).groupby("pictures", sort=False)
+    table = groups["right"].agg(["sum", "count"]).assign(unsure=groups["unsure"].sum())
+    print(table.to_string())
     record = {"checkpoint": options.checkpoint.name, "model": dict(checkpoint["hyper_parameters"])}
-    tables = {"correct": correct[["sum", "count"]].T.to_dict("list"), "median_confidence": median.tolist()}
-    append(options, record | tables)
+    append(options, record | {"correct, of, unsure": table.T.to_dict("list")})
 
 
 if __name__ == "__main__":

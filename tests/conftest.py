@@ -91,21 +91,27 @@ def real_root() -> Path:
     return root
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """Chromium without a window, which keeps a log of its requests."""
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if not all(programs):
-        pytest.skip("no chromium and chromedriver here (Debian's packages chromium and chromium-driver)")
+@pytest.fixture(params=["chromium chromedriver", "firefox-esr geckodriver"])
+def browser(request: Any, tmp_path: Path) -> Iterator[Any]:
+    """Each browser without a window; Chromium keeps a log of its requests."""
+    program, driver = map(shutil.which, request.param.split())
+    if not program or not driver:
+        pytest.skip(f"no {request.param} here")
     from selenium import webdriver  # takes a while, and few tests need it
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0] or ""
-    flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking window-size=1600,1200"
-    for flag in [*flags.split(), f"user-data-dir={tmp_path}/chromium"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1])) as browser:
+    chromium = "chromium" in request.param
+    options: Any = webdriver.ChromeOptions() if chromium else webdriver.FirefoxOptions()
+    options.binary_location, options.enable_bidi = program, True
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    for flag in [*flags, f"--user-data-dir={tmp_path}/chromium"] if chromium else ["-headless"]:
+        options.add_argument(flag)
+    if chromium:
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        made: Any = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    else:
+        options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
+        made = webdriver.Firefox(options, webdriver.FirefoxService(driver))
+    with made as browser:
         yield browser
 
 

@@ -72,13 +72,15 @@ def predict(args: Sequence[str]) -> None:
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
     parser.add_argument("pictures", nargs="*", help="files and folders, one digit in each; none for the test set")
     parser.add_argument("--split", action="store_true", help="the pictures may show several digits each")
+    parser.add_argument("--labels", action="store_true", help="score them: names begin with the digit")
     parser.add_argument("--output", type=Path, help="answers.csv, with answers.png beside it (in the run's folder)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --output if they exist")
     parser.add_argument("--data.root", dest="root", default="data", help="folder of the test set (data)")
     options = parser.parse_intermixed_args(args)
-    if options.split and not options.pictures:
-        raise UserError("--split needs pictures")
+    if (options.split or options.labels) and not options.pictures:
+        raise UserError("--split and --labels need pictures")
     output, paths = options.output, report.find(options.pictures)
+    labels = report.labels_of(paths, options.pictures, options.split) if options.labels else []
     for file in [output, output.with_suffix(".png")][: 1 + bool(paths)] if output else []:
         check_output(file, [".csv"] if file == output else [".png"], options.overwrite)
         if file.resolve() in [path.resolve() for path in paths]:
@@ -86,7 +88,10 @@ def predict(args: Sequence[str]) -> None:
     path, checkpoint, network = open_network(options)
     folder = run_folder(path) or path.parent
     if paths:
-        pictures = report.answer(paths, options.split, network)
+        smoothing = checkpoint["hyper_parameters"].get("label_smoothing", 0.0)
+        pictures = report.answer(paths, options.split, network, smoothing)
+        if options.labels:
+            report.score(pictures, paths, labels)
         report.write(pictures, output or new_output(folder, f"pictures-{path.stem}"))
     else:
         _, images, _ = load_test_set(checkpoint, options.root)

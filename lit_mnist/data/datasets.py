@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase, digits
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -28,21 +29,23 @@ from lit_mnist.exact.console import UserError, shortened
 
 class DataSet(NamedTuple):
     folder: str  # in the data's root: the name of torchvision's class
-    classes: int
+    names: str | tuple[str, ...]  # of the classes, in order
     train: str = "train"  # how the names of the training set's two files begin
     test: str = "t10k"
     labels: str = "labels-idx1-ubyte"  # how the name of the labels' file ends
 
 
+MERGED = f"{digits}{ascii_uppercase}abdefghnqrt"  # small letters that look like no capital
+CLOTHES = "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 SETS = {
-    "mnist": DataSet("MNIST", 10),
-    "fashion_mnist": DataSet("FashionMNIST", 10),
-    "kmnist": DataSet("KMNIST", 10),
-    "qmnist": DataSet("QMNIST", 10, "qmnist-train", "qmnist-test", "labels-idx2-int"),
-    "emnist_digits": DataSet("EMNIST", 10, "emnist-digits-train", "emnist-digits-test"),
-    "emnist_letters": DataSet("EMNIST", 26, "emnist-letters-train", "emnist-letters-test"),
-    "emnist_balanced": DataSet("EMNIST", 47, "emnist-balanced-train", "emnist-balanced-test"),
-    "idx": DataSet("", 0),  # a user's own, right in the root; the labels say how many classes there are
+    "mnist": DataSet("MNIST", digits),
+    "fashion_mnist": DataSet("FashionMNIST", CLOTHES),
+    "kmnist": DataSet("KMNIST", "おきすつなはまやれを"),
+    "qmnist": DataSet("QMNIST", digits, "qmnist-train", "qmnist-test", "labels-idx2-int"),
+    "emnist_digits": DataSet("EMNIST", digits, "emnist-digits-train", "emnist-digits-test"),
+    "emnist_letters": DataSet("EMNIST", ascii_uppercase, "emnist-letters-train", "emnist-letters-test"),
+    "emnist_balanced": DataSet("EMNIST", MERGED, "emnist-balanced-train", "emnist-balanced-test"),
+    "idx": DataSet("", ""),  # a user's own, right in the root; the labels say how many classes there are
 }
 FILES = {  # of MNIST, and the hashes of their content as pooch writes them
     "train-images-idx3-ubyte": "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -101,7 +104,7 @@ def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Te
 def classes(root: str | Path, name: str) -> int:
     """Count the classes of a data set; of `idx`, one more than the largest training label (UserError if unreadable)."""
     data = SETS[name]
-    return data.classes or int(_read(_folder(root, name), name, f"{data.train}-{data.labels}").max()) + 1
+    return len(data.names) or int(_read(_folder(root, name), name, f"{data.train}-{data.labels}").max()) + 1
 
 
 def _folder(root: str | Path, name: str) -> Path:

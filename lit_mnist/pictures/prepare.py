@@ -34,6 +34,7 @@ Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results a
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
 Box = tuple[int, ...]  # x, y, width, height
 Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
+Found = tuple[Box, Tensor | None, str]  # where, in MNIST's form unless it was left out, and why or what is doubtful
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
@@ -65,25 +66,75 @@ def mixed(colours: Pixels) -> Pixels:
     return np.asarray(colours @ mixture - mixture.clip(max=0).sum())
 
 
-def digit(pixels: Pixels) -> Tensor:
-    """Bring grey levels into MNIST's form, uint8 (1, 28, 28), or raise UserError if nothing stands out."""
+def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
+    """Cut out a note, a sheet or a screen's canvas that lies within the picture, if it has ink; and where it begins."""
+    small = cv2.medianBlur((shrunk(levels, WORKING_SIZE) * 255).clip(0, 255).astype(np.uint8), 3)
+    _, light = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    for mask in (light, 1 - light):
+        outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
+        side = min(cv2.minAreaRect(outline)[1])
+        whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
+        if whole[[0, -1]].any() or whole[:, [0, -1]].any() or side < 0.24 * max(mask.shape):
+            continue
+        inner = cv2.erode(whole, ones(*[odd(0.04 * side)] * 2))
+        marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
+        drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
+        beyond = cv2.dilate(whole, ones(*[odd(0.5 * side)] * 2)) > whole  # of a cell this is the next one
+        if drawn and mask[beyond].mean() < 0.2 and is_rectangle(outline, 0.88):
+            scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
+            left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
+            part = levels[top:bottom, left:right]
+            inner = cv2.resize(inner[y : y + height, x : x + width], part.shape[::-1], interpolation=cv2.INTER_NEAREST)
+            return np.where(inner, part, np.median(part[inner > 0])).astype(np.float32), (left, top)
+    return levels, (0, 0)
+
+
+def is_rectangle(outline: Any, least: float) -> bool:
+    return bool(cv2.contourArea(outline) >= least * np.prod(cv2.minAreaRect(outline)[1]))
+
+
+def digit(levels: Pixels) -> Tensor:
+    """Bring the one digit of grey levels into MNIST's form, uint8 (1, 28, 28); UserError if nothing stands out."""
+    return find_one(sheet(levels)[0])[0]
+
+
+def find_one(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
+    """Find a sheet's digit, as `digit` does, and what is doubtful about it."""
     small = shrunk(pixels, WORKING_SIZE)
-    ink = ink_of(small)
-    unlined = unruled(ink)
-    parts = digit_parts(inked(unlined))  # no specks, nothing that crosses the border, no box around it
-    if not fits(cv2.boundingRect(parts), ink.shape):  # what is left without ruled lines has no digit
-        unlined, parts = ink, digit_parts(inked(ink))
+    ink = unboxed(ink_of(small))
+    lined, ink = ink, unruled(ink, closer)
+    parts, others = main_part(ink)
+    box = cv2.boundingRect(parts)
+    if not fits(box, ink.shape):  # what was taken for ruled lines may have been the digit
+        again, more = main_part(lined)
+        if fits(cv2.boundingRect(again), ink.shape) and cv2.boundingRect(again)[3] > box[3]:
+            ink, parts, others = lined, again, more
     around = 3 + 2 * (max(ink.shape) // 100)
-    ink = unlined * cv2.dilate(parts, ones(around, around))
+    ink = ink * cv2.dilate(parts, ones(around, around))
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
     if not width:
         raise UserError("nothing stands out from the background")
-    if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again, closer
+    doubt = "more than one digit?" * any(0.6 * height <= other <= 1.7 * height for other in others)
+    if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
         top, left = (max(0, int((start - margin) * scale)) for start in (y, x))
         bottom, right = (int((stop + margin) * scale) for stop in (y + height, x + width))
-        return digit(pixels[top:bottom, left:right])
-    return in_form(ink[y : y + height, x : x + width])
+        return find_one(pixels[top:bottom, left:right], closer=True)[0], doubt
+    return in_form(ink[y : y + height, x : x + width]), doubt
+
+
+def main_part(ink: Pixels) -> tuple[Mask, list[int]]:
+    """Find the largest part with those that belong to it; and the heights of others that may be digits."""
+    labels, stats = components(ink, 100)
+    areas, heights = stats[:, cv2.CC_STAT_AREA], stats[:, cv2.CC_STAT_HEIGHT]
+    parts = [int(part) + 1 for part in areas[1:].argsort()[::-1][:100]]  # noise makes thousands
+    parts = without_boxes(stats, [part for part in parts if fits(stats[part, :4], ink.shape)] or parts)
+    main = max(parts, key=(areas * heights).__getitem__, default=0)
+    digits = united(items_of(stats, [part for part in parts if areas[part] >= 0.1 * areas[main]]), np.inf, 0.3)
+    own = next((group for _, group in digits if main in group), [-1])
+    others = [box[3] for box, group in digits if group is not own and fits(box, ink.shape)]
+    return np.isin(labels, own).astype(np.uint8), others
 
 
 def in_form(ink: Pixels) -> Tensor:
@@ -126,8 +177,11 @@ def ink_of(levels: Pixels) -> Pixels:
     """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
     low, high = float(levels.min()), float(levels.max())
     eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
-    median = cv2.medianBlur(eight_bits, odd(min(255, max(levels.shape) / 2)))
-    dark = ((eight_bits - median.astype(np.float32)) ** 3).sum() < 0  # ink is the smaller part, and differs more
+    coarse = shrunk(eight_bits, WORKING_SIZE)
+    edge = 3 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
+    coarse = np.ascontiguousarray(coarse[edge : len(coarse) - edge, edge : coarse.shape[1] - edge])
+    median = cv2.medianBlur(coarse, odd(max(coarse.shape) / 2))
+    dark = ((coarse - median.astype(np.float32)) ** 3).sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
     window = odd(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4))
@@ -155,10 +209,10 @@ def inked(ink: Pixels, share: float = 0.3) -> Mask:
     return (ink > share).astype(np.uint8)
 
 
-def unruled(ink: Pixels) -> Pixels:
+def unruled(ink: Pixels, single: bool = False) -> Pixels:
     """Remove ruled lines except where strokes cross them."""
     faint = inked(ink, 0.15)
-    lines = ruled_lines(faint)
+    lines = ruled_lines(faint, single)
     if not lines.any():
         return ink
     level = float(np.median(ink[(lines & faint) > 0]))
@@ -174,15 +228,15 @@ def fits(box: Any, shape: tuple[int, ...]) -> bool:
     return bool(clear and large and height < 0.9 * down and width < 0.9 * across)
 
 
-def ruled_lines(mask: Mask) -> Mask:
-    """Find straight thin lines, nearly level or upright, if at least two run from one border to the opposite one."""
-    found, ruled = np.zeros_like(mask), False
+def ruled_lines(mask: Mask, ruled: bool) -> Mask:
+    """Find straight thin lines, nearly level or upright, if RULED or if two run from one border to the opposite one."""
+    found = np.zeros_like(mask)
     for turned, target in ((mask, found), (np.ascontiguousarray(mask.T), found.T)):
         width = turned.shape[1]
         closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, ones(1, width // 40))
         runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, ones(1, max(3, width // 12)))
-        bold = cv2.morphologyEx(runs, cv2.MORPH_OPEN, ones(max(3, width // 25), 1))
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(cv2.subtract(runs, bold), ones(3, 3)))
+        strokes = cv2.morphologyEx(runs, cv2.MORPH_OPEN, ones(max(3, width // 25), 1))
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(cv2.subtract(runs, strokes), ones(3, 3)))
         left, lengths = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_WIDTH]
         ruled |= bool((lengths[1:] > 0.9 * width).sum() > 1)  # one may be a digit's own
         lines = (left <= 2) | (left + lengths >= width - 2)  # a bold stroke may cut them
@@ -195,15 +249,38 @@ def ones(height: int, width: int) -> Mask:
     return np.ones((max(1, height), max(1, width)), np.uint8)
 
 
-def digit_parts(mask: Mask) -> Mask:
-    """Keep, of the parts that nearly touch, those at least a tenth as large as the largest."""
-    side = 1 + max(mask.shape) // 100
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(mask, ones(side, side)))
-    areas = stats[:, cv2.CC_STAT_AREA]
-    parts = [int(part) + 1 for part in areas[1:].argsort()[::-1][:100]]  # noise makes thousands
-    parts = without_boxes(stats, [part for part in parts if fits(stats[part, :4], mask.shape)] or parts)
-    kept = [part for part in parts if areas[part] >= 0.1 * areas[parts[0]]]
-    return np.isin(labels, kept).astype(np.uint8)
+def components(ink: Pixels, share: int) -> tuple[Any, Any]:
+    """Number the parts that nearly touch, by a SHAREth of the longer side; and OpenCV's statistics of each."""
+    side = 1 + max(ink.shape) // share
+    return tuple(cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))[1:3])
+
+
+def items_of(stats: Any, parts: list[int]) -> list[Part]:
+    return [(tuple(stats[part, :4].tolist()), [part]) for part in parts]
+
+
+def unboxed(ink: Pixels) -> Pixels:
+    """Remove printed cells and drawn boxes, even those that a digit touches, if something of its size is in them."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(inked(ink, 0.2))
+    ink = ink.copy()
+    for part in (1 + np.flatnonzero(stats[1:, 2:4].min(1) >= 16)).tolist():
+        x, y, width, height, area = stats[part].tolist()
+        place = slice(y, y + height), slice(x, x + width)
+        own = (labels[place] == part).astype(np.uint8)
+        whole = cv2.convexHull(cv2.findNonZero(own))
+        if area > 0.5 * width * height or not is_rectangle(whole, 0.85):
+            continue
+        outlines, (tree,) = cv2.findContours(own, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
+        cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= 0.3 * min(width, height)]
+        straight = [cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9)]  # between strokes they are not
+        inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
+        cv2.drawContours(inside, cells, -1, 0, odd(0.05 * min(width, height)))
+        bare = np.where(cv2.dilate(own, ones(3, 3)) > inside, 0, ink[place])
+        tallest = components(bare, 100)[1][1:, cv2.CC_STAT_HEIGHT].max(initial=0)
+        if sum(straight) >= 0.5 * cv2.contourArea(whole) and tallest >= 0.25 * height:
+            ink[place] = bare
+    return ink
 
 
 def without_boxes(stats: Any, parts: list[int]) -> list[int]:
@@ -214,55 +291,74 @@ def without_boxes(stats: Any, parts: list[int]) -> list[int]:
     return [part for part, box in zip(parts, boxes.any(1), strict=True) if not box]
 
 
-def split(levels: Pixels) -> list[tuple[Box, Tensor]]:
-    """Find the digits line by line, each with its box, uint8 (1, 28, 28); UserError if nothing, or too much, is ink."""
-    pixels = shrunk(levels, FINE_SIZE)
-    ink = unruled(ink_of(pixels))
-    side = 1 + max(ink.shape) // 500
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))
-    heights, longer = stats[1:, cv2.CC_STAT_HEIGHT], stats[1:, 2:4].max(1)
-    large = (heights >= 0.1 * heights.max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
-    parts = sorted((1 + np.flatnonzero(large)).tolist(), key=lambda part: -int(stats[part, cv2.CC_STAT_AREA]))
+def split(levels: Pixels) -> list[Found]:
+    """Find the digits line by line, then what was left out; UserError if nothing, or too much, is ink."""
+    whole, corner = sheet(levels)
+    pixels = shrunk(whole, FINE_SIZE)
+    ink = unruled(unboxed(ink_of(pixels)))
+    labels, stats = components(ink, 500)
+    heights, longer = stats[:, cv2.CC_STAT_HEIGHT], stats[:, 2:4].max(1)
+    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
+    large = (heights >= 0.1 * heights[clear].max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
+    parts = [int(part) for part in stats[:, cv2.CC_STAT_AREA].argsort()[::-1] if part and large[part]]
     if len(parts) > MAX_PARTS:
         raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
     if not parts:
         raise UserError("nothing stands out from the background")
-    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
-    parts = [part for part in parts if clear[part]] or parts  # of those at the border only if there are no others
-    digits = without_boxes(stats, parts)
-    tall = stats[digits, cv2.CC_STAT_HEIGHT]
-    height = float(np.median(tall[tall >= 0.4 * tall.max()]))
-    found = united([(tuple(stats[part, :4].tolist()), [part]) for part in digits], 1.6 * height)
-    scale = max(levels.shape) / max(pixels.shape)
-    read = []
-    for box, group in in_lines([item for item in found if item[0][3] >= 0.4 * height]):
-        x, y, across, down = box
-        place = slice(y, y + down), slice(x, x + across)
-        seen = in_form(ink[place] * np.isin(labels[place], group))
-        read.append((tuple(round(side * scale) for side in box), seen))
-    return read
+    kept = without_boxes(stats, [part for part in parts if clear[part]] or parts)
+    height = float(np.median([tall for tall in heights[kept] if tall >= 0.4 * heights[kept].max()]))
+
+    def problem(item: Part) -> str:
+        (_, _, across, down), group = item
+        if not (inside := clear[group].all()) and (abs(down / height - 1) > 0.5 or across > 1.5 * height):
+            return "touches the border"
+        if max(across, down) > 1.6 * height and min(across, down) < 0.12 * max(across, down):
+            return "a line"
+        return "a box" if inside and group[0] not in kept else "too small" * (down < 0.4 * height)
+
+    strokes = [item for item in items_of(stats, parts) if problem(item) in ("", "too small")]
+    others = [item for item in items_of(stats, parts) if item not in strokes]
+    joined = united(strokes, 1.6 * height, -1)
+    joined = in_lines([item for item in joined if not problem(item)]) + [item for item in joined if problem(item)]
+    scale, found = max(whole.shape) / max(pixels.shape), []
+    for (x, y, across, down), group in joined + others:
+        place, reason = (slice(y, y + down), slice(x, x + across)), problem(((x, y, across, down), group))
+        seen = None if reason else in_form(ink[place] * np.isin(labels[place], group))
+        left, top, *size = (round(scale * side) for side in (x, y, across, down))
+        box = left + corner[0], top + corner[1], *size
+        found.append((box, seen, reason or "touches the border" * (not clear[group].all())))
+    return found
 
 
-def united(parts: list[Part], tallest: float) -> list[Part]:
-    """Join the parts that lie one above the other and together are no taller than a digit: the two strokes of a 5."""
+def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
+    """Join parts one above the other, as a 5's strokes, and those BESIDE times their size apart, to a digit's size."""
     digits: list[Part] = []
     for box, own in parts:
-        for other in digits:
+        for other in digits.copy():
             (x, y, width, height), (left, top, across, down) = box, other[0]
             start, above = min(x, left), min(y, top)
             joined = start, above, max(x + width, left + across) - start, max(y + height, top + down) - above
-            if box[2] + other[0][2] - joined[2] >= 0.3 * min(box[2], other[0][2]) and joined[3] <= tallest:
+            smaller = min(max(width, height), max(across, down))
+            gap, gap_down = joined[2] - width - across, joined[3] - height - down
+            near = gap <= max(beside * smaller, -0.3 * min(width, across)) and gap_down <= 0.3 * smaller
+            if near and max(joined[2:]) <= largest:
                 digits.remove(other)
                 box, own = joined, own + other[1]
-                break
         digits.append((box, own))
     return digits
 
 
-def in_lines(boxes: list[Part]) -> list[Part]:
-    """Sort into reading order: a line has its middles at the height of its highest box, and runs left to right."""
-    if not boxes:
-        return []
-    _, y, _, height = min((box for box, _ in boxes), key=lambda box: box[1] + box[3] / 2)
-    line = [item for item in boxes if y <= item[0][1] + item[0][3] / 2 <= y + height]
-    return sorted(line) + in_lines([item for item in boxes if item not in line])
+def in_lines(parts: list[Part]) -> list[Part]:
+    """Sort into reading order: from left to right each joins the line whose course, fitted to its middles, it meets."""
+    lines: list[tuple[list[Part], float, float, float]] = []  # and the middle's x and y, and the slope of each
+    for part in sorted(parts):
+        x, y, width, height = part[0]
+        course = [abs(y + height / 2 - down - slope * (x + width / 2 - across)) for _, across, down, slope in lines]
+        nearest = int(np.argmin(course)) if lines else 0
+        near = lines and course[nearest] < 0.7 * max(height, *(box[3] for box, _ in lines[nearest][0]))
+        line = [*(lines.pop(nearest)[0] if near else ()), part]
+        middles = np.array([(x + width / 2, y + height / 2) for (x, y, width, height), _ in line])
+        x, y = (middles - middles.mean(0)).T
+        lines.append((line, *middles.mean(0), x @ y / (x @ x + height * height)))
+    slope = np.median([line[3] for line in lines for _ in line[0]]) if lines else 0
+    return [part for line, *_ in sorted(lines, key=lambda line: line[2] - slope * line[1]) for part in line]

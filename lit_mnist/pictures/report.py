@@ -1,6 +1,7 @@
 """Reads a user's own pictures, asks a network, and shows its answers: a table, a CSV and a contact sheet."""
 
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +17,23 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels, split
+from lit_mnist.pictures.prepare import NO_PICTURE, find_one, grey_levels, sheet, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
+UNSURE = 0.64  # see unsure: of MNIST's test set 1 % lies above, and half of the letters (benchmarks/pictures.py)
 
 
 class Picture(NamedTuple):
     """A network's answer for a file, or for one of the digits in it."""
 
     file: Path | BinaryIO
-    problem: str = ""  # why there is no answer
+    problem: str = ""  # why there is no answer, or may be a wrong one
     digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28)
     probabilities: Sequence[float] = ()  # of the classes
     thumbnail: Image.Image | None = None  # what it was found in, grey (CELL, CELL)
-    place: tuple[int, ...] = ()  # of several: number from 1 in reading order, and box in the file's own pixels
+    place: tuple[Any, ...] = ()  # of several: number from 1 in reading order, and box in the file's own pixels
+    doubtful: bool = False  # whether the probabilities are of an unsure answer
 
 
 def find(names: Sequence[str]) -> list[Path]:
@@ -46,30 +49,31 @@ def find(names: Sequence[str]) -> list[Path]:
     return found
 
 
-def read(network: nn.Module, file: Path | BinaryIO, several: bool = False) -> list[Picture]:
-    """Answer the digits of one file; if it has none, or cannot be read, the one result says why."""
+def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoothing: float = 0) -> list[Picture]:
+    """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `unsure`."""
     try:
         levels = grey_levels(file)
-        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), digit(levels))]
+        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(sheet(levels)[0]))]
     except UserError as error:
         return [Picture(file, str(error))]
     with Image.open(file) as opened:
         scale = max(opened.size) / max(levels.shape)
     pictures = []
-    for number, (box, seen) in enumerate(found, 1):
+    for number, (box, seen, problem) in enumerate(found, 1):
         (x, y, width, height), margin = box, max(box[2:]) // 4
         part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
         whole = Image.fromarray((part.clip(0, 1) * 255).astype(np.uint8))
         thumbnail = ImageOps.pad(whole, (CELL, CELL), Image.Resampling.BOX, "white")
-        place = (number, *(round(scale * side) for side in box)) if several else ()
-        pictures.append(Picture(file, "", seen, classify(network, seen[None])[0].tolist(), thumbnail, place))
+        p = classify(network, seen[None])[0].tolist() if seen is not None else []
+        place = (number if p else "", *(round(scale * side) for side in box)) if several else ()
+        pictures.append(Picture(file, problem, seen, p, thumbnail, place, bool(p) and unsure(p, smoothing)))
     return pictures
 
 
-def answer(paths: Sequence[Path], several: bool, network: nn.Module) -> list[Picture]:
+def answer(paths: Sequence[Path], several: bool, network: nn.Module, smoothing: float) -> list[Picture]:
     """Print and return a network's answers for files; raise UserError if none shows a digit."""
     tracked = track(paths, "reading pictures", disable=not sys.stdout.isatty())
-    pictures = [picture for path in tracked for picture in read(network, path, several)]
+    pictures = [picture for path in tracked for picture in read(network, path, several, smoothing)]
     rows = [row(picture) for picture in pictures]
     names = [name for name in max(rows, key=len) if not name[1:].isdecimal()]  # without p0, p1, ...
     table = Table(*names, box=None, pad_edge=False)
@@ -81,6 +85,32 @@ def answer(paths: Sequence[Path], several: bool, network: nn.Module) -> list[Pic
     if not any(picture.probabilities for picture in pictures):
         raise UserError("none of the files shows a digit")
     return pictures
+
+
+def labels_of(paths: Sequence[Path], names: Sequence[str], several: bool) -> list[str]:
+    """Read each label, of SEVERAL digits a number, at the start of a subfolder's or the file's name, or UserError."""
+    labels = []
+    for path in paths:
+        parts = next((path.relative_to(name).parts for name in names if path.is_relative_to(name)), ()) or [path.name]
+        found = [match[0] for part in parts if (match := re.match(r"\d+" if several else r"\d(?!\d)", part))]
+        if not found:
+            raise UserError(f"--labels {path}: no digit begins its name or folder, as in 7_mine.png or 7/mine.png")
+        labels.append(found[0])
+    return labels
+
+
+def score(pictures: Sequence[Picture], paths: Sequence[Path], labels: Sequence[str]) -> None:
+    """Print the share of files that are answered as labelled, and of single digits which is answered for which."""
+    found: dict[Any, str] = dict.fromkeys(paths, "")
+    for picture in pictures:
+        found[picture.file] += str(columns(picture.probabilities)["digit"]) if picture.probabilities else ""
+    right = sum(found[path] == label for path, label in zip(paths, labels, strict=True))
+    print(f"Accuracy: {right / len(paths):.1%} ({right} of {len(paths)})")
+    if not any(picture.place for picture in pictures):
+        from pandas import Series, crosstab  # here, for predict does without it
+
+        answers = Series([found[path] or "none" for path in paths], name="answer")
+        print(crosstab(Series(labels, name="label"), answers).to_string())
 
 
 def write(pictures: Sequence[Picture], output: Path) -> None:
@@ -99,6 +129,16 @@ def classify(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(batch).softmax(dim=1) for batch in images.split(500)])  # larger ones wait for memory
 
 
+def most_spread(classes: int, smoothing: float) -> float:
+    """Return the sum of roots above which too many classes share what training with that SMOOTHING gives to one."""
+    other = smoothing / classes
+    return (1 - smoothing + other) ** 0.5 + (classes - 1) * other**0.5 + UNSURE
+
+
+def unsure(probabilities: Sequence[float], smoothing: float = 0) -> bool:
+    return sum(p**0.5 for p in probabilities) > most_spread(len(probabilities), smoothing)
+
+
 def columns(probabilities: Sequence[float]) -> dict[str, Any]:
     """Return an answer's columns of a CSV: `digit,p0,p1,...`."""
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
@@ -106,10 +146,10 @@ def columns(probabilities: Sequence[float]) -> dict[str, Any]:
 
 
 def row(picture: Picture) -> dict[str, Any]:
-    """Return a line of the CSV: `file,digit,confidence,p0,p1,...,problem`, with the box of one of several digits."""
+    """Return a line of the CSV: `file,digit,confidence,unsure,p0,p1,...,problem`, with the box of one of several."""
     line = {"file": picture.file} | dict(zip(("box", "x", "y", "width", "height"), picture.place, strict=False))
     if p := picture.probabilities:
-        line |= {"digit": "", "confidence": f"{max(p):.6f}"} | columns(p)
+        line |= {"digit": "", "confidence": f"{max(p):.6f}", "unsure": "unsure" * picture.doubtful} | columns(p)
     return line | {"problem": picture.problem}
 
 
@@ -130,12 +170,15 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     for index, picture in enumerate(pictures):
         left, above = MARGIN + index % across * width, MARGIN + index // across * height
         answer, name = picture.problem, Path(str(picture.file)).name
-        if picture.digit is not None and picture.thumbnail:
-            seen = Image.fromarray(picture.digit[0].numpy())
+        if picture.thumbnail:
             sheet.paste(picture.thumbnail, (left, above))
+        if picture.digit is not None:
+            seen = Image.fromarray(picture.digit[0].numpy())
             sheet.paste(seen.resize((CELL, CELL), Image.Resampling.NEAREST), (left + CELL, above))
-            answer = f"{columns(picture.probabilities)['digit']} ({max(picture.probabilities):.1%})"
+            best = columns(picture.probabilities)["digit"]
+            answer = f"{best} ({max(picture.probabilities):.1%}){' unsure' * picture.doubtful} {picture.problem}"
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
-        text = f"{answer:.38}\n{f'{picture.place[0]} in ' if picture.place else ''}{name:.32}"
+        number = f"{picture.place[0]} in " if picture.place and picture.probabilities else ""
+        text = f"{answer:.40}\n{number}{name:.32}"
         draw.text((left, above + CELL + 6), text, "#202020", font)
     return sheet

@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 import signal
@@ -5,49 +6,74 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import Capsys, fails
-from selenium.webdriver import ActionChains, Chrome
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
+from selenium.webdriver.common.actions.pointer_input import PointerInput
 from selenium.webdriver.support.ui import WebDriverWait
 from test_predict import picture
 from torch import Tensor, nn
 
-from lit_mnist.pictures.prepare import NO_PICTURE, digit, grey_levels
-from lit_mnist.pictures.report import classify
+from lit_mnist.cli.demo import fill_page
+from lit_mnist.pictures import report
+from lit_mnist.pictures.prepare import NO_PICTURE
 
 Server = tuple[subprocess.Popen[str], str, int]  # its process, and where it listens
+# Their lines, as places across and down in eighths of the sheet
+DIGITS = ["41 25 35 47 55 65 63 41", "31 41 47", "23 31 51 63 54 27 67", "21 51 63 44 65 57 37 26", "31 24 64/53 57"]
+DIGITS += ["31 34 54 65 57 27/31 61", "51 33 26 47 66 55 36", "21 61 37", "53 41 23 35 57 46 54 62 41"]
+DIGITS += ["63 41 23 44 63 67"]
 
 
-def draw(browser: Chrome) -> None:
-    """Draw a seven, and wait for the answer to it."""
+def draw(browser: Any, lines: str, left: float = 0, scale: float = 1, kind: str = "mouse") -> None:
+    """Draw lines such as those of DIGITS, moved to the right by LEFT of the sheet."""
     sheet = browser.find_element("id", "sheet")
-    WebDriverWait(browser, 60).until(lambda _: not browser.find_element("id", "state").text)
-    pointer = ActionChains(browser, duration=50)
-    for number, place in enumerate([(0.3, 0.2), (0.7, 0.2), (0.45, 0.8)]):  # in shares of the sheet's side
-        across, down = (round((share - 0.5) * sheet.size["width"]) for share in place)
-        pointer.move_to_element_with_offset(sheet, across, down)
-        if not number:
-            pointer.click_and_hold()
-    pointer.release().perform()
-    browser.execute_async_script("turn.then(arguments[0])")
+    for line in lines.split("/"):
+        builder = ActionBuilder(browser, mouse=PointerInput(kind, kind), duration=0)
+        for number, place in enumerate(line.split()):
+            across, down = (scale * (int(digit) / 8 - 0.5) * sheet.size["width"] for digit in place)
+            builder.pointer_action.move_to(sheet, round(across + left * sheet.size["width"]), round(down))
+            if not number:
+                builder.pointer_action.pointer_down()
+        builder.pointer_action.pointer_up()
+        builder.perform()
 
 
-def bars(browser: Chrome) -> list[float]:
+def read(browser: Any) -> list[str]:
+    """Return the labels that a page shows in the end."""
+    script = "return document.getElementById('answers').ariaBusy"
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(script) == "false")
+    return [label.text for label in browser.find_elements("css selector", "figure b")]
+
+
+def predicted(network: nn.Module, file: Any) -> Tensor:
+    (answer,) = report.read(network, file)
+    assert answer.digit is not None
+    return answer.digit
+
+
+def bars(browser: Any) -> list[float]:
     script = "return Array.from(document.querySelectorAll('#bars b'), (bar) => parseFloat(bar.textContent))"
     return [float(percentage) for percentage in browser.execute_script(script)]  # all at one moment
 
 
-def pixels(browser: Chrome) -> Tensor:
+def pixels(browser: Any) -> Tensor:
     """What a page's network sees, uint8 (1, 1, 28, 28)."""
-    script = "return Array.from(byId('seen').getContext('2d').getImageData(0, 0, 28, 28).data)"
+    canvas = "document.querySelector('figure canvas').getContext('2d')"
+    script = f"return Array.from({canvas}.getImageData(0, 0, 28, 28).data)"
     levels: list[int] = browser.execute_script(script)
     return torch.tensor(levels[::4], dtype=torch.uint8).view(1, 1, 28, 28)
 
 
-def stray_requests(browser: Chrome, *allowed: str) -> list[str]:
+def stray_requests(browser: Any, *allowed: str) -> list[str]:
+    if browser.capabilities["browserName"] == "firefox":
+        return []  # which keeps no log
     entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = {each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"}
     return [url for url in sent if not url.startswith(("data:", "chrome:", *allowed))]
@@ -67,47 +93,85 @@ def server(network: nn.Module) -> Iterator[Server]:
         process.communicate()
 
 
-def ask(host: str, port: int, body: bytes, name: str = "localhost") -> tuple[int, bytes]:
+def ask(host: str, port: int, body: bytes, path: str = "/picture", **headers: str) -> tuple[int, bytes]:
     connection = HTTPConnection(host, port, timeout=60)
-    connection.request("POST", "/read", body, {"Host": name})
+    connection.request("POST", path, body, {"Host": "localhost", **headers})
     response = connection.getresponse()
     return response.status, response.read()
 
 
-def test_answers_and_refusals(server: Server, tmp_path: Path, capsys: Capsys) -> None:
+def test_answers_and_refusals(server: Server, network: nn.Module, tmp_path: Path, capsys: Capsys) -> None:
     process, host, port = server
     before = {*tmp_path.rglob("*")}
     path = picture(tmp_path / "one.png")
+    seen = predicted(network, path)
     for known in ("localhost", f"{host}:{port}"):
-        status, answer = ask(host, port, path.read_bytes(), known)
-        assert (status, json.loads(answer)["pixels"]) == (200, digit(grey_levels(path)).flatten().tolist())
-        assert sum(json.loads(answer)["probabilities"]) == pytest.approx(1)
-    assert ask(host, port, path.read_bytes(), f"{host}.example.org:{port}") == (403, b"")
-    nothing = {"pixels": [], "probabilities": [], "problem": NO_PICTURE}
+        status, answer = ask(host, port, path.read_bytes(), Host=known)
+        (found,) = json.loads(answer)
+        assert (status, found["pixels"]) == (200, seen.flatten().tolist())
+        assert found["probabilities"] == pytest.approx(json.loads(ask(host, port, seen.numpy().tobytes(), "/digit")[1]))
+        assert sum(found["probabilities"]) == pytest.approx(1)
+    assert len(json.loads(ask(host, port, picture(path, 0, (40, 140), 200).read_bytes(), "/several")[1])) == 2
+    nothing = [{"pixels": [], "probabilities": [], "problem": NO_PICTURE}]
     assert json.loads(ask(host, port, b"no picture")[1]) == nothing
+    for status, headers in {403: {"Host": f"{host}.example.org:{port}"}, 411: {"Content-Length": "ten"}}.items():
+        assert ask(host, port, path.read_bytes(), **headers)[0] == status
+    assert ask(host, port, b"", **{"Content-Length": "9" * 5000})[0] == 413
+    for path_asked, body in {"/digit": bytes(783), "/picture": b"", "/no": b"-"}.items():
+        assert ask(host, port, body, path_asked)[0] == 400
     assert {*tmp_path.rglob("*")} - before == {path}
     taken = fails(capsys, "demo", "--ckpt_path", "best", "--port", str(port))
     assert f"--host {host} --port {port}: cannot listen there (" in taken
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGINT\n")
+    assert process.communicate(timeout=60) == ("", "lit_mnist: stopped by SIGINT\n")  # and no traceback
     assert process.returncode == 130
 
 
-def test_in_a_browser(browser: Chrome, network: nn.Module, server: Server, tmp_path: Path) -> None:
+def test_a_checkpoint_can_end_no_script() -> None:
+    settings = {"hyper_parameters": {"classes": 10}, "datamodule_hyper_parameters": {"name": "kmnist"}}
+    page = fill_page(settings, "</script>").decode()
+    filled = json.loads(page.split("parts } = ")[1].split(";  //")[0])
+    assert ("".join(filled["names"]), filled["about"]) == ("おきすつなはまやれを", "</script>")
+    assert page.count("</script>") == 1
+
+
+def test_in_a_browser(browser: Any, network: nn.Module, server: Server, tmp_path: Path) -> None:
     _, host, port = server
     address = f"http://{host}:{port}/"
     browser.get(address)
-    draw(browser)
-    probabilities = classify(network, pixels(browser))[0]
-    assert bars(browser) == pytest.approx((100 * probabilities).tolist(), abs=0.06)
-    assert browser.find_element("id", "digit").text == str(int(probabilities.argmax()))
-    browser.find_element("id", "clear").click()
-    WebDriverWait(browser, 60).until(lambda _: not bars(browser))
+    assert read(browser) == []
+    assert "(255, 255, 255" in browser.find_element("id", "sheet").value_of_css_property("background-color")
+    for kind, lines in {"mouse": DIGITS[5], "touch": DIGITS[8]}.items():
+        browser.find_element("id", "clear").click()
+        draw(browser, lines, kind=kind)
+        answer = read(browser)
+        probabilities = report.classify(network, pixels(browser))[0]
+        assert bars(browser) == pytest.approx((100 * probabilities).tolist(), abs=0.06)
+        assert answer == [str(int(probabilities.argmax()))]
+        url = browser.execute_script("return document.getElementById('sheet').toDataURL()")  # 4 times the pixels
+        seen = predicted(network, BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert (pixels(browser)[0].int() - seen.int()).abs().float().mean() < 1
+    draw(browser, "77 77", scale=0.9)
+    assert len(read(browser)) == 2
+    assert browser.find_elements("css selector", "figcaption")[1].text == "not sure"  # a dot
+    ActionChains(browser).key_down(Keys.CONTROL).send_keys("z").key_up(Keys.CONTROL).perform()
+    assert read(browser) == answer
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert (read(browser), bars(browser)) == ([], [])
+    browser.find_element("id", "undo").send_keys(Keys.ENTER)
+    assert read(browser) == answer
     choose = browser.find_element("id", "file")
     choose.send_keys(str(picture(tmp_path / "one.png")))
-    WebDriverWait(browser, 60).until(lambda _: bars(browser))
-    assert torch.equal(pixels(browser)[0], digit(grey_levels(tmp_path / "one.png")))
+    assert len(read(browser)) == 1
+    assert torch.equal(pixels(browser)[0], predicted(network, tmp_path / "one.png"))
+    choose.send_keys(str(picture(tmp_path / "two.png", 0, (40, 140), 200)))
+    browser.find_element("id", "several").click()
+    assert len(read(browser)) == 2
     (tmp_path / "letter.png").write_bytes(b"no picture")
     choose.send_keys(str(tmp_path / "letter.png"))
-    WebDriverWait(browser, 60).until(lambda _: browser.find_element("id", "state").text == NO_PICTURE)
+    assert read(browser) == []
+    assert browser.find_element("id", "state").text == NO_PICTURE
+    browser.browsing_context.set_viewport(context=browser.current_window_handle, viewport={"width": 320, "height": 640})
+    widths = "return [innerWidth, document.documentElement.scrollWidth <= innerWidth]"
+    assert browser.execute_script(widths) == [320, True]
     assert not stray_requests(browser, address, f"blob:{address}")

@@ -69,7 +69,9 @@ def test_pictures(network: nn.Module, capsys: Capsys) -> None:
         probabilities = [float(row[f"p{digit}"]) for digit in range(10)]
         assert float(row["confidence"]) == max(probabilities) == probabilities[int(row["digit"])]
         assert row["p3"] == rows[0]["p3"]  # the same digit to the network
-    assert ["folder/white.gif", rows[3]["digit"], rows[3]["confidence"]] in [line.split() for line in out.splitlines()]
+    line = ["folder/white.gif", rows[3]["digit"], rows[3]["confidence"], "unsure"]  # as the CSV says, too
+    assert line in [each.split() for each in out.splitlines()]
+    assert rows[3]["unsure"] == line[-1]
     with Image.open(run / f"pictures-{Path(BEST).stem}.png") as sheet:
         seen = np.asarray(sheet.convert("L"))[12 + 2 : 12 + 112 : 4, 12 + 112 + 2 : 12 + 224 : 4]  # each pixel is 4x4
     with torch.inference_mode():
@@ -95,11 +97,25 @@ def test_several_digits() -> None:
     assert Path("a.png").exists()
 
 
+def test_labels(network: nn.Module, capsys: Capsys) -> None:
+    """A subfolder's digit, or else the file's; pictures without a digit are wrong."""
+    for name in ("own/7/1.png", "own/3_mine.png", "own/3_blank.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        picture(Path(name), places=() if "blank" in name else (40,))
+    network.head.bias.data[3] += 100
+    torch.save(torch.load(BEST) | {"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}}, BEST)
+    assert main(["predict", "own", "--labels", "--ckpt_path", BEST]) == 0
+    out = capsys.readouterr().out
+    assert "Accuracy: 33.3% (1 of 3)" in out
+    assert [line.split() for line in out.splitlines() if line[:2] in ("3 ", "7 ")] == [["3", "1", "1"], ["7", "1", "0"]]
+
+
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
         ("predict no/where.png", "'no/where.png' is neither a file nor a folder with files"),
-        ("predict --split", "--split needs pictures"),
+        ("predict --split", "--split and --labels need pictures"),
+        ("predict one.png --labels", "--labels one.png: no digit begins its name or folder"),
         ("predict --output no/answers.csv", "--output no/answers.csv: there is no folder "),
         ("predict one.png --output mine.csv", "--output mine.png: that file exists; --overwrite replaces it"),
         ("predict mine.png --output mine.csv --overwrite", "--output mine.csv: mine.png is one of the pictures"),

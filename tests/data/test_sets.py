@@ -109,12 +109,13 @@ def test_each_is_fetched_once(name: str, mirror: Mirror, tmp_path: Path, monkeyp
 def test_the_tables_are_torchvisions() -> None:
     for name, data in datasets.SETS.items():
         if name.startswith("emnist"):
-            classes = set(torchvision_datasets.EMNIST.classes_split_dict[name.partition("_")[2]]) - {"N/A"}
-            assert data.classes == len(classes)
+            names = torchvision_datasets.EMNIST.classes_split_dict[name.partition("_")[2]]
+            assert "".join(data.names) == ("".join(names[1:]).upper() if names[0] == "N/A" else "".join(names))
         elif name != "idx":
-            assert data.classes == len(getattr(torchvision_datasets, data.folder).classes)
+            assert len(data.names) == len(getattr(torchvision_datasets, data.folder).classes)
             stems = {Path(address).stem for address, _ in download.resources(data.folder)}
             assert stems == {f"{part}-{end}" for part in data[2:4] for end in ("images-idx3-ubyte", data.labels)}
+    assert [*datasets.SETS["fashion_mnist"].names] == torchvision_datasets.FashionMNIST.classes
 
 
 def test_own_files_are_read_and_left_alone(tmp_path: Path) -> None:

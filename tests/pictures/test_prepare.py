@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.prepare import Pixels, digit, grey_levels, split
+from lit_mnist.pictures.prepare import Pixels, digit, find_one, grey_levels, split
 from lit_mnist.pictures.report import read
 
 TURNED = Image.Exif()
@@ -45,10 +45,13 @@ def variants() -> dict[str, Pixels]:
     uneven = 0.5 + 0.4 * height[:, None] * height[None]  # light that falls off to a corner
     specks = 1 - drawn()
     specks[180:183, 10:13] = 0
-    names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch")
+    names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch", "print")
     found = {name: 0.85 - 0.65 * drawn() for name in names}
     framed = found["box"]
     framed[15:105, 75:78] = framed[15:105, 147:150] = framed[15:18, 75:150] = framed[102:105, 75:150] = 0.2
+    found["a box that it touches"] = framed.copy()
+    found["a box that it touches"][27:30, 75:150] = 0.2
+    found["print"][110:120, 20:30] = found["print"][110:120, 40:50] = 0.2
     found["cell"][:, 190:193] = found["cell"][6:9] = 0.2
     found["desk"][:, :60] = 0.3
     found["strip"][188:] = 0.05
@@ -59,7 +62,10 @@ def variants() -> dict[str, Pixels]:
     y, x = np.indices((200, 200))
     found["hard shadow"] *= np.where(x + y < 190, 0.5, 1.0).astype(np.float32)
     found["strokes that do not touch"][38:40, 90:122] = 0.85
+    canvas = np.ones((200, 200), np.float32)
+    canvas[12:188, 30:190] = drawn()[12:188, 30:190]
     return found | {
+        "canvas": canvas,
         "place": drawn((150, 5)),
         "far away": 1 - drawn((300, 700), height=900, width=1200),
         "dark on light": 1 - drawn(),
@@ -139,26 +145,33 @@ def sheet(places: list[tuple[int, int]], height: int = 300, width: int = 500) ->
 
 
 def test_order_of_reading() -> None:
-    """Two lines, each not quite level; a stroke that does not touch its digit."""
+    """Two lines, each not quite level; a stroke that does not touch its digit. And a number that rises."""
+    places = [(60 * index + 20, 170 - 18 * index) for index in range(7)]
+    assert [box[0] for box, *_ in split(sheet(places))] == pytest.approx([x for x, _ in places], abs=3)
     places = [(40, 30), (120, 45), (300, 25), (30, 190), (200, 175)]
     levels = sheet(places)
     levels[54:57, 120:160] = 0.9
     found = split(levels)
-    assert np.array([box for box, _ in found]) == pytest.approx(np.array([(x, y, 40, 60) for x, y in places]), abs=3)
-    for _, seen in found:
+    assert np.array([box for box, *_ in found]) == pytest.approx(np.array([(x, y, 40, 60) for x, y in places]), abs=3)
+    for _, seen, _ in found:
+        assert seen is not None
         assert difference(seen, digit(drawn())) < CLOSE
 
 
 def test_what_is_no_digit() -> None:
-    """Cells around the digits, the edge of the sheet, specks and dots."""
-    places = [(60, 100), (160, 100), (260, 100)]
+    """Cells around the digits, the edge of the sheet, specks and dots; a digit that the picture's edge cuts is one."""
+    places = [(60, 100), (160, 100), (260, 100), (460, 100)]
     levels = sheet(places)
     for x in (40, 130, 230, 330):
         levels[80:180, x : x + 3] = 0.2
     levels[80:83, 40:333] = levels[177:180, 40:333] = levels[150:156, 400:406] = 0.2
     levels[:, :8] = 0.1
     expected = np.array([(x, y, 40, 60) for x, y in places])
-    assert np.array([box for box, _ in split(levels)]) == pytest.approx(expected, abs=3)
+    found = split(levels)
+    assert np.array([box for box, seen, _ in found if seen is not None]) == pytest.approx(expected, abs=3)
+    problems = {(problem, seen is not None) for _, seen, problem in found[3:]}
+    assert problems == {("touches the border", True), ("touches the border", False), ("too small", False)}
+    assert [find_one(levels)[1] for levels in (sheet(places), sheet([(60, 100)]))] == ["more than one digit?", ""]
 
 
 def test_a_sheet_that_has_too_much() -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.report import CELL, MARGIN, Picture, contact_sheet, find, read
+from lit_mnist.pictures.report import CELL, MARGIN, Picture, contact_sheet, find, read, unsure
 
 
 def test_find(tmp_path: Path) -> None:
@@ -27,6 +27,12 @@ def test_find(tmp_path: Path) -> None:
 class Mean(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1).float().mean(1, keepdim=True) * torch.tensor([[0.0, 1.0]])
+
+
+def test_unsure() -> None:
+    """What a smoothed target asks for is sure, and without smoothing is not."""
+    smoothed = [0.91, *[0.01] * 9]
+    assert [unsure(smoothed, 0.1), unsure(smoothed), unsure([0.1] * 10, 0.1)] == [False, True, True]
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
