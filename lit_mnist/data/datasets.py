@@ -10,7 +10,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from functools import partial
+from io import BytesIO
 from pathlib import Path
 from string import ascii_uppercase, digits
 from tempfile import TemporaryDirectory
@@ -90,15 +90,14 @@ def load(root: str | Path, train: bool, name: str = "mnist") -> tuple[Tensor, Te
     pixels, values = _read(folder, name, f"{part}-images-idx3-ubyte"), _read(folder, name, f"{part}-{data.labels}")
     if len(pixels) != len(values):
         raise UserError(f"data.root: {folder}: {part} has {len(pixels)} images, but {len(values)} labels")
-    if data.folder == "EMNIST":
-        for block in np.array_split(pixels, len(pixels) // 1000 + 1):  # all at once would need the memory twice
-            block[:] = block.swapaxes(1, 2).copy()  # stored mirrored along the diagonal
+    images = torch.from_numpy(pixels).unsqueeze(1)
+    images = images.mT.contiguous() if data.folder == "EMNIST" else images  # stored mirrored along the diagonal
     first = values.reshape(len(values), -1)[:, 0]  # QMNIST's other columns say who wrote the digit
     targets = torch.from_numpy(first.astype(np.int64)) - int(name == "emnist_letters")  # which are counted from 1
     lowest, highest, last = int(targets.min()), int(targets.max()), classes(root, name) - 1
     if lowest < 0 or highest > last:
         raise UserError(f"data.root: {folder}: labels of {part} must be in 0..{last}, got {lowest}..{highest}")
-    return torch.from_numpy(pixels).unsqueeze(1), targets
+    return images, targets
 
 
 def classes(root: str | Path, name: str) -> int:
@@ -151,29 +150,25 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     known = _known(name)
     kept = next((kept for kept in (file, f"{file}.gz", "gzip.zip") if kept in known), file)
     paths = [path for path in _places(folder, kept) if (_verifies(path, known[kept]) if known else path.is_file())]
-    path = paths[0] if paths else folder / kept
+    if not paths:
+        raise UserError(f"data.root: cannot read {folder / kept}: it is missing{' or not the known file' * bool(known)}")
     labels = "iu", (8,) * (name == "qmnist"), "integers (N,)"  # their types and sizes
     types, sides, allowed = ("u", (28, 28), "uint8 (N, 28, 28)") if "-images-" in file else labels
     try:
-        if not paths:
-            raise ValueError("it is missing or not the known file" if known else "it is missing")
-        with _open(path, file) as content:
-            head = content.read(4)
-            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in KINDS or not head[3]:
-                raise ValueError(f"it starts with {head!r}, not with two zeros, a type and the number of dimensions")
-            dtype, shape = np.dtype(KINDS[head[2]]), struct.unpack(f">{head[3]}I", content.read(4 * head[3]))
-            right = shape[0] > 0 and shape[1:] == sides and dtype.kind in types
-            values = np.empty(dtype.itemsize * math.prod(shape) * right, np.uint8)  # the one copy in memory
-            size, block = 0, 2**20
-            while got := content.readinto(values[size : size + block].data):  # GzipFile makes a copy of each block
-                size += got
-            size += sum(map(len, iter(partial(content.read, block), b"")))
-        if not right or size != len(values):
-            found = f"{dtype.name} {shortened(str(shape))} in {4 + 4 * head[3] + size:,} bytes"
+        with _open(paths[0], file) as content:
+            shutil.copyfileobj(content, whole := BytesIO())
+        data = whole.getbuffer()  # the one copy in memory
+        if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in KINDS or not data[3]:
+            raise ValueError(f"it starts with {bytes(data[:4])!r}, not with two zeros, a type and how many dimensions")
+        dtype, start = np.dtype(KINDS[data[2]]), 4 + 4 * data[3]
+        shape = struct.unpack_from(f">{data[3]}I", data, 4)
+        complete = shape[0] > 0 and len(data) == start + dtype.itemsize * math.prod(shape)
+        if not complete or shape[1:] != sides or dtype.kind not in types:
+            found = f"{dtype.name} {shortened(str(shape))} in {len(data):,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        return values.view(dtype).reshape(shape)
+        return np.frombuffer(data, dtype, offset=start).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, MemoryError) as error:
-        raise UserError(f"data.root: cannot read {path} as an IDX file: {error}") from None
+        raise UserError(f"data.root: cannot read {paths[0]} as an IDX file: {error}") from None
 
 
 def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
