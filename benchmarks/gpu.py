@@ -34,10 +34,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
-from lit_mnist import LitMNIST, MNISTDataModule
 from lit_mnist.__main__ import main as lit_mnist
 from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches
+from lit_mnist.data.datamodule import MNISTDataModule
+from lit_mnist.module import LitMNIST
 
 CONFIGS = REPOSITORY / "configs"
 Options = argparse.Namespace
@@ -113,7 +114,7 @@ class Loop:
 
     def endless(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented batches of one size, as a graph needs them, over one epoch after the other."""
-        batches = self.data.train_batches
+        batches: Any = self.data.train_batches
         for epoch in itertools.count():
             batches.sampler.set_epoch(epoch)
             yield from (self.data.augment(*batch) for batch in batches if len(batch[0]) == batches.part(0)[2])

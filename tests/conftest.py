@@ -13,10 +13,10 @@ import torch
 from helpers import REPOSITORY, Command, Patch, write_tiny_mnist
 from torch import nn
 
-from lit_mnist import DigitNet
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
+from lit_mnist.network import DigitNet
 
 
 @pytest.fixture

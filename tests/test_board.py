@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.io import decode_image
 
-from lit_mnist import MNISTDataModule, board
+from lit_mnist import board
+from lit_mnist.data.datamodule import MNISTDataModule
 
 
 def events(run: Path) -> EventAccumulator:

@@ -14,7 +14,8 @@ from helpers import RUN, Capsys, Command, Killed, Patch, assert_same, at_call, f
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_mnist import LitMNIST, MNISTDataModule
+from lit_mnist.data.datamodule import MNISTDataModule
+from lit_mnist.module import LitMNIST
 
 # torch reads it once in a process, at the first matrix product; Lightning sets it when it makes a deterministic Trainer
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -57,7 +58,7 @@ def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(module: LitMNIST, batch: tuple[Tensor, Tensor]) -> None:
-        data: Any = module.trainer.datamodule
+        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
         kept = [state for metric in module.train_metrics.values() for state in metric.metric_state.values()]
         tensors = [*batch, *data.sets["train"], *module.parameters(), *module.buffers(), *kept]
         assert {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)} == {device}

@@ -59,11 +59,11 @@ def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> 
         del sys.modules[name]
     os.environ |= environment
     sys.path.insert(0, str(Path.cwd()))
-    import lit_mnist
+    from lit_mnist import module
     from lit_mnist.__main__ import main
 
-    assert str(lit_mnist.__file__).startswith(str(Path.cwd()))
-    kill_before(kill_at, lit_mnist.LitMNIST)
+    assert str(module.__file__).startswith(str(Path.cwd()))
+    kill_before(kill_at, module.LitMNIST)
     return main(args)
 
 

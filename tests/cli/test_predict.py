@@ -10,10 +10,10 @@ from PIL import Image
 from test_cli import only, run_without
 from torch import nn
 
-from lit_mnist import LitMNIST
 from lit_mnist.__main__ import main
 from lit_mnist.cli import export
 from lit_mnist.data import datasets
+from lit_mnist.module import LitMNIST
 from lit_mnist.pictures.prepare import NO_PICTURE
 
 BEST = "lightning_logs/version_0/checkpoints/best-epoch=00-accuracy=0.1000.ckpt"
