@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw, ImageOps
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_summary.model_summary import ModelSummary
 from torch import Tensor
@@ -42,11 +42,10 @@ class Board(Callback):
 
     Args:
         every_n_epochs: how often pictures and curves of each class are written; 0 turns all of it off.
-        histograms: also of each layer's weights, as often.
     """
 
-    def __init__(self, every_n_epochs: NonNegativeInt = 1, histograms: bool = False) -> None:
-        self.every_n_epochs, self.histograms = every_n_epochs, histograms
+    def __init__(self, every_n_epochs: NonNegativeInt = 1) -> None:
+        self.every_n_epochs = every_n_epochs
         self._batches: list[tuple[Tensor, ...]] = []  # of an evaluation: images, what the network made of them, targets
 
     def writer(self, trainer: Trainer) -> SummaryWriter | None:
@@ -89,8 +88,6 @@ class Board(Callback):
             levels = (kernels if kernels.shape[1] == 3 else kernels.flatten(0, 1)[:, None])[:1024]  # of 3 in colours
             levels = 127.5 + 127.5 * levels / levels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # 0 is grey
             writer.add_image("filters/first layer", grid(levels, columns=8, width=60), step)
-        for name, parameter in pl_module.named_parameters() if self.histograms else ():
-            writer.add_histogram(f"weights/{name}", parameter.detach(), step)
         shape = getattr(trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
         if trainer.current_epoch == 0 and shape:
             # a network that cannot be traced goes without its graph; attention takes another way with gradients
@@ -176,10 +173,9 @@ def wrong_digits(images: Tensor, probabilities: Tensor, targets: Tensor) -> Tens
     confidence, answers = probabilities.max(1)
     wrong = (answers != targets).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:24]
-    picture, right, down = Image.new("RGB", (924, 36), "white"), 0, 0
-    if len(wrong):
-        picture = to_pil_image(grid(images[wrong], columns=6, width=112, padding=36))
-        right, down = (picture.width - 36) // min(6, len(wrong)), (picture.height - 36) // -(-len(wrong) // 6)
+    shown = images[wrong] if len(wrong) else torch.full_like(images[:1], 255)
+    picture = to_pil_image(grid(shown, columns=6, width=112, padding=36))
+    right, down = (picture.width - 36) // min(6, len(shown)), (picture.height - 36) // -(-len(shown) // 6)
     texts = [f"is {targets[n]}\nread as {answers[n]}, {confidence[n]:.1%}" for n in wrong] or ["no wrong answer"]
     for place, text in enumerate(texts):
         ImageDraw.Draw(picture).text((36 + place % 6 * right, place // 6 * down), text, "black", font_size=14)

@@ -133,8 +133,7 @@ class MNISTDataModule(LightningDataModule):
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
-        # for Lightning an empty list means no validation
-        return self._batches("val", EVALUATION_BATCH_SIZE) if self.hparams["val_size"] else []
+        return self._batches("val", EVALUATION_BATCH_SIZE) if self.hparams["val_size"] else []  # no validation
 
     def test_dataloader(self) -> TensorBatches:
         return self._batches("test", EVALUATION_BATCH_SIZE)

@@ -159,7 +159,7 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
         with _open(paths[0], file) as content:
             shutil.copyfileobj(content, whole := BytesIO())
         data = whole.getbuffer()  # the one copy in memory
-        if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in KINDS or not data[3]:
+        if len(data) < 4 or bytes(data[:2]) != b"\0\0" or data[2] not in KINDS or not data[3]:
             raise ValueError(f"it starts with {bytes(data[:4])!r}, not with two zeros, a type and how many dimensions")
         dtype, start = np.dtype(KINDS[data[2]]), 4 + 4 * data[3]
         shape = struct.unpack_from(f">{data[3]}I", data, 4)
