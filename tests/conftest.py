@@ -101,13 +101,13 @@ def browser(request: Any) -> Iterator[Any]:
 
     chromium = "chromium" in request.param
     options: Any = webdriver.ChromeOptions() if chromium else webdriver.FirefoxOptions()
+    service: Any = webdriver.ChromeService(driver) if chromium else webdriver.FirefoxService(driver)
     options.binary_location, options.enable_bidi = program, True
     for flag in ("--headless=new", "--no-sandbox") if chromium else ("-headless",):
         options.add_argument(flag)
     if not chromium:
         options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
-    made = (webdriver.Chrome, webdriver.ChromeService) if chromium else (webdriver.Firefox, webdriver.FirefoxService)
-    with made[0](options, made[1](driver)) as browser:
+    with webdriver.Chrome(options, service) if chromium else webdriver.Firefox(options, service) as browser:
         yield browser
 
 
