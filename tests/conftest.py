@@ -92,8 +92,8 @@ def real_root() -> Path:
 
 
 @pytest.fixture(params=["chromium chromedriver", "firefox-esr geckodriver"])
-def browser(request: Any, tmp_path: Path) -> Iterator[Any]:
-    """Each browser without a window; Chromium keeps a log of its requests."""
+def browser(request: Any) -> Iterator[Any]:
+    """Each browser without a window, Firefox in dark mode."""
     program, driver = map(shutil.which, request.param.split())
     if not program or not driver:
         pytest.skip(f"no {request.param} here")
@@ -101,17 +101,13 @@ def browser(request: Any, tmp_path: Path) -> Iterator[Any]:
 
     chromium = "chromium" in request.param
     options: Any = webdriver.ChromeOptions() if chromium else webdriver.FirefoxOptions()
+    service: Any = webdriver.ChromeService(driver) if chromium else webdriver.FirefoxService(driver)
     options.binary_location, options.enable_bidi = program, True
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    for flag in [*flags, f"--user-data-dir={tmp_path}/chromium"] if chromium else ["-headless"]:
+    for flag in ("--headless=new", "--no-sandbox") if chromium else ("-headless",):
         options.add_argument(flag)
-    if chromium:
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        made: Any = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    else:
+    if not chromium:
         options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
-        made = webdriver.Firefox(options, webdriver.FirefoxService(driver))
-    with made as browser:
+    with webdriver.Chrome(options, service) if chromium else webdriver.Firefox(options, service) as browser:
         yield browser
 
 

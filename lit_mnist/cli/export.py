@@ -57,7 +57,7 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, Callable
 def fetch_runtime() -> dict[str, bytes]:
     """Fetch ONNX Runtime Web's files from the npm registry; UserError if npm is missing, or cannot."""
     with TemporaryDirectory(prefix="lit_mnist-") as folder:
-        command = ["npm", "pack", RUNTIME, "--loglevel=error", "--pack-destination", folder]
+        command = ["npm", "pack", RUNTIME, "--loglevel=error"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, timeout=300)
         except (subprocess.SubprocessError, OSError) as error:
