@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers import LONGEST, Outcome, fail, in_processes, kill_before
-from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datamodule, datasets
@@ -23,12 +22,6 @@ class Death(NamedTuple):
     signum: int = signal.SIGKILL
 
 
-def environments(processes: int, own: Sequence[dict[str, str]] | None = None) -> list[dict[str, str]]:
-    """Return what each process finds in its environment: that it is one of several, unless its own says else."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "OMP_NUM_THREADS": "1"}
-    return [common | each for each in own or [{"LOCAL_RANK": str(n), "NODE_RANK": "0"} for n in range(processes)]]
-
-
 def run(
     processes: int,
     arguments: Sequence[str],
@@ -40,15 +33,14 @@ def run(
 ) -> list[Outcome]:
     """Run `main(arguments)` in the folder on each of the processes, and return how each ended."""
     flags = [*arguments, *([f"--trainer.devices={processes}"] if environment is None else [])]
-    calls = [(rank, flags, files, each, death) for rank, each in enumerate(environments(processes, environment))]
-    return in_processes(folder, _command, *calls, longest=longest)
+    calls = [(rank, flags, files, death) for rank in range(processes)]
+    return in_processes(folder, _command, *calls, variables=environment, longest=longest)
 
 
-def _command(rank: int, flags: list[str], files: Any, variables: dict[str, str], death: Death | None) -> int:
-    os.environ.update(variables)
+def _command(rank: int, flags: list[str], files: Any, death: Death | None) -> int:
     datasets.FILES = files
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
-    if rank and variables.keys() & {"LOCAL_RANK", "SLURM_LOCALID"}:
+    if rank and os.environ.keys() & {"LOCAL_RANK", "SLURM_LOCALID"}:
         datasets.prepare = partial(fail, AssertionError("only the first process prepares the data"))
     if death and death.rank == rank:
         kill_before(death.step, LitMNIST, death.signum)

@@ -1,6 +1,5 @@
 """docs/your-own-experiment.md: each diff is applied to a copy of the package, and the commands under it are run."""
 
-import os
 import re
 import shlex
 import shutil
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import several
 from helpers import REPOSITORY, assert_alike, in_processes, kill_before, results, scalars, write_tiny_mnist
 
 pytestmark = pytest.mark.slow
@@ -53,11 +51,10 @@ def copy(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
-def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> int:
+def main_of_copy(args: list[str], kill_at: int) -> int:
     """Run a command with the package of the current folder in place of the one that the tests use."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "lit_mnist"]:
         del sys.modules[name]
-    os.environ |= environment
     sys.path.insert(0, str(Path.cwd()))
     import lit_mnist
     from lit_mnist.__main__ import main
@@ -70,8 +67,7 @@ def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> 
 def run(home: Path, args: list[str], kill_at: int = 0, processes: int = 1) -> str:
     """Run a command in a copy, on all processes, and give what the first prints."""
     args = [*args, "--trainer.devices", str(processes)] if processes > 1 else args
-    places = several.environments(processes) if processes > 1 else [{}]
-    outcomes = in_processes(home, main_of_copy, *((args, kill_at, each) for each in places))
+    outcomes = in_processes(home, main_of_copy, *[(args, kill_at)] * processes)
     assert {outcome.status for outcome in outcomes} == {-signal.SIGKILL if kill_at else 0}, outcomes[0].err
     return outcomes[0].out
 
