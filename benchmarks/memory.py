@@ -37,18 +37,17 @@ def fit(options: Options) -> Iterator[Record]:
     for count in options.images:
         with TemporaryDirectory() as folder:
             write_files(Path(folder), options.root, count)
-            for checkout in options.checkouts:
-                started, files = time(), [path.open("rb") for path in Path(folder).glob("*-ubyte")]
-                size = sum(len(block) for file in files for block in iter(partial(file.read, 2**24), b""))
-                reading, began = time() - started, time()
-                command = [sys.executable, "-m", "lit_mnist", "fit", *FLAGS, "--data.root=.", *options.flags]
-                process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(checkout)})
-                used = os.wait4(process.pid, 0)[2]
-                results = read_results(max(Path(folder).glob("lightning_logs/version_*"), key=os.path.getctime))
-                found.append({"checkout": checkout.name, "images": count, "bytes": size, "peak": 1024 * used.ru_maxrss})
-                found[-1] |= {"reading": reading, "all": time() - began, "seconds": results["fit"]["train_seconds"]}
+            started, files = time(), [path.open("rb") for path in Path(folder).glob("*-ubyte")]
+            size = sum(len(block) for file in files for block in iter(partial(file.read, 2**24), b""))
+            reading, began = time() - started, time()
+            command = [sys.executable, "-m", "lit_mnist", "fit", *FLAGS, "--data.root=.", *options.flags]
+            process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+            used, seconds = os.wait4(process.pid, 0)[2], time() - began
+            trained = read_results(Path(folder, "lightning_logs", "version_0"))["fit"]["train_seconds"]
+            row = {"images": count, "bytes": size, "peak": 1024 * used.ru_maxrss}
+            found.append({**row, "reading": reading, "all": seconds, "seconds": trained})
     table = pandas.DataFrame(found)
-    table["over bytes"] = (table["peak"] - table.groupby("checkout")["peak"].transform("first")) / table["bytes"]
+    table["over bytes"] = (table["peak"] - table["peak"][0]) / table["bytes"]
     print(table.to_string(float_format="{:,.2f}".format))
     yield {"fits": table.to_dict("records")}
 
@@ -56,5 +55,4 @@ def fit(options: Options) -> Iterator[Record]:
 if __name__ == "__main__":
     parser = make_parser(__doc__, "memory")
     parser.add_argument("--images", type=int, nargs="+", default=[60_000, 2_000_000], help="in each set")
-    parser.add_argument("--checkouts", type=Path, nargs="+", default=[REPOSITORY], help="absolute, to compare in turns")
     sys.exit(measure(parser, {"fit": fit}))

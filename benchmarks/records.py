@@ -45,8 +45,7 @@ def print_rows(title: str, rows: Any, form: str = ".2f") -> None:
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Read (step, value) of each tag in a run's event files."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 

@@ -1,4 +1,4 @@
-"""Times as fast as the baseline's own loop, seconds an epoch, what the Trainer costs, and where a step's time goes.
+"""Times as fast as the baseline's own loop, seconds an epoch, and what the Trainer costs.
 
 target      training with configs/fast.yaml, against the baseline's 20 epochs by a loop as its author would have written
             it, in both readings: in each round an epoch of each of BASELINES, and a whole run of ours.
@@ -7,8 +7,6 @@ input_path  normalised images a second in shuffled batches of 128, in one proces
             and by `DataLoader` over torchvision's `MNIST` with `ToTensor` and `Normalize`.
 overhead    training by `fit`, with its metrics, scalars and checkpoints, over the bare loop of gpu.py.
 predict     processor seconds of `predict` for one picture, over those of `import torch`.
-peak        where the time of a bare step goes, by torch's profiler, and what its convolutions reach of the processor's
-            peak: of a large matrix product in its fastest number format.
 
 What is compared takes turns, because timings on shared machines drift. Other flags, as --NAME=VALUE, go to `fit`.
 """
@@ -29,10 +27,7 @@ from PIL import Image
 from records import REPOSITORY, make_parser, measure, print_rows
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from lit_mnist.__main__ import main as lit_mnist
@@ -155,29 +150,7 @@ def input_path(options: Options) -> Iterator[Record]:
     yield {"batch_size": 128, **rates, "median_ratio": table["ratio"].median()}
 
 
-def peak(options: Options) -> Iterator[Record]:
-    product = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.rand(2, 2048, 2048).to(dtype)
-        timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-        product = max(product, 2 * 2048**3 / timer.blocked_autorange().median / 1e9)
-    for name in ("default", "fast"):
-        loop = Loop(name, options.root, options.device, Means())
-        with FlopCounterMode(display=False) as counter:
-            loop.step()
-        gflop = sum(counter.get_flop_counts()["Global"].values()) / 1e9
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(50 * options.rounds):
-                loop.step()
-        averages = profiler.key_averages()
-        spent = {event.key: event.self_cpu_time_total / 50_000 / options.rounds for event in averages}  # ms a step
-        rate = 1000 * gflop / sum(value for key, value in spent.items() if "convolution" in key)
-        print(averages.table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=44))
-        print(f"{name}: {sum(spent.values()):.2f} ms a step; convolutions: {rate:.0f} of {product:.0f} GFLOP/s")
-        yield {"recipe": name, "product_gflops": product, "gflop": gflop, "milliseconds": spent}
-
-
 if __name__ == "__main__":
     parser = make_parser(__doc__, "speed")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, in turns (5)")
-    sys.exit(measure(parser, {part.__name__: part for part in (target, epochs, input_path, overhead, predict, peak)}))
+    sys.exit(measure(parser, {part.__name__: part for part in (target, epochs, input_path, overhead, predict)}))

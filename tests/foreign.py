@@ -18,10 +18,11 @@ from machinery.runs import newest
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, softplus
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import Accuracy, MeanSquaredError
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import BinaryAccuracy
 
 
 class Bars(Dataset[Tensor]):
@@ -45,18 +46,16 @@ class Bars(Dataset[Tensor]):
 class Autoencoder(LightningModule):
     """Learns a code of a few numbers for an image, at a lower rate once the validation is no better."""
 
-    def __init__(self, width: int = 4, code: int = 6) -> None:
+    def __init__(self, code: int = 6) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(16 * width, code)
-        )
-        self.decoder = nn.Sequential(nn.Linear(code, 16 * width), nn.GELU(), nn.Unflatten(1, (width, 4, 4)))
-        self.decoder.append(nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1))
+        encoder = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(64, code)
+        decoder = nn.Linear(code, 64), nn.GELU(), nn.Unflatten(1, (4, 4, 4)), nn.ConvTranspose2d(4, 1, 2, stride=2)
+        self.network = nn.Sequential(*encoder, *decoder)
         self.val_error = MeanSquaredError()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(self.encoder(images))
+        return self.network(images)
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         loss = mse_loss(self(images), images)
@@ -90,9 +89,8 @@ class GAN(LightningModule):
     def forward(self, noise: Tensor) -> Tensor:
         return torch.sigmoid(self.generator(noise))
 
-    def loss(self, images: Tensor, real: float) -> Tensor:
-        answers = self.discriminator(images)
-        return binary_cross_entropy_with_logits(answers, torch.full_like(answers, real))
+    def loss(self, images: Tensor, real: int) -> Tensor:
+        return softplus((1 - 2 * real) * self.discriminator(images)).mean()
 
     def training_step(self, images: Tensor, batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
@@ -119,15 +117,15 @@ class GAN(LightningModule):
         return optimizers, [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in optimizers]
 
 
-def sentences(size: int, seed: int) -> list[tuple[Tensor, int]]:
+def sentences(size: int) -> list[tuple[Tensor, bool]]:
     """Return texts of 3 to 12 of the words 1 to 19, int64 (T,), and whether their first word comes again."""
-    chosen = random.Random(seed)
-    texts = [[chosen.randint(1, 19) for _ in range(chosen.randint(3, 12))] for _ in range(size)]
-    return [(torch.tensor(text), int(text[0] in text[1:])) for text in texts]
+    chosen = random.Random(size)
+    texts = [chosen.choices(range(1, 20), k=chosen.randint(3, 12)) for _ in range(size)]
+    return [(torch.tensor(text), text[0] in text[1:]) for text in texts]
 
 
-def pad(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return texts, padded with 0 to the longest, int64 (B, T), their lengths and classes, int64 (B,)."""
+def pad(samples: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return texts, padded with 0 to the longest, int64 (B, T), their lengths, int64 (B,), and classes, bool (B,)."""
     texts, classes = zip(*samples, strict=True)
     return pad_sequence([*texts], batch_first=True), torch.tensor([*map(len, texts)]), torch.tensor(classes)
 
@@ -140,18 +138,17 @@ class TextClassifier(LightningModule):
         self.save_hyperparameters()
         self.embedding = nn.Embedding(20, width, padding_idx=0)
         self.reader = nn.LSTM(width, width, batch_first=True, bidirectional=True)
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * width, 2))
-        scores = {f"{part}_acc": Accuracy("multiclass", num_classes=2) for part in ("train", "val")}
-        self.scores: Any = nn.ModuleDict(scores)
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * width, 1))
+        self.scores: Any = nn.ModuleDict({f"{part}_acc": BinaryAccuracy() for part in ("train", "val")})
 
     def forward(self, texts: Tensor, lengths: Tensor) -> Tensor:
         packed = pack_padded_sequence(self.embedding(texts), lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return self.head(self.reader(packed)[1][0].transpose(0, 1).flatten(1))
+        return self.head(self.reader(packed)[1][0].transpose(0, 1).flatten(1)).squeeze(1)
 
     def step(self, batch: tuple[Tensor, Tensor, Tensor], part: str) -> Tensor:
         *inputs, classes = batch
         logits = self(*inputs)
-        loss = cross_entropy(logits, classes)
+        loss = binary_cross_entropy_with_logits(logits, classes.float())
         self.scores[f"{part}_acc"](logits, classes)
         self.log(f"{part}_loss", loss, batch_size=len(classes), sync_dist=part == "val")
         self.log(f"{part}_acc", self.scores[f"{part}_acc"], on_step=False, on_epoch=True)
@@ -174,7 +171,7 @@ class TextClassifier(LightningModule):
 PROJECTS: dict[str, tuple[type[LightningModule], list[Any], dict[str, Any]]] = {
     "autoencoder": (Autoencoder, [Bars(56, True), Bars(16, False)], {"num_workers": 2}),
     "gan": (GAN, [Bars(56, True)], {"drop_last": True}),
-    "text": (TextClassifier, [sentences(60, 1), sentences(20, 2)], {"collate_fn": pad}),
+    "text": (TextClassifier, [sentences(60), sentences(20)], {"collate_fn": pad}),
 }
 
 

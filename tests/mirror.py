@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         if fault == "silent":
-            time.sleep(1)
+            time.sleep(5)
         self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
         self.connection.close()
 

@@ -1,6 +1,5 @@
 """docs/your-own-experiment.md: each diff is applied to a copy of the package, and the commands under it are run."""
 
-import os
 import re
 import shlex
 import shutil
@@ -10,17 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import several
-from helpers import REPOSITORY, assert_alike, in_processes, kill_before, results, scalars, write_tiny_mnist
+from helpers import REPOSITORY, TINY, assert_alike, in_processes, kill_before, results, scalars, write_tiny_mnist
 
 pytestmark = pytest.mark.slow
 PAGE = (REPOSITORY / "docs" / "your-own-experiment.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
-TINY = {
-    **{"--data.name": "idx", "--data.root": "tiny", "--data.batch_size": "50", "--data.val_size": "50"},
-    **{"--model.layers": "4x5/2 8/2", "--model.dropout": "0.1", "--model.lr": "0.05", "--trainer.max_epochs": "2"},
-    **{"--trainer.log_every_n_steps": "2", "--trainer.accelerator": "cpu", "--checkpoint.every_n_steps": "1"},
-}
+SETTINGS = dict(zip(TINY[::2], TINY[1::2], strict=True)) | {"--data.name": "idx", "--data.root": "tiny"}
+SETTINGS |= {"--model.dropout": "0.1", "--checkpoint.every_n_steps": "1"}
 RESUME = ["fit", "--ckpt_path", "last", "--data.root", "tiny"]
 
 
@@ -34,7 +29,7 @@ def commands(section: str) -> list[list[str]]:
     assert found
     for command in found:
         resumed = command[0] == "runs" or "--ckpt_path" in command
-        flags = {"--data.root": "tiny"} if resumed else {k: v for k, v in TINY.items() if k not in command}
+        flags = {"--data.root": "tiny"} if resumed else {k: v for k, v in SETTINGS.items() if k not in command}
         command += [part for pair in flags.items() for part in pair if command[0] != "runs"]
     return found
 
@@ -53,11 +48,10 @@ def copy(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
-def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> int:
+def main_of_copy(args: list[str], kill_at: int) -> int:
     """Run a command with the package of the current folder in place of the one that the tests use."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "lit_mnist"]:
         del sys.modules[name]
-    os.environ |= environment
     sys.path.insert(0, str(Path.cwd()))
     from lit_mnist import module
     from lit_mnist.__main__ import main
@@ -70,8 +64,7 @@ def main_of_copy(args: list[str], kill_at: int, environment: dict[str, str]) -> 
 def run(home: Path, args: list[str], kill_at: int = 0, processes: int = 1) -> str:
     """Run a command in a copy, on all processes, and give what the first prints."""
     args = [*args, "--trainer.devices", str(processes)] if processes > 1 else args
-    places = several.environments(processes) if processes > 1 else [{}]
-    outcomes = in_processes(home, main_of_copy, *((args, kill_at, each) for each in places))
+    outcomes = in_processes(home, main_of_copy, *[(args, kill_at)] * processes)
     assert {outcome.status for outcome in outcomes} == {-signal.SIGKILL if kill_at else 0}, outcomes[0].err
     return outcomes[0].out
 

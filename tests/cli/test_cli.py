@@ -122,8 +122,6 @@ def test_precision_auto_stays_the_runs(command: Command, capsys: Capsys, monkeyp
 
 BAD = """\
 --model.lr -1 --model.warmup 3                | model.lr.* -1.0.*model.warmup.* 3.0
---model.layers crop                           | model.layers.*crop
---data.name x                                 | data.name.*mnist, .*x
 --trainer.max_epochs -1                       | trainer.max_epochs.*model.schedule.*-1
 --trainer.val_check_interval 00:00:01:00      | trainer.val_check_interval.*00:00:01:00
 --trainer.callbacks LearningRateFinder        | LearningRateFinder.*the learning rate

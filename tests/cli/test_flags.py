@@ -26,13 +26,9 @@ seed_everything     | 0 4294967295            | -1 4294967296 x 1.5 nan null tru
 checkpoint.every_seconds model.weight_decay | 0 0.5 | -1 x
 processes.timeout   | 5 86400                 | 0 -1 nan inf 86401 x
 trainer.max_epochs  | 1 3                     | 0 -1 -2 x 1.5 nan inf [] ''
-trainer.max_steps   | 3 1                     | -2 x 1.5 nan
-trainer.accelerator | cpu                     | x tpu
 trainer.precision   | 32 32-true 64-true auto | x 8
-trainer.logger      | true '{"class_path": "CSVLogger", "init_args": {"save_dir": "."}}' | x
 trainer.callbacks   | Timer                   | x LearningRateFinder
 trainer.val_check_interval | 1.0 1 0.5        | x -1
-trainer.check_val_every_n_epoch trainer.accumulate_grad_batches | 1 2 | x 0 -1
 trainer.default_root_dir | out ./out .        | a.yaml pipe /dev/null loop
 config              | a.yaml                  | broken.yaml latin1.yaml unknown.yaml missing.yaml empty loop ''
 """

@@ -1,6 +1,5 @@
 """DataLoaders of every kind under exact/: killed, resumed, and compared bit for bit."""
 
-import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ import torch
 from helpers import Killed, assert_same, in_processes, kill_before
 from matrix import UNCOMPARED, Saved, Trained, compare, fit
 from pytorch_lightning.utilities import CombinedLoader
-from several import environments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -118,8 +116,7 @@ def test_killed(tmp_path: Path, name: str, workers: int, settings: dict[str, Any
     compare(tmp_path / "runs", lambda: [Module(LOADERS[name], workers)], kills, **settings)
 
 
-def process(folder: str, name: str, kill_at: int, variables: dict[str, str]) -> int:
-    os.environ |= variables
+def process(folder: str, name: str, kill_at: int) -> int:
     kill_before(kill_at, Module)
     ended = fit(Path(folder), lambda: [Module(LOADERS[name], 2)], {}, devices=2, strategy=ExactDDP(60, True))
     torch.save(ended["checkpoint"], folder + ".pt")
@@ -130,8 +127,7 @@ def process(folder: str, name: str, kill_at: int, variables: dict[str, str]) -> 
 @pytest.mark.parametrize("name", ["counting", "shuffled", "max_size_cycle"])
 def test_killed_for_real(tmp_path: Path, name: str) -> None:
     for folder, kill_at in (("whole", 0), ("killed", 4), ("killed", 3), ("killed", 0)):
-        calls = [(folder, name, kill_at * n, variables) for n, variables in enumerate(environments(2))]
-        status = in_processes(tmp_path, process, *calls)[-1].status
+        status = in_processes(tmp_path, process, (folder, name, 0), (folder, name, kill_at))[-1].status
         assert status == (-signal.SIGKILL if kill_at else 0), (tmp_path / ".err-0").read_text()
     assert_same(torch.load(tmp_path / "killed.pt"), torch.load(tmp_path / "whole.pt"), ignored=UNCOMPARED)
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import several
 import torch
-from helpers import REPOSITORY, RUN, Command, Outcome, Patch, assert_alike, in_processes, last_checkpoint
+from helpers import REPOSITORY, RUN, TINY, Command, Death, assert_alike, in_processes, last_checkpoint, run_on
 from helpers import scalars as curve
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning import LightningModule, Trainer
-from several import Death
 from torch import nn
 
 from lit_mnist.data import datamodule, datasets
@@ -24,30 +22,29 @@ from lit_mnist.exact.ddp import ExactDDP
 from lit_mnist.exact.runs import read_results
 
 # 350 images to train on: 4 batches of 87 and one of 2, of which one of three processes, or two of four, have none
-SETTINGS = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
+SETTINGS = [*TINY, "--trainer.log_every_n_steps", "1", "--model.ema_decay", "0.5", "--data.batch_size", "87"]
 SETTINGS += ["--data.shares", "[1, 0.8]"]  # 4 batches in the second epoch
-SETTINGS += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--model.ema_decay", "0.5", "--data.batch_size", "87"]
-SETTINGS += ["--data.val_size", "50", "--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
+SETTINGS += ["--checkpoint.every_n_steps", "1", "--trainer.enable_model_summary", "false"]
 EXACT = [*SETTINGS, "--trainer.precision", "64-true", "--data.rotation", "8", "--model.label_smoothing", "0.1"]
 DROPOUT = [*SETTINGS, "--model.dropout", "0.1"]
 JOB = dict.fromkeys(("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"), "2")
 JOB |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_NAME": "digits"}
 # the environments of two processes as srun sets them
 SLURM = [{**JOB, "SLURM_JOB_ID": "1234", "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-Run = Callable[..., list[Outcome]]
+Run = Callable[..., list[Any]]
 
 
 @pytest.fixture
-def alone(command: Command, monkeypatch: Patch) -> Command:
+def alone(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 11)
     return command
 
 
 @pytest.fixture
 def run(command: Command, tiny_root: Path) -> Run:
-    def run(processes: int, name: str, *flags: str, **kwargs: Any) -> list[Outcome]:
+    def run(processes: int, name: str, *flags: str, **kwargs: Any) -> list[Any]:
         flags = name, "--data.root", str(tiny_root), *flags
-        return several.run(processes, flags, Path.cwd(), datasets.FILES, **kwargs)
+        return run_on(processes, flags, Path.cwd(), datasets.FILES, **kwargs)
 
     return run
 
@@ -66,7 +63,7 @@ def losses(run: Path) -> dict[str, list[float]]:
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_curve_is_that_of_one_process(run: Run, alone: Command, processes: int) -> None:
     assert alone("fit", *EXACT) == 0
-    outcomes = run(processes, "fit", *EXACT, environment=SLURM if processes == 2 else None)
+    outcomes = run(processes, "fit", *EXACT, variables=SLURM if processes == 2 else None)
     assert [outcome.status for outcome in outcomes] == [0] * processes
     assert "Epoch 1: train loss" in outcomes[0].out
     assert outcomes[0].err + "".join(outcome.out + outcome.err for outcome in outcomes[1:]) == ""
@@ -163,8 +160,7 @@ class Thawing(Adversarial):
         return torch.optim.SGD(self.parameters(), 0.05)
 
 
-def train_by_hand(kind: Callable[[], Adversarial], processes: int, rank: int, variables: dict[str, str]) -> int:
-    os.environ |= variables if processes > 1 else {}
+def train_by_hand(kind: Callable[[], Adversarial], processes: int, rank: int) -> int:
     torch.manual_seed(0)
     inputs, real = torch.randn(2, 17, 4).unbind()  # batches of 5, 5, 5 and 2: less than three processes
     quiet = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
@@ -181,8 +177,7 @@ def train_by_hand(kind: Callable[[], Adversarial], processes: int, rank: int, va
 @pytest.mark.parametrize("processes", [2, 3])
 def test_steps_are_those_of_one_process(tmp_path: Path, processes: int, kind: Callable[[], Adversarial]) -> None:
     for number in (1, processes):
-        calls = [(kind, number, rank, variables) for rank, variables in enumerate(several.environments(number))]
-        outcomes = in_processes(tmp_path, train_by_hand, *calls)
+        outcomes = in_processes(tmp_path, train_by_hand, *((kind, number, rank) for rank in range(number)))
         assert [outcome.status for outcome in outcomes] == [*range(number)], outcomes[-1].err
     ours, theirs = (torch.load(tmp_path / f"{number}.pt") for number in (processes, 1))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -217,7 +212,7 @@ def test_waiting_for_a_silent_one_ends(run: Run, alone: Command) -> None:
     ],
 )
 def test_bad_input(run: Run, flags: list[str], message: str) -> None:
-    first, second = run(2, "fit", *SETTINGS, *flags, environment=SLURM if "--trainer.devices" in flags else None)
+    first, second = run(2, "fit", *SETTINGS, *flags, variables=SLURM if "--trainer.devices" in flags else None)
     assert (first.status, second.status, second.err) == (2, 2, "")
     assert re.fullmatch(f".*{message}.*\n", first.err)
     assert not Path("lightning_logs").exists()

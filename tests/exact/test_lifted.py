@@ -1,7 +1,6 @@
 """exact/ in other projects, with modules, data and loggers that it has never seen: killed, resumed, compared."""
 
 import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY, assert_alike, in_processes, kill_before, scalars
-from several import environments
 from torch.utils.data._utils import worker
 
 
@@ -19,10 +17,9 @@ def test_it_imports_nothing_else_of_the_package() -> None:
         assert not re.search(r"^\s*(from|import) +(\.\.|lit_mnist)", path.read_text(), re.MULTILINE), path
 
 
-def project(name: str, folder: str, devices: int, kill_at: int, variables: dict[str, str]) -> int:
+def project(name: str, folder: str, devices: int, kill_at: int) -> int:
     """Run one process of another project, until a step in front of which it is killed, counted from 1."""
     sys.path.insert(0, str(Path.cwd()))
-    os.environ |= variables if devices > 1 else {}
     import foreign
 
     multiprocessing.set_start_method("fork", force=True)  # of workers: those of a fork server outlive a killed process
@@ -38,8 +35,7 @@ CASES = [("autoencoder", 1, (3, 8)), ("gan", 1, (1, 2, 7, 7, 7)), ("gan", 2, (3,
 @pytest.mark.parametrize(("name", "devices", "kills"), CASES)
 def test_a_foreign_project_resumes_exactly(tmp_path: Path, name: str, devices: int, kills: tuple[int, ...]) -> None:
     def run(folder: str, kill_at: int = 0) -> list[int | None]:
-        own = enumerate(environments(devices))
-        calls = [(name, folder, devices, kill_at * (rank == devices - 1), variables) for rank, variables in own]
+        calls = [(name, folder, devices, kill_at * (rank == devices - 1)) for rank in range(devices)]
         return [ended.status for ended in in_processes(tmp_path, project, *calls)]
 
     shutil.copytree(REPOSITORY / "lit_mnist" / "exact", tmp_path / "machinery")

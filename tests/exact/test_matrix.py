@@ -23,7 +23,7 @@ def test_exact_or_refused(case: matrix.Case) -> None:
 def test_metrics() -> None:
     verdicts = list(matrix.verdicts(list(matrix.metric_classes())))
     assert [row for row in verdicts if row[2] not in ("exact", "not tried")] == []
-    assert [row[2] for row in verdicts].count("exact") > 200
+    assert [row[2] for row in verdicts].count("exact") >= 200
 
 
 def test_the_page_has_every_class() -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import several
-from helpers import REPOSITORY, Capsys, Command, Patch, at_call, fail, fails
+from helpers import REPOSITORY, Capsys, Command, Death, Patch, at_call, fail, fails, run_on
 
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
@@ -68,8 +67,8 @@ def sweep_in(folder: Path, root: Path, *flags: str, processes: int = 1, death: A
     for name in ("base.yaml", "study.yaml"):
         (folder / name).write_bytes(Path(name).read_bytes())
     flags = ("sweep", "--config=study.yaml", "--data.root", str(root), *flags)
-    where = (flags, folder, datasets.FILES, death)
-    return [one.status for one in several.run(processes, *where, environment=[{}] * processes)]
+    outcomes = run_on(processes, flags, folder, datasets.FILES, death, variables=[{}] * processes)
+    return [outcome.status for outcome in outcomes]
 
 
 def test_each_seed_is_a_run_and_the_table_is_of_their_results(study: Command, command: Command, capsys: Capsys) -> None:
@@ -132,7 +131,7 @@ def test_a_killed_study_ends_as_one_that_was_not(
     with storage as where:
         assert sweep_in(tmp_path / "whole", tiny_root) == [0]
         for step in deaths:
-            death = several.Death(workers - 1, step)
+            death = Death(workers - 1, step)
             ended = sweep_in(tmp_path / "killed", tiny_root, *where, processes=workers, death=death)
             assert ended == [0] * (workers - 1) + [-signal.SIGKILL]
     if workers == 1:  # otherwise another has resumed the trial
