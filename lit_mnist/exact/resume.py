@@ -85,7 +85,6 @@ class ExactResume(Callback):
             "validation_loaded": reloads and validation._last_val_dl_reload_epoch,
             "latest": metrics.moved({k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}),
             "processes": gather_all(own),
-            "pending": metrics.pending(trainer),
             "curves": logger_states(trainer.loggers) if trainer.is_global_zero else [],
         }
 
