@@ -37,9 +37,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             try:
                 torch.load(content, weights_only=True)
             except pickle.UnpicklingError as error:
-                kind = " ".join(re.findall(r"GLOBAL (\S+)", str(error))[:1])
-                what = f"it may hold tensors, numbers, strings and booleans alone, and has a {kind or 'Python object'}"
-                raise UserError(f"a checkpoint could not be loaded again: {what}") from error
+                (kind, *_) = re.findall(r"GLOBAL (\S+)", str(error)) or ["Python object"]
+                raise UserError(f"checkpoints may hold tensors, numbers, strings and booleans, not a {kind}") from error
             self._readable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,7 @@ def find_checkpoint(wanted: str, runs: Path, kind: str = "best") -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with `weights_only=True`: it can make the program neither run code nor import a module.
-
-    UserError if the file is not an intact checkpoint of this project, or of another format.
-    """
+    """Read a checkpoint, which cannot run code or import a module; UserError if it is damaged or another project's."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a file that it has not written

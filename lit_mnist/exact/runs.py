@@ -4,7 +4,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def versions(runs: Path) -> list[Path]:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write to, which takes its place on success and is removed on failure."""
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp")  # of no kind, as TensorBoard reads event files
     try:
         yield partial
         partial.replace(path)
@@ -51,16 +52,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def claim_folder(runs: Path, name: str | None = None) -> Path:
     """Make a new folder, of this name or the next `version_N`, that no other process has."""
-    number = max(map(number_of, runs.glob("version_*")), default=-1) + 1
+    numbers = count(max(map(number_of, runs.glob("version_*")), default=-1) + 1)
     while True:
-        folder = runs / (name or f"version_{number}")
+        folder = runs / (name or f"version_{next(numbers)}")
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except FileExistsError:  # another program that started at the same time was quicker
             if name:
                 raise
-            number += 1  # another program that started at the same time was quicker
 
 
 def only_process(run: Path) -> AbstractContextManager[object]:
@@ -76,25 +76,20 @@ def being_trained(run: Path) -> bool:
     try:
         with only_process(run) if (run / LOCK).exists() else nullcontext():
             return False
-    except UserError:
-        return True
-    except OSError:  # another user's folder
-        return False
+    except (UserError, OSError) as error:
+        return isinstance(error, UserError)  # else it is another user's folder
 
 
 def read_results(run: Path) -> dict[str, Any]:
     """Read a run's results.json; empty where it is missing or damaged."""
-    try:
-        results = json.loads((run / "results.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((run / "results.json").read_text()))
+    return {}
 
 
-def section(results: Any, name: str) -> Mapping[str, Any]:
+def section(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a mapping within a mapping, empty where there is none."""
-    found = results.get(name) if isinstance(results, dict) else None
-    return found if isinstance(found, dict) else {}
+    return results.get(name) or {}
 
 
 def own_checkpoints(run: Path, kind: str) -> list[Path]:
@@ -118,17 +113,16 @@ def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in results.get("test", []) if isinstance(one, dict)]
 
 
-def own_tests(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the evaluations of a run on all of its own test set."""
+def own_tests(results: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Return the evaluations of a run on all of its own test set, by step the latest."""
     of = {"test_set": section(results, "fit").get("test_set"), "whole": True}
-    return [test for test in evaluations(results) if of.items() <= test.items()]
+    return {test["step"]: test for test in evaluations(results) if of.items() <= test.items()}
 
 
 def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the evaluation of the best state of a run, or the last if none is, on all of its own test set; or {}."""
     fit = section(results, "fit")
-    step = section(fit, "best").get("step", fit.get("steps"))
-    return next((test for test in own_tests(results) if test["step"] == step), {})
+    return own_tests(results).get(section(fit, "best").get("step", fit.get("steps")), {})
 
 
 def checkpoint_lines(wanted: str, path: Path, runs: Path) -> list[str]:
