@@ -50,8 +50,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
             os.close(folder)
         except OSError as error:
-            reason = f"{shortened(str(path))}: {error.strerror}"
-            raise TrainingFailed(f"training stopped: {reason}; earlier checkpoints are intact") from error
+            raise TrainingFailed(f"training stopped: {error}; earlier checkpoints are intact") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         known = self.loaded.get(str(path))

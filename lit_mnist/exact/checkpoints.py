@@ -19,8 +19,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
-from .reader import FORMAT, FORMAT_ENTRY
-from .runs import claim_folder, own_checkpoints, replaced, run_folder
+from .runs import FORMAT, FORMAT_ENTRY, claim_folder, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
 AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .console import UserError
 
 OUTSIDE = (type, ModuleType, Tensor, np.ndarray, LightningModule, LightningDataModule, Trainer)  # of the data
-PLACE = ("seed", "first", "number", "epoch", "done", "states")  # of an ExactLoader, in checkpoints
+PLACE = ("seed", "first", "number", "epoch", "done", "length", "states")  # of an ExactLoader, in checkpoints
 
 
 def generators(*roots: Any) -> Iterator[Any]:
@@ -77,7 +77,7 @@ class ExactLoader(DataLoader[Any]):
         known = all(type(part).__module__.startswith(("torch.", "torchdata.", "builtins")) for part in samplers)
         self.replays = not (known or self.stateful)  # a user's sampler may count its passes
         self.first = trainer.current_epoch  # number of the first pass over the data
-        self.number, self.epoch, self.done, self.resumed = self.first - 1, -1, 0, False
+        self.number, self.epoch, self.done, self.length, self.resumed = self.first - 1, -1, 0, len(loader), False
         self.batches: list[Any] = []
         self.source = copy(loader)
         self.source.__class__ = DataLoader  # torchdata's would lose the RNG states of its workers
@@ -86,7 +86,7 @@ class ExactLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         if self.stateful and not self.resumed:
             self.states[1] = self.stateful.state_dict()
-        return {name: vars(self)[name] for name in PLACE} | {"length": len(self)}
+        return {name: vars(self)[name] for name in PLACE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next pass continue that of the saved run, if its epoch is not over, or be the one after it."""
@@ -116,7 +116,7 @@ class ExactLoader(DataLoader[Any]):
             source = iter(self.source)
         if within and self.stateful:
             self.stateful.load_state_dict(self.states[1])
-        self.epoch, self.resumed = epoch, False
+        self.epoch, self.length, self.resumed = epoch, len(self), False
         for key, _ in batches:
             with isolate_rng(include_cuda=False):  # what the module draws does not change the data, nor they it
                 seed_all(key, self.dataset, self.collate_fn)
@@ -136,6 +136,7 @@ def make_loaders_exact(trainer: Trainer) -> None:
         known = (plain or torchdatas) and loader.in_order and not isinstance(data, IterableDataset)
         if not (known and sized_len(loader) and trainer.state.fn == "fit"):
             return loader
-        return type("ExactLoader", (ExactLoader, type(loader)), {})(loader, trainer)  # with what else a user's has
+        # of the loader's class, too, for whoever calls its methods
+        return type("ExactLoader", (ExactLoader, type(loader)), {})(loader, trainer)
 
     trainer.strategy.process_dataloader = make_exact  # type: ignore[method-assign, assignment]

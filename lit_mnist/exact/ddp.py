@@ -49,7 +49,7 @@ class ExactDDP(DDPStrategy):
         super().configure_ddp()
         # DDP of torch 2.15 reorders the gradients after its first step, and three or more processes then add them in
         # another order: the steps of a resumed run would have other bits. Here it reorders at once, by parameters.
-        reducer: Any = self.model.reducer  # type: ignore[union-attr]
+        reducer: Any = self.model.reducer
         reducer._push_all_rebuilt_params()
         reducer._rebuild_buckets()
 

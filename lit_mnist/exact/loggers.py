@@ -163,5 +163,5 @@ def open_loggers(trainer: Trainer, run: Run) -> None:
         if trainer.is_global_zero and hasattr(logger, "load_state_dict"):
             logger.load_state_dict(states.get(number, {}), run)
         elif trainer.is_global_zero and run.continues:
-            title, step = type(logger).__name__, trainer.global_step
-            trainer.print(f"{title} has no load_state_dict: what it may have logged after step {step} stays")
+            title = type(logger).__name__
+            trainer.print(f"{title} has no load_state_dict: what it logged after step {trainer.global_step} stays")

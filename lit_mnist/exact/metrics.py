@@ -107,8 +107,8 @@ def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> N
     """Give a metric its state; where the number of processes has changed, the states of all are merged."""
     for number, state in enumerate(states):
         for key, default in metric._defaults.items():
-            sized = isinstance(default, Tensor) and default.numel() > 1  # a number may grow
-            if not isinstance(state.get(key), type(default)) or (sized and state[key].shape != default.shape):
+            shape = default.shape if isinstance(default, Tensor) and default.numel() > 1 else None  # a number may grow
+            if not isinstance(state.get(key), type(default)) or (shape and state[key].shape != shape):
                 raise ValueError(f"{name} has other states than that metric")
         own = moved(state, metric.device)
         if number:

@@ -20,8 +20,7 @@ from .dataloaders import make_loaders_exact
 from .ddp import ExactDDP, gather_all, part_of_batch
 from .loggers import logger_states, open_loggers
 from .progress import Progress
-from .reader import FORMAT, FORMAT_ENTRY
-from .runs import replaced
+from .runs import FORMAT, FORMAT_ENTRY, replaced
 
 # callbacks of Lightning 2.6 that cannot be resumed exactly: why, and what to do instead
 REFUSED: dict[type[Callback], str] = {

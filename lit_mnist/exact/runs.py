@@ -1,4 +1,4 @@
-"""The folders of runs: claiming one for a new run, finding an old one, its checkpoints and its results."""
+"""The folders of runs: claiming one for a new run, finding an old one, reading its checkpoints and its results."""
 
 import json
 import os
@@ -11,11 +11,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .console import UserError
+from .console import PROGRAM, UserError, shortened
 
 # of the checkpoints that a run keeps; a user's own may lie beside them
 OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-epoch=\d{2,}-step=\d{6,}(-.+)?\.ckpt"}
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
+FORMAT = 3  # goes up when a resumed run needs other entries
+FORMAT_ENTRY = f"{PROGRAM}_format"
+# what scoring reads
+ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
+ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 def number_of(run: Path) -> int:
@@ -31,9 +36,8 @@ def is_run(folder: Path) -> bool:
 
 def versions(runs: Path) -> list[Path]:
     """Return the folders of all runs, the newest first: by the time in results.json, as a copied file has another."""
-    found = [path for path in runs.glob("*") if path.is_dir() and is_run(path)]
-    made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in found}
-    return sorted(found, key=lambda run: (made[run], number_of(run), run.name), reverse=True)
+    made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in filter(is_run, runs.glob("*"))}
+    return sorted(made, key=lambda run: (made[run], number_of(run), run.name), reverse=True)
 
 
 @contextmanager
@@ -106,6 +110,41 @@ def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to; None where it lies somewhere else."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" and is_run(folder.parent) else None
+
+
+def find_checkpoint(wanted: str, runs: Path, kind: str = "best") -> Path:
+    """Return the file that a path, a run's folder, `best` or `last` (of the newest run that has one) means."""
+    if wanted in ("best", "last"):
+        for run in versions(runs):
+            if found := newest(run, wanted):
+                return found
+        raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint")
+    if (path := Path(wanted)).is_dir():
+        path = newest(path, kind) or newest(path) or path
+    if not path.is_file():  # a named pipe or a device would be waited for
+        raise UserError(f"{shortened(wanted)}: no such file; allowed are best, last, a checkpoint, a run's folder")
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, which cannot run code or import a module; UserError if it is damaged or another project's."""
+    import torch  # here, for `runs` does without it
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a file that it has not written
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 120)
+        raise UserError(f"{path}: that file is not an intact checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
+        raise UserError(f"{path}: that file is not a checkpoint of {PROGRAM}")
+    # a Trainer without this package writes no format; those of 2 can be scored
+    if (found := checkpoint.get(FORMAT_ENTRY)) not in (2, FORMAT, None):
+        raise UserError(f"{path}: that checkpoint has the format {found!r:.40}, and this version reads 2 and {FORMAT}")
+    checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
+    for name, kind in ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: that file is not an intact checkpoint ({name} is missing or no {kind.__name__})")
+    return checkpoint
 
 
 def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
