@@ -149,12 +149,9 @@ def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[d
         # as if the module had logged it, and then its state; all but the state must agree when it does
         results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **settings)
         logged = results[f"{settings['fx']}.{settings['name']}"]
-        if not logged.is_tensor:
-            continue
-        restore_metric(logged, [entries[0]["state"]], f"logged/{settings['name']}")
-        combine = {"max": torch.maximum, "min": torch.minimum}.get(settings["reduce_fx"], torch.add)
-        for state in (moved(entry["state"], module.device) for entry in entries[1:]):
-            for key in logged.metric_state:
-                setattr(logged, key, combine(getattr(logged, key), state[key]))
+        if logged.is_tensor:
+            logged.full_state_update = False  # torchmetrics merges no others, and Lightning 2.6 would add maxima, too
+            logged._reductions["value"] = {"max": torch.max, "min": torch.min}.get(settings["reduce_fx"], torch.sum)
+            restore_metric(logged, [entry["state"] for entry in entries], f"logged/{settings['name']}")
     if trainer._logger_connector._first_loop_iter:  # Lightning 2.6 would begin all values anew in an epoch's first step
         trainer._logger_connector._first_loop_iter = False
