@@ -119,8 +119,7 @@ def launched() -> tuple[int, int]:
     """Return the processes on each machine and the machines that torchrun or SLURM has started; (1, 1) without them."""
     # unless Lightning 2.6 is given these numbers, every process trains alone
     if torch.distributed.is_torchelastic_launched():
-        processes = number("LOCAL_WORLD_SIZE") or 1
-        return processes, max(1, number("WORLD_SIZE") // processes)
+        return number("LOCAL_WORLD_SIZE"), number("WORLD_SIZE") // number("LOCAL_WORLD_SIZE")
     # srun sets these; within an allocation alone nothing is started
     machines = number("SLURM_STEP_NUM_NODES") or 1
     return max(1, number("SLURM_STEP_NUM_TASKS") // machines), machines

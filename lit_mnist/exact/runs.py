@@ -43,7 +43,7 @@ def versions(runs: Path) -> list[Path]:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write to, which takes its place on success and is removed on failure."""
-    partial = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp")  # of no kind, as TensorBoard reads event files
+    partial = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp")  # TensorBoard reads whatever has tfevents in it
     try:
         yield partial
         partial.replace(path)
