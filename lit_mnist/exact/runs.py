@@ -23,12 +23,6 @@ ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datam
 ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
-def number_of(run: Path) -> int:
-    """Return N of a folder `version_N`, -1 for any other name."""
-    found = re.fullmatch(r"version_(\d+)", run.name)
-    return int(found[1]) if found else -1
-
-
 def is_run(folder: Path) -> bool:
     """Say whether a run lies here: it may have been renamed or copied, so its files decide."""
     return any((folder / name).exists() for name in ("results.json", "config.yaml", "checkpoints"))
@@ -37,7 +31,8 @@ def is_run(folder: Path) -> bool:
 def versions(runs: Path) -> list[Path]:
     """Return the folders of all runs, the newest first: by the time in results.json, as a copied file has another."""
     made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in filter(is_run, runs.glob("*"))}
-    return sorted(made, key=lambda run: (made[run], number_of(run), run.name), reverse=True)
+    # where no time is known, version_10 is newer than version_9
+    return sorted(made, key=lambda run: (made[run], len(run.name), run.name), reverse=True)
 
 
 @contextmanager
@@ -56,7 +51,8 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def claim_folder(runs: Path, name: str | None = None) -> Path:
     """Make a new folder, of this name or the next `version_N`, that no other process has."""
-    numbers = count(max(map(number_of, runs.glob("version_*")), default=-1) + 1)
+    taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
+    numbers = count(max((int(number) for number in taken if number.isdecimal()), default=-1) + 1)
     while True:
         folder = runs / (name or f"version_{next(numbers)}")
         try:
