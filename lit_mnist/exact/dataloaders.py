@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .console import UserError
 
 OUTSIDE = (type, ModuleType, Tensor, np.ndarray, LightningModule, LightningDataModule, Trainer)  # of the data
-PLACE = ("seed", "first", "number", "epoch", "done", "length", "states")  # of an ExactLoader, in checkpoints
 
 
 def generators(*roots: Any) -> Iterator[Any]:
@@ -86,7 +85,7 @@ class ExactLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         if self.stateful and not self.resumed:
             self.states[1] = self.stateful.state_dict()
-        return {name: vars(self)[name] for name in PLACE}
+        return {name: vars(self)[name] for name in ("seed", "first", "number", "epoch", "done", "length", "states")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next pass continue that of the saved run, if its epoch is not over, or be the one after it."""
