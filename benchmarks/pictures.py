@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
-from lit_mnist.exact.reader import read_checkpoint
+from lit_mnist.exact.runs import read_checkpoint
 from lit_mnist.network import load_network
 from lit_mnist.pictures import prepare, report
 

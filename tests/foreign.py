@@ -13,8 +13,7 @@ import torch
 from machinery.assembly import hold, make_callbacks, make_logger, make_plugins
 from machinery.checkpoints import BestSettings, Run, SaveSettings
 from machinery.ddp import ExactDDP
-from machinery.reader import read_checkpoint
-from machinery.runs import newest
+from machinery.runs import newest, read_checkpoint
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError, shown
-from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
-from lit_mnist.exact.runs import checkpoint_lines, run_folder
+from lit_mnist.exact.runs import checkpoint_lines, find_checkpoint, read_checkpoint, run_folder
 from lit_mnist.network import DIGITS, load_network
 from lit_mnist.pictures import report
 

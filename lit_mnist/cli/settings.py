@@ -18,7 +18,7 @@ from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.optimizers import plain_values
-from lit_mnist.exact.reader import ENTRIES, find_checkpoint, read_checkpoint
+from lit_mnist.exact.runs import ENTRIES, find_checkpoint, read_checkpoint
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")

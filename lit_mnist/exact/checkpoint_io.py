@@ -37,9 +37,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             try:
                 torch.load(content, weights_only=True)
             except pickle.UnpicklingError as error:
-                kind = " ".join(re.findall(r"GLOBAL (\S+)", str(error))[:1])
-                what = f"it may hold tensors, numbers, strings and booleans alone, and has a {kind or 'Python object'}"
-                raise UserError(f"a checkpoint could not be loaded again: {what}") from error
+                (kind, *_) = re.findall(r"GLOBAL (\S+)", str(error)) or ["Python object"]
+                raise UserError(f"checkpoints may hold tensors, numbers, strings and booleans, not a {kind}") from error
             self._readable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +50,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
             os.close(folder)
         except OSError as error:
-            reason = f"{shortened(str(path))}: {error.strerror}"
-            raise TrainingFailed(f"training stopped: {reason}; earlier checkpoints are intact") from error
+            raise TrainingFailed(f"training stopped: {error}; earlier checkpoints are intact") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         known = self.loaded.get(str(path))

@@ -19,8 +19,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
-from .reader import FORMAT, FORMAT_ENTRY
-from .runs import claim_folder, own_checkpoints, replaced, run_folder
+from .runs import FORMAT, FORMAT_ENTRY, claim_folder, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
 AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop
@@ -166,9 +165,12 @@ class CheckpointKeeper(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callbacks = sorted(trainer.callbacks, key=lambda part: part is self)  # type: ignore[attr-defined]
         waiting = list[Callable[[], None]]()  # hooks of checkpoint callbacks, until the module had its turn
+        log = trainer._logger_connector.update_train_step_metrics
 
         def then_save(function: Callable[[], Any]) -> Any:
             result = function()
+            if trainer.training:  # behind a step, which Lightning 2.6 would log only after a checkpoint of it
+                log()
             while waiting:
                 waiting.pop(0)()
             return result
@@ -181,6 +183,7 @@ class CheckpointKeeper(Checkpoint):
         # what Lightning 2.6 calls last after a batch, and in a validation
         self._replace(trainer._logger_connector, "on_batch_end", then_save)
         self._replace(trainer.fit_loop.epoch_loop.val_loop, "run", then_save)
+        self._replace(trainer._logger_connector, "update_train_step_metrics", lambda _: None)
 
     def _replace(self, owner: Any, name: str, by: Callable[..., Any]) -> None:
         """Replace a method, until the fit ends, by a function that gets it as its first argument."""
@@ -263,7 +266,7 @@ class CheckpointKeeper(Checkpoint):
         if trainer.is_global_zero:  # now that the newest state names no other best
             kinds = ["last", "best"] if self.best_path else ["last"]
             kept = [path for kind in kinds for path in own_checkpoints(self._folder.parent, kind)]
-            for old in {*kept, *self._folder.glob(".*.ckpt.*.tmp")} - {self.last_path, self.best_path}:
+            for old in {*kept, *self._folder.glob(".*.tmp")} - {self.last_path, self.best_path}:
                 old.unlink(missing_ok=True)
         self._saved_at = monotonic()
 

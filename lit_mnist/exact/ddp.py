@@ -1,6 +1,5 @@
 """A run on more than one process: how they start and connect, what they exchange, and what happens when one is lost."""
 
-import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,7 +15,6 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 from .console import UserError, number
@@ -43,18 +41,17 @@ class ExactDDP(DDPStrategy):
         subprocess_script._ChildProcessObserver = Observer  # type: ignore[misc]
 
     def configure_ddp(self) -> None:
-        assert self.lightning_module
-        if not self.lightning_module.automatic_optimization:
+        module: Any = self.lightning_module
+        if not module.automatic_optimization:
             self._ddp_kwargs.setdefault("find_unused_parameters", True)  # one network's loss may not use the others
-        self.model = self.lightning_module
-        self._parameters = list(self.model.parameters())
+        self.model, self._parameters = module, list(module.parameters())
         self._trained = self._needing_gradients()
         super().configure_ddp()
         # DDP of torch 2.15 reorders the gradients after its first step, and three or more processes then add them in
         # another order: the steps of a resumed run would have other bits. Here it reorders at once, by parameters.
-        assert isinstance(self.model, DistributedDataParallel)
-        self.model.reducer._push_all_rebuilt_params()
-        self.model.reducer._rebuild_buckets()
+        reducer: Any = self.model.reducer
+        reducer._push_all_rebuilt_params()
+        reducer._rebuild_buckets()
 
     def _needing_gradients(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self._parameters]
@@ -102,8 +99,7 @@ class ExactDDP(DDPStrategy):
 def part_of_batch(trainer: Trainer, batch_idx: int, own: int) -> tuple[int, int, int]:
     """Return where this process's samples start and end in a training step's batch, and the size of the batch.
 
-    A loader may divide its batches itself and say how by `part(batch_idx)`. Any other, such as one to which Lightning
-    gives a DistributedSampler, has `own` samples for each process.
+    A loader that divides its batches itself says how by `part(batch_idx)`; any other has `own` for each process.
     """
     loader: Any = trainer.train_dataloader
     if trainer.world_size > 1 and hasattr(loader, "part"):
@@ -123,8 +119,7 @@ def launched() -> tuple[int, int]:
     """Return the processes on each machine and the machines that torchrun or SLURM has started; (1, 1) without them."""
     # unless Lightning 2.6 is given these numbers, every process trains alone
     if torch.distributed.is_torchelastic_launched():
-        processes = number("LOCAL_WORLD_SIZE") or 1
-        return processes, max(1, number("WORLD_SIZE") // processes)
+        return number("LOCAL_WORLD_SIZE"), number("WORLD_SIZE") // number("LOCAL_WORLD_SIZE")
     # srun sets these; within an allocation alone nothing is started
     machines = number("SLURM_STEP_NUM_NODES") or 1
     return max(1, number("SLURM_STEP_NUM_TASKS") // machines), machines
@@ -147,9 +142,8 @@ def gather_in_order(batches: list[T]) -> list[T]:
 
 def is_first() -> bool:
     """Return whether this is the first process: by its trainer, and before there is one, by the environment."""
-    return getattr(rank_zero_only, "rank", 0) == 0 and not (
-        "RANK" not in os.environ and number("LOCAL_RANK", "SLURM_PROCID") + number("NODE_RANK") > 0
-    )
+    ranks = getattr(rank_zero_only, "rank", 0), number("RANK", "LOCAL_RANK", "SLURM_PROCID"), number("NODE_RANK")
+    return not any(ranks)
 
 
 def lost(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lightning_fabric.loggers.logger import _DummyExperiment
+from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
@@ -20,12 +21,11 @@ from torch.utils.tensorboard.summary import hparams, scalar
 
 from .checkpoints import Run
 from .console import UserError
-from .ddp import is_first
 from .runs import own_tests, read_results, replaced
 
 # Event files that are replaced as a whole, the last one by each `test`, under a new name, as TensorBoard reads no file
 # again. Version 2.21 reads a folder's files in the order of their names, and keeps the first settings that it finds.
-SETTINGS, TEXTS, TESTS = "0settings.tfevents", "0texts.tfevents", "0tests.tfevents"
+SETTINGS, TEXTS, TESTS = "0settings.tfevents", "0texts.tfevents", "0tests.{:.3f}.tfevents"
 
 
 class RewindableLogger(Logger):
@@ -38,9 +38,7 @@ class RewindableLogger(Logger):
     @property
     def experiment(self) -> Any:
         # Lightning 2.6 asks for it before a checkpoint is restored, and its loggers then make their files
-        if is_first() and not self.opened:
-            return _DummyExperiment()  # until then a run is not touched
-        return super().experiment  # type: ignore[misc]
+        return super().experiment if self.opened else _DummyExperiment()  # type: ignore[misc]
 
     def save(self) -> None:
         if self.opened:
@@ -82,17 +80,16 @@ class RunLogger(RewindableLogger, TensorBoardLogger):
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Return the event files of a run's training."""
     return list(folder.glob("events.out.tfevents.*"))
 
 
 def show_tests(run: Path) -> None:
-    """Write the scores of `own_tests`, the latest of each step, for TensorBoard, if the run has a curve."""
-    if tests := {test["step"]: test for test in own_tests(read_results(run) if event_files(run) else {})}:
-        before = list(run.glob(f"{TESTS}*"))
+    """Write the scores of `own_tests` for TensorBoard, if the run has a curve."""
+    if tests := own_tests(read_results(run) if event_files(run) else {}):
+        before = list(run.glob("0tests*"))
         # TensorBoard drops the higher steps of a metric where it reads a lower one
         scores = [(step, item) for step in sorted(tests) for item in tests[step].items() if item[0].startswith("test/")]
-        write_events(run / f"{TESTS}.{time():.3f}", *((step, scalar(*item)) for step, item in scores))
+        write_events(run / TESTS.format(time()), *((step, scalar(*item)) for step, item in scores))
         for path in before:
             path.unlink()
 
@@ -100,12 +97,10 @@ def show_tests(run: Path) -> None:
 def write_events(path: Path, *summaries: tuple[int, Any]) -> None:
     """Write an event file of steps and summaries, or replace it as a whole."""
     events = [Event(wall_time=time(), step=step, summary=summary) for step, summary in summaries]
-    # the name of the other is not one that TensorBoard reads
-    with (partial := path.with_name(f".{os.getpid()}.tmp")).open("wb") as file:
+    with replaced(path) as partial, partial.open("wb") as file:
         writer = RecordWriter(file)
         for event in (Event(file_version="brain.Event:2"), *events):
             writer.write(event.SerializeToString())
-    partial.replace(path)
 
 
 class RunCSVLogger(RewindableLogger, CSVLogger):
@@ -115,23 +110,22 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
 
     def state_dict(self) -> dict[str, int]:
         table = Path(self.log_dir, "metrics.csv")
-        return {"rows": len(table.read_text().splitlines()) - 1} if table.exists() else {"rows": 0}
+        return {"rows": len(table.read_text().splitlines()) - 1 if table.exists() else 0}
 
     def load_state_dict(self, state: Mapping[str, Any], run: Run) -> None:
         table = Path(self.log_dir, "metrics.csv")
         for path in (table, table.with_name("hparams.yaml")):
             if path.exists() and not run.continues:
                 raise UserError(f"{path}: that file exists; give the logger another place")
-        source = table if run.continues or not run.origin else run.origin / table.name
-        lines = source.read_text().splitlines() if source.exists() else []
-        self.opened = True
         with patch.object(ExperimentWriter, "_check_log_dir_exists"):  # that of Lightning 2.6 removes the table
             self._experiment = ExperimentWriter(self.log_dir)
-        if lines:
-            rows = state.get("rows", len(lines))
+        source = run.origin / table.name if run.origin and not run.continues else table
+        if source.exists():
+            lines = source.read_text().splitlines(keepends=True)
             with replaced(table) as partial:
-                partial.write_text("".join(f"{line}\n" for line in lines[: 1 + rows]), newline="\r\n")
-            self._experiment.metrics_keys = next(csv.reader(lines))
+                partial.write_text("".join(lines[: 1 + state.get("rows", len(lines))]), newline="\r\n")
+            self._experiment.metrics_keys = next(csv.reader(lines), [])
+        self.opened = True
         self.log_hyperparams(self.waiting)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
@@ -143,12 +137,12 @@ class RunCSVLogger(RewindableLogger, CSVLogger):
 class RunMLFlowLogger(MLFlowLogger):
     """MLFlowLogger whose run may be resumed: MLflow 3.17 keeps the first value of a setting, the latest is a tag."""
 
+    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        if is_first():
-            settings = dict(params if isinstance(params, dict) else vars(params))
-            for name in settings.keys() & self.experiment.get_run(self.run_id).data.params.keys():
-                self.experiment.set_tag(self.run_id, name, str(settings.pop(name)))
-            super().log_hyperparams(settings)
+        settings = dict(params if isinstance(params, dict) else vars(params))
+        for name in settings.keys() & self.experiment.get_run(self.run_id).data.params.keys():
+            self.experiment.set_tag(self.run_id, name, str(settings.pop(name)))
+        super().log_hyperparams(settings)
 
 
 OURS = {"CSVLogger": RunCSVLogger, "TensorBoardLogger": RunLogger, "MLFlowLogger": RunMLFlowLogger}
@@ -169,5 +163,5 @@ def open_loggers(trainer: Trainer, run: Run) -> None:
         if trainer.is_global_zero and hasattr(logger, "load_state_dict"):
             logger.load_state_dict(states.get(number, {}), run)
         elif trainer.is_global_zero and run.continues:
-            stays = f"what it may have logged after step {trainer.global_step} stays"
-            trainer.print(f"{type(logger).__name__}: {stays}, as it has no state_dict and load_state_dict")
+            title = type(logger).__name__
+            trainer.print(f"{title} has no load_state_dict: what it logged after step {trainer.global_step} stays")

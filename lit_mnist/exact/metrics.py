@@ -23,24 +23,22 @@ Part = Metric | MetricCollection | MetricTracker
 
 def find_parts(module: LightningModule) -> dict[str, Part]:
     """Return a module's metrics, collections and trackers by name, with those in plain containers and of callbacks."""
-    found: dict[str, Part] = {name: part for name, part in module.named_modules() if isinstance(part, Part)}
-    known = set(map(id, found.values()))
+    seen = set[nn.Module]()
+    found = dict(module.named_modules(seen))
+    callbacks = {f"callback {n}": part for n, part in enumerate(module.trainer.callbacks)}  # type: ignore[attr-defined]
 
     def search(value: Any, place: str) -> None:
         if isinstance(value, CONTAINERS):
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
                 search(part, f"{place}.{key}")
-        for name, part in value.named_modules() if isinstance(value, Part) else ():  # with those that it wraps
-            if isinstance(part, Part) and id(part) not in known:
-                found[f"{place}.{name}"] = part
-                known.add(id(part))
+        elif isinstance(value, Part):  # with those that it wraps
+            found.update({f"{place}.{name}": part for name, part in value.named_modules(seen)})
 
-    callbacks = enumerate(module.trainer.callbacks)  # type: ignore[attr-defined]
-    for place, holder in [*module.named_modules(), *((f"callback {n}", part) for n, part in callbacks)]:
+    for place, holder in [*found.items(), *callbacks.items()]:
         if not isinstance(holder, Metric) and not type(holder).__module__.startswith(("torch.", "pytorch_lightning.")):
             for name, value in vars(holder).items():
                 search(value if isinstance(value, CONTAINERS) else [value], f"{place}.{name}")
-    return found
+    return {name: part for name, part in found.items() if isinstance(part, Part)}
 
 
 def plain_data(metric: Metric) -> dict[str, Any]:
@@ -109,9 +107,8 @@ def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> N
     """Give a metric its state; where the number of processes has changed, the states of all are merged."""
     for number, state in enumerate(states):
         for key, default in metric._defaults.items():
-            kind = Tensor if isinstance(default, Tensor) else list
             shape = default.shape if isinstance(default, Tensor) and default.numel() > 1 else None  # a number may grow
-            if not isinstance(state.get(key), kind) or (shape and state[key].shape != shape):
+            if not isinstance(state.get(key), type(default)) or (shape and state[key].shape != shape):
                 raise ValueError(f"{name} has other states than that metric")
         own = moved(state, metric.device)
         if number:
@@ -124,23 +121,22 @@ def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> N
             if isinstance(kept, (deque, dict)):  # with its longest length or default value
                 kept.clear()
                 (kept.extend if isinstance(kept, deque) else kept.update)(value)
-            setattr(metric, key, kept if isinstance(kept, (deque, dict)) else value)
+                value = kept
+            setattr(metric, key, value)
 
 
 def logged_state(trainer: Trainer) -> list[dict[str, Any]]:
     """Return what was given to `self.log` in this epoch, and how: Lightning 2.6 would begin its mean anew."""
     names = {id(part): name for name, part in find_parts(trainer.lightning_module).items()}
-    return [
-        {
-            **{name: getattr(entry.meta, name) for name in ("fx", "name", *LOG_SETTINGS)},
-            "reduce_fx": entry.meta.reduce_fx.__name__,
-            **{"sync_dist": entry.meta.sync.should, "rank_zero_only": entry.meta.sync.rank_zero_only},
-            "metric": names.get(id(entry.value)),
-            "state": as_plain(entry.metric_state | {"_forward_cache": entry._forward_cache}) if entry.is_tensor else {},
-        }
-        for entry in trainer.fit_loop.epoch_loop._results.values()
-        if not entry.has_reset
-    ]
+    states = []
+    for entry in trainer.fit_loop.epoch_loop._results.values():
+        if not entry.has_reset:
+            settings = {name: getattr(entry.meta, name) for name in ("fx", "name", *LOG_SETTINGS)}
+            settings |= {"sync_dist": entry.meta.sync.should, "rank_zero_only": entry.meta.sync.rank_zero_only}
+            settings["reduce_fx"] = entry.meta.reduce_fx.__name__
+            state = moved(entry.metric_state | {"_forward_cache": entry._forward_cache}) if entry.is_tensor else {}
+            states.append({**settings, "metric": names.get(id(entry.value)), "state": state})
+    return states
 
 
 def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[dict[str, Any]]]) -> None:
@@ -153,24 +149,9 @@ def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[d
         # as if the module had logged it, and then its state; all but the state must agree when it does
         results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **settings)
         logged = results[f"{settings['fx']}.{settings['name']}"]
-        if not logged.is_tensor:
-            continue
-        restore_metric(logged, [entries[0]["state"]], f"logged/{settings['name']}")
-        combine = {"max": torch.maximum, "min": torch.minimum}.get(settings["reduce_fx"], torch.add)
-        for state in (moved(entry["state"], module.device) for entry in entries[1:]):
-            logged.value = combine(logged.value, state["value"])
-            if "cumulated_batch_size" in state:
-                logged.cumulated_batch_size = logged.cumulated_batch_size + state["cumulated_batch_size"]
+        if logged.is_tensor:
+            logged.full_state_update = False  # torchmetrics merges no others, and Lightning 2.6 would add maxima, too
+            logged._reductions["value"] = {"max": torch.max, "min": torch.min}.get(settings["reduce_fx"], torch.sum)
+            restore_metric(logged, [entry["state"] for entry in entries], f"logged/{settings['name']}")
     if trainer._logger_connector._first_loop_iter:  # Lightning 2.6 would begin all values anew in an epoch's first step
         trainer._logger_connector._first_loop_iter = False
-
-
-def pending(trainer: Trainer) -> dict[str, float]:
-    """Return what Lightning 2.6 logs of a step only after the callbacks, and so after a checkpoint that they save."""
-    loop, interval = trainer.fit_loop.epoch_loop, trainer.log_every_n_steps  # type: ignore[attr-defined]
-    step = loop._batches_that_stepped
-    if not trainer.training or not interval or (step + 1) % interval:
-        return {}
-    values = loop._results.metrics(on_step=True)["log"]
-    scalars: dict[str, float] = {name: value.item() for name, value in values.items() if value.numel() == 1}
-    return {"step": step, "epoch": trainer.current_epoch, **scalars} if scalars else {}  # `step` may be logged, too

@@ -20,8 +20,7 @@ from .dataloaders import make_loaders_exact
 from .ddp import ExactDDP, gather_all, part_of_batch
 from .loggers import logger_states, open_loggers
 from .progress import Progress
-from .reader import FORMAT, FORMAT_ENTRY
-from .runs import replaced
+from .runs import FORMAT, FORMAT_ENTRY, replaced
 
 # callbacks of Lightning 2.6 that cannot be resumed exactly: why, and what to do instead
 REFUSED: dict[type[Callback], str] = {
@@ -85,7 +84,6 @@ class ExactResume(Callback):
             "validation_loaded": reloads and validation._last_val_dl_reload_epoch,
             "latest": metrics.moved({k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}),
             "processes": gather_all(own),
-            "pending": metrics.pending(trainer),
             "curves": logger_states(trainer.loggers) if trainer.is_global_zero else [],
         }
 

@@ -1,26 +1,26 @@
-"""The folders of runs: claiming one for a new run, finding an old one, its checkpoints and its results."""
+"""The folders of runs: claiming one for a new run, finding an old one, reading its checkpoints and its results."""
 
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .console import UserError
+from .console import PROGRAM, UserError, shortened
 
 # of the checkpoints that a run keeps; a user's own may lie beside them
 OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-epoch=\d{2,}-step=\d{6,}(-.+)?\.ckpt"}
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
-
-
-def number_of(run: Path) -> int:
-    """Return N of a folder `version_N`, -1 for any other name."""
-    found = re.fullmatch(r"version_(\d+)", run.name)
-    return int(found[1]) if found else -1
+FORMAT = 3  # goes up when a resumed run needs other entries
+FORMAT_ENTRY = f"{PROGRAM}_format"
+# what scoring reads
+ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
+ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 def is_run(folder: Path) -> bool:
@@ -30,15 +30,15 @@ def is_run(folder: Path) -> bool:
 
 def versions(runs: Path) -> list[Path]:
     """Return the folders of all runs, the newest first: by the time in results.json, as a copied file has another."""
-    found = [path for path in runs.glob("*") if path.is_dir() and is_run(path)]
-    made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in found}
-    return sorted(found, key=lambda run: (made[run], number_of(run), run.name), reverse=True)
+    made = {run: section(read_results(run), "fit").get("created") or 0.0 for run in filter(is_run, runs.glob("*"))}
+    # where no time is known, version_10 is newer than version_9
+    return sorted(made, key=lambda run: (made[run], len(run.name), run.name), reverse=True)
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write to, which takes its place on success and is removed on failure."""
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp")  # TensorBoard reads whatever has tfevents in it
     try:
         yield partial
         partial.replace(path)
@@ -51,16 +51,16 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def claim_folder(runs: Path, name: str | None = None) -> Path:
     """Make a new folder, of this name or the next `version_N`, that no other process has."""
-    number = max(map(number_of, runs.glob("version_*")), default=-1) + 1
+    taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
+    numbers = count(max((int(number) for number in taken if number.isdecimal()), default=-1) + 1)
     while True:
-        folder = runs / (name or f"version_{number}")
+        folder = runs / (name or f"version_{next(numbers)}")
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except FileExistsError:  # another program that started at the same time was quicker
             if name:
                 raise
-            number += 1  # another program that started at the same time was quicker
 
 
 def only_process(run: Path) -> AbstractContextManager[object]:
@@ -76,25 +76,20 @@ def being_trained(run: Path) -> bool:
     try:
         with only_process(run) if (run / LOCK).exists() else nullcontext():
             return False
-    except UserError:
-        return True
-    except OSError:  # another user's folder
-        return False
+    except (UserError, OSError) as error:
+        return isinstance(error, UserError)  # else it is another user's folder
 
 
 def read_results(run: Path) -> dict[str, Any]:
     """Read a run's results.json; empty where it is missing or damaged."""
-    try:
-        results = json.loads((run / "results.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((run / "results.json").read_text()))
+    return {}
 
 
-def section(results: Any, name: str) -> Mapping[str, Any]:
+def section(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a mapping within a mapping, empty where there is none."""
-    found = results.get(name) if isinstance(results, dict) else None
-    return found if isinstance(found, dict) else {}
+    return results.get(name) or {}
 
 
 def own_checkpoints(run: Path, kind: str) -> list[Path]:
@@ -113,22 +108,56 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" and is_run(folder.parent) else None
 
 
+def find_checkpoint(wanted: str, runs: Path, kind: str = "best") -> Path:
+    """Return the file that a path, a run's folder, `best` or `last` (of the newest run that has one) means."""
+    if wanted in ("best", "last"):
+        for run in versions(runs):
+            if found := newest(run, wanted):
+                return found
+        raise UserError(f"{wanted}: no run under {runs} has a {wanted} checkpoint")
+    if (path := Path(wanted)).is_dir():
+        path = newest(path, kind) or newest(path) or path
+    if not path.is_file():  # a named pipe or a device would be waited for
+        raise UserError(f"{shortened(wanted)}: no such file; allowed are best, last, a checkpoint, a run's folder")
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, which cannot run code or import a module; UserError if it is damaged or another project's."""
+    import torch  # here, for `runs` does without it
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a file that it has not written
+        reason = shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 120)
+        raise UserError(f"{path}: that file is not an intact checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {FORMAT_ENTRY, "datamodule_hyper_parameters"} & checkpoint.keys():
+        raise UserError(f"{path}: that file is not a checkpoint of {PROGRAM}")
+    # a Trainer without this package writes no format; those of 2 can be scored
+    if (found := checkpoint.get(FORMAT_ENTRY)) not in (2, FORMAT, None):
+        raise UserError(f"{path}: that checkpoint has the format {found!r:.40}, and this version reads 2 and {FORMAT}")
+    checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
+    for name, kind in ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: that file is not an intact checkpoint ({name} is missing or no {kind.__name__})")
+    return checkpoint
+
+
 def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return what results.json has of `test`: one for each checkpoint, data and number of samples, the latest last."""
     return [one for one in results.get("test", []) if isinstance(one, dict)]
 
 
-def own_tests(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the evaluations of a run on all of its own test set."""
+def own_tests(results: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Return the evaluations of a run on all of its own test set, by step the latest."""
     of = {"test_set": section(results, "fit").get("test_set"), "whole": True}
-    return [test for test in evaluations(results) if of.items() <= test.items()]
+    return {test["step"]: test for test in evaluations(results) if of.items() <= test.items()}
 
 
 def test_score(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the evaluation of the best state of a run, or the last if none is, on all of its own test set; or {}."""
     fit = section(results, "fit")
-    step = section(fit, "best").get("step", fit.get("steps"))
-    return next((test for test in own_tests(results) if test["step"] == step), {})
+    return own_tests(results).get(section(fit, "best").get("step", fit.get("steps")), {})
 
 
 def checkpoint_lines(wanted: str, path: Path, runs: Path) -> list[str]:

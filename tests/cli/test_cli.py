@@ -14,8 +14,7 @@ from helpers import RUN, TINY, Capsys, Command, Patch, fails, last_checkpoint, r
 from lit_mnist import __version__
 from lit_mnist.__main__ import main
 from lit_mnist.cli.cli import Bar
-from lit_mnist.exact.reader import find_checkpoint
-from lit_mnist.exact.runs import claim_folder
+from lit_mnist.exact.runs import claim_folder, find_checkpoint
 
 RUNS = RUN.parent
 

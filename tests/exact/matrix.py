@@ -45,8 +45,7 @@ from lit_mnist.exact.checkpoints import BestSettings, Run, SaveSettings
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError
 from lit_mnist.exact.loggers import RunCSVLogger
-from lit_mnist.exact.reader import read_checkpoint
-from lit_mnist.exact.runs import newest
+from lit_mnist.exact.runs import newest, read_checkpoint
 
 TABLE = REPOSITORY / "docs" / "exact.md"
 STEPS, EPOCHS = 4, 3

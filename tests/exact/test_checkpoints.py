@@ -12,7 +12,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from lit_mnist.exact.checkpoint_io import DurableCheckpointIO
 from lit_mnist.exact.checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings
 from lit_mnist.exact.console import TrainingFailed, UserError
-from lit_mnist.exact.reader import find_checkpoint, read_checkpoint
+from lit_mnist.exact.runs import find_checkpoint, read_checkpoint
 
 
 def checkpoint(**entries: Any) -> dict[str, Any]:
