@@ -210,7 +210,6 @@ class CheckpointKeeper(Checkpoint):
             with replaced(self.best_path) as partial:
                 shutil.copyfile(self.run.origin / "checkpoints" / self.best_path.name, partial)
         self._step = self._agreed_step = trainer.global_step
-        self.save(trainer)  # at no moment is there nothing to resume
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._score = None
