@@ -39,13 +39,8 @@ class ExactResume(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._configured: dict[str, Any] = {}  # what `configure_optimizers` gave, and copies of it
-        self._fresh: Any = None
-        self._initial: dict[str, dict[str, Any]] = {}  # of the metrics: what differs from it is kept in checkpoints
-        self._weights: Any = None  # as they were restored, until the hooks of the start have been called
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # the folder, not who made it: the first process alone may remove it again
         self.run.folder = trainer.strategy.broadcast(self.run.folder)
         refuse_callbacks(trainer)  # again, now with those of the module
         # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
@@ -60,12 +55,12 @@ class ExactResume(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # those that accumulate: at a validation, or at any step of a module with manual optimization
         accumulated = not pl_module.automatic_optimization or trainer.fit_loop.epoch_loop._should_accumulate()
-        gradients = {name: part.grad for name, part in pl_module.named_parameters() if accumulated}
+        parameters = pl_module.named_parameters() if accumulated else ()
         own = {
             "random": rng_state(pl_module.device),
             "metrics": metrics.metric_states(trainer, pl_module, self._initial),
             "logged": metrics.logged_state(trainer),
-            "gradients": {name: metrics.moved(one) for name, one in gradients.items() if one is not None},
+            "gradients": {name: metrics.moved(part.grad) for name, part in parameters if part.grad is not None},
         }
         validation, reloads = trainer.fit_loop.epoch_loop.val_loop, vars(trainer)["reload_dataloaders_every_n_epochs"]
         checkpoint |= {
@@ -84,23 +79,21 @@ class ExactResume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._configured, self._fresh = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
-        self._weights = deepcopy(pl_module.state_dict()) if self.run.checkpoint else None
+        # as they were restored, until the hooks of the start have been called
+        self._weights = deepcopy(pl_module.state_dict()) if self.run.checkpoint else {}
         found = metrics.find_parts(pl_module).items()
+        # what differs from it is kept in checkpoints
         self._initial = {name: metrics.plain_data(part) for name, part in found if isinstance(part, Metric)}
         if trainer.global_rank > 0:  # each process has its own dropout
             torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * trainer.global_rank) % 2**63)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_exactness(trainer, pl_module)
+        check_exactness(trainer)
         # each process reads the checkpoint for itself, and machines may see different files
         states = gather_all((trainer.current_epoch, trainer.global_step))
         if len(set(states)) > 1:
             raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
         if self.run.checkpoint:
-            if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
-                # Lightning 2.6 calls its epoch hook in no epoch that is resumed; its check would refuse what that sets
-                schedule.on_train_start(trainer, pl_module)
-                schedule.on_train_start = schedule.on_train_epoch_start  # type: ignore[assignment, method-assign]
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             if self.run.loaded["stopped"] is True and not changed:
@@ -115,8 +108,6 @@ class ExactResume(Callback):
     def _open(self, trainer: Trainer) -> OSError | UserError | None:
         """Begin to write to the run's folder and loggers, and return why it cannot be done."""
         try:
-            if trainer.is_global_zero and self.run.folder:
-                self.run.folder.mkdir(parents=True, exist_ok=True)
             open_loggers(trainer, self.run)
             if scalars := dict(self.run.loaded.get("pending", {})):
                 step = int(scalars.pop("step"))
@@ -131,9 +122,11 @@ class ExactResume(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undo what the hooks of a resumed run's start have changed, and save: never is there nothing to resume."""
+        if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
+            schedule.on_train_epoch_start(trainer, pl_module)  # Lightning 2.6 calls it in no epoch that is resumed
         if self.run.checkpoint:
             self._restore_state(trainer, pl_module)
-            self._weights = None
+            self._weights = {}
         if keeper := callback_of(trainer, CheckpointKeeper):
             keeper.save(trainer)
         self.run.started = True
@@ -168,27 +161,22 @@ class ExactResume(Callback):
         changed = optimizers.apply_settings(trainer, loaded["configured"], self._configured, self._fresh)
         optimizers.restore_frozen(pl_module, loaded, self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
-        own = self._own_parts(trainer)
-        for name, gradient in own[0].get("gradients", {}).items() if own else ():
-            if len(own) > 1:
-                raise ValueError("gradients that accumulate are those of as many processes")
-            pl_module.get_parameter(name).grad = gradient.to(device)
         if batches.current.ready:  # or Lightning 2.6 would begin all values anew in the next step
             trainer._logger_connector._first_loop_iter = False
         self._restore_state(trainer, pl_module)
         return changed
 
-    def _own_parts(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """Return what this process had; on another number of processes the first has all that was counted."""
-        parts: list[dict[str, Any]] = self.run.loaded["processes"]
-        if len(parts) == trainer.world_size:
-            return [parts[trainer.global_rank]]
-        return parts if trainer.global_rank == 0 else []
-
     def _restore_state(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore what the hooks of a start may have changed, as they did when the run was first started."""
         pl_module.load_state_dict(self._weights, strict=False)
-        parts, own = self.run.loaded["processes"], self._own_parts(trainer)
+        parts: list[dict[str, Any]] = self.run.loaded["processes"]
+        own = parts if trainer.global_rank == 0 else []  # on another number of processes the first has all
+        if len(parts) == trainer.world_size:
+            own = [parts[trainer.global_rank]]
+        elif any(part.get("gradients") for part in parts):
+            raise ValueError("gradients that accumulate are those of as many processes")
+        for name, gradient in own[0].get("gradients", {}).items() if own else ():
+            pl_module.get_parameter(name).grad = gradient.to(pl_module.device)
         metrics.restore_metrics(pl_module, [part["metrics"] for part in own], (own or parts)[0]["metrics"])
         metrics.restore_logged(trainer, pl_module, [part["logged"] for part in own])
         if trainer.global_rank < len(parts):
@@ -226,7 +214,7 @@ def refuse_callbacks(trainer: Trainer) -> None:
             raise UserError(f"{type(part).__name__} is for a module with an attribute `backbone`")
 
 
-def check_exactness(trainer: Trainer, module: LightningModule) -> None:
+def check_exactness(trainer: Trainer) -> None:
     """Refuse what could not be resumed exactly, or is not the same on several processes, with a UserError."""
     for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
         if not hasattr(loader, "load_state_dict") or sized_len(loader) is None:
@@ -241,8 +229,8 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
     *_, size = part_of_batch(trainer, len(loader) - 1, 1)
     if size < trainer.world_size and (alone or "mixed" in trainer.precision):
-        where = f"where an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
-        raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
+        what = f"an epoch's last batch has {size} samples for {trainer.world_size} processes"
+        raise UserError(f"{what}: trainer.sync_batchnorm must be true and trainer.precision not mixed")
 
 
 def is_users(callback: Callback) -> bool:
