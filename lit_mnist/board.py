@@ -60,7 +60,7 @@ class Board(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (writer := self.writer(trainer)) and (results := callback_of(trainer, Results)):
             texts = {
-                "command": "\n".join(f"python -m lit_mnist {line}" for line in results.state_dict()["commands"]),
+                "command": "\n".join(f"python -m lit_mnist {line}" for line in results.history["commands"]),
                 "conditions": json.dumps(conditions(pl_module.device), indent=4),
                 "model": str(ModelSummary(pl_module, max_depth=-1)),
             }

@@ -182,7 +182,7 @@ def fit(name: str, folder: str, devices: int = 1) -> None:
     module = kind()
     loaders: Any = [DataLoader(part, 8, shuffle=part is sets[0], **settings) for part in sets]
     checkpoint = newest(runs / "version_0")
-    run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run.new(runs)
+    run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run().claim(runs)
     best = BestSettings("val_loss", "min", "val_loss") if len(loaders) > 1 else None
     own = [EarlyStopping("val_loss")] if best else []
     trainer = Trainer(

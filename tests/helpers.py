@@ -127,7 +127,7 @@ def outcome(run: Path) -> dict[str, Any]:
     loaded = last_checkpoint(run)
     best = [torch.load(path, weights_only=True)["state_dict"] for path in run.glob("checkpoints/best-*.ckpt")]
     del loaded["conditions"], loaded["curves"]
-    del loaded["callbacks"]["Results"], loaded["callbacks"]["Progress"]  # commands and timings
+    del loaded["callbacks"]["Progress"]  # timings
     files = sorted(str(path.relative_to(run)) for path in run.rglob("*.ckpt"))
     return {"state": loaded, "best": best, "curves": scalars(run), "files": files}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isnan
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from types import FrameType
 from typing import Any, Literal, TypeVar
 from unittest.mock import patch
@@ -36,7 +36,7 @@ def has_finite_weights(module: LightningModule) -> bool:
 
 @dataclass
 class Run:
-    """The folder that a fit writes to, and what it begins with; `new` and `resumed` raise UserError."""
+    """The folder that a fit writes to, and what it begins with."""
 
     folder: Path | None = None  # of its files; None on all processes but the first until it starts
     checkpoint: Path | None = None  # what it begins with
@@ -44,32 +44,23 @@ class Run:
     origin: Path | None = None  # the run that the checkpoint belongs to; None where it lies in no run's folder
     unchanged: bool = True  # whether its settings are those it had: then a run that a callback stopped stays stopped
     claimed: Sequence[Path] = ()  # what this process has made: the folder, and those above it that were missing
-    started: bool = False
+    started: bool = False  # whether there is anything to keep in it
     config: str = ""  # all settings as YAML, for config.yaml
     settings: Mapping[str, Any] = field(default_factory=dict)  # plain ones by dotted key, for results.json
     recipe: str = ""  # a name for them
     command: str = ""  # as typed
 
-    @classmethod
-    def new(cls, runs: Path) -> "Run":
-        """Return a run in a new folder among others."""
-        (run := cls()).claim(runs)
-        return run
-
-    def claim(self, runs: Path, name: str | None = None) -> None:
+    def claim(self, runs: Path, name: str | None = None) -> "Run":
         """Make a new folder for this run, `version_N` without a name, which only the first process does."""
-        self.folder = None
         if is_first():
-            try:
-                missing = [path for path in (runs.absolute(), *runs.absolute().parents) if not path.exists()]
-                self.folder = claim_folder(runs.absolute(), name)
-                self.claimed = [self.folder, *missing]
-            except OSError as error:
-                raise UserError(f"no run can be written to {runs / (name or '')} ({error.strerror})") from error
+            missing = [path for path in (runs.absolute(), *runs.absolute().parents) if not path.exists()]
+            self.folder = claim_folder(runs.absolute(), name)
+            self.claimed = [self.folder, *missing]
+        return self
 
     @classmethod
     def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any]) -> "Run":
-        """Return the run that a checkpoint belongs to, in its own folder."""
+        """Return the run that a checkpoint belongs to, in its own folder; UserError if it cannot be resumed."""
         if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
             raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
         if (version := loaded.get(FORMAT_ENTRY)) != FORMAT:
@@ -81,7 +72,7 @@ class Run:
     @property
     def continues(self) -> bool:
         """Whether it continues in the folder of its checkpoint."""
-        return self.origin is not None and not self.claimed and self.folder == self.origin
+        return self.folder is not None and self.folder == self.origin
 
     def discard_unused(self) -> None:
         """Remove the folder that was made for a run which never started."""
@@ -104,10 +95,6 @@ class SaveSettings:
 
     every_seconds: float = 10.0
     every_n_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.every_seconds, self.every_n_steps) < 0:
-            raise ValueError(f"checkpoint.every_seconds and checkpoint.every_n_steps must be from 0, got {self}")
 
 
 @dataclass
@@ -135,27 +122,25 @@ class CheckpointKeeper(Checkpoint):
         self.last_path: Path | None = None
         self.best_path: Path | None = None
         self.best_values: dict[str, float] = {}  # all that its validation logged, and the step
+        self.changes = ExitStack()  # puts back the signal handlers, and what is replaced in Lightning; `hold` does so
         self._save = save
         self._signal = 0  # what this process has got: save after this step, then stop
-        self._score: float | None = None  # the latest of this epoch
-        self._epoch = self._step = self._agreed_step = 0
+        self._suffix = ""  # of a file's name: the latest score of this epoch
+        self._agreed_step = 0
         self._saved_at = monotonic()
-        self._patches = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
         best = {"name": self.best_path and self.best_path.name, "values": self.best_values}
-        by = [self.best.monitor, self.best.mode] if self.best else []
-        return {"epoch": self._epoch, "score": self._score, "by": by, "best": best}
+        return {"suffix": self._suffix, "by": self.best and [self.best.monitor, self.best.mode], "best": best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._epoch, self._score, best = int(state_dict["epoch"]), state_dict["score"], state_dict["best"]
-        if not (best["name"] and self.best and state_dict["by"] == [self.best.monitor, self.best.mode]):
-            return
-        before = self.run.origin and self.run.origin / "checkpoints" / Path(best["name"]).name
+        self._suffix, best = state_dict.get("suffix", ""), state_dict["best"]  # an older version saved none
+        name, by = Path(best["name"] or "").name, self.best and [self.best.monitor, self.best.mode]
+        before = self.run.origin and self.run.origin / "checkpoints" / name
         # without its file there is no best; of several machines' folders that of the first process decides
-        if gather_all(before is not None and before.is_file())[0]:
-            self.best_path, self.best_values = self._folder / Path(best["name"]).name, best["values"]
+        if name and by == state_dict["by"] and gather_all(before is not None and before.is_file())[0]:
+            self.best_path, self.best_values = self._folder / name, best["values"]
 
     @property
     def _folder(self) -> Path:
@@ -175,32 +160,20 @@ class CheckpointKeeper(Checkpoint):
                 waiting.pop(0)()
             return result
 
+        saved = self.run.checkpoint.stat().st_mtime if self.run.checkpoint and self.run.continues else inf
         for part in trainer.callbacks:  # type: ignore[attr-defined]
             for name in ("on_train_batch_end", "on_validation_end") if isinstance(part, Checkpoint) else ():
                 self._replace(part, name, lambda hook, *args: waiting.append(partial(hook, *args)))
             if isinstance(part, ModelCheckpoint):
-                self._replace(part, "file_exists", partial(exists_anew, self._files_since(Path(part.dirpath or ""))))
+                self._replace(part, "file_exists", partial(exists_anew, saved, time()))
         # what Lightning 2.6 calls last after a batch, and in a validation
         self._replace(trainer._logger_connector, "on_batch_end", then_save)
         self._replace(trainer.fit_loop.epoch_loop.val_loop, "run", then_save)
         self._replace(trainer._logger_connector, "update_train_step_metrics", lambda _: None)
 
     def _replace(self, owner: Any, name: str, by: Callable[..., Any]) -> None:
-        """Replace a method, until the fit ends, by a function that gets it as its first argument."""
-        self._patches.enter_context(patch.object(owner, name, partial(by, getattr(owner, name))))
-
-    def _files_since(self, folder: Path) -> set[str]:
-        """Return the files that a process which was killed has written after the checkpoint that is resumed."""
-        found = set[str]()
-        if is_first() and self.run.continues and self.run.checkpoint:
-            saved = self.run.checkpoint.stat().st_mtime_ns
-            found = {str(path) for path in folder.rglob("*") if path.lstat().st_mtime_ns >= saved}
-        return gather_all(found)[0]
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        self._patches.close()
-
-    on_exception = teardown
+        """Replace a method by a function that gets it as its first argument."""
+        self.changes.enter_context(patch.object(owner, name, partial(by, getattr(owner, name))))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.handle_signals()  # again: Lightning 2.6 has put its own in place, which end a validation with status 0
@@ -212,20 +185,15 @@ class CheckpointKeeper(Checkpoint):
             self._folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.best_path) as partial:
                 shutil.copyfile(self.run.origin / "checkpoints" / self.best_path.name, partial)
-        self._step = self._agreed_step = trainer.global_step
-        self.save(trainer)  # at no moment is there nothing to resume
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._score = None
+        self._suffix = ""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._epoch = trainer.current_epoch
-        stepped = trainer.global_step > self._step
-        self._step = trainer.global_step
         # not where gradients accumulate, nor before a validation or an epoch's end: Lightning 2.6 resumes after them
-        loop = trainer.fit_loop
-        validates = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
-        if not stepped or validates or 0 < trainer.max_steps <= trainer.global_step:
+        loop: Any = trainer.fit_loop
+        ends = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step
+        if ends or loop.epoch_loop._should_accumulate() or loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             return
         due = bool(self._save.every_n_steps and trainer.global_step % self._save.every_n_steps == 0)
         # each process has a timer and signals of its own, and asking the others in every step would take time
@@ -236,10 +204,9 @@ class CheckpointKeeper(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.save(trainer, validated=True)
-            self._save_together(trainer)
+            self._save_together(trainer, due=True)
 
-    def _save_together(self, trainer: Trainer, due: bool = False) -> None:
+    def _save_together(self, trainer: Trainer, due: bool) -> None:
         """Save if it is due for any process or one has got a signal, with which all then stop."""
         signum = self._signal
         if trainer.world_size > 1:
@@ -251,17 +218,16 @@ class CheckpointKeeper(Checkpoint):
         if signum:
             raise Interrupted(signum, self.last_path)
 
-    def save(self, trainer: Trainer, validated: bool = False) -> None:
+    def save(self, trainer: Trainer) -> None:
         """Write the state of this moment, as the best too where a validation has just found it so."""
         if not has_finite_weights(trainer.lightning_module):  # Progress stops it soon, and its last sound state stays
             return
-        title = self.best.monitor.rpartition("/")[2] if self.best else ""
-        if validated and self.best and self._is_best(trainer, self.best):
-            self.best_path = self._folder / f"best-epoch={trainer.current_epoch:02d}-{title}={self._score:.4f}.ckpt"
+        if trainer.validating and self.best and self._is_best(trainer, self.best):
+            self.best_path = self._folder / f"best-epoch={trainer.current_epoch:02d}{self._suffix}.ckpt"
             trainer.save_checkpoint(self.best_path)
-        name = f"last-epoch={self._epoch:02d}-step={trainer.global_step:06d}"
-        name += "" if self._score is None else f"-{title}={self._score:.4f}"
-        trainer.save_checkpoint(path := self._folder / f"{name}.ckpt")
+        epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the latest that has begun
+        path = self._folder / f"last-epoch={epoch:02d}-step={trainer.global_step:06d}{self._suffix}.ckpt"
+        trainer.save_checkpoint(path)
         self.last_path = path
         if trainer.is_global_zero:  # now that the newest state names no other best
             kinds = ["last", "best"] if self.best_path else ["last"]
@@ -279,24 +245,25 @@ class CheckpointKeeper(Checkpoint):
         values = {k: v for k, v in logged.items() if k == best.monitor or not k.startswith("train/")}
         # those of the first process: a module may log what each process has found alone
         values = gather_all(values | {"step": trainer.global_step})[0]
-        self._score, sign = values[best.monitor], 1 if best.mode == "max" else -1
+        score, sign = values[best.monitor], 1 if best.mode == "max" else -1
+        self._suffix = f"-{best.monitor.rpartition('/')[2]}={score:.4f}"
         ranks = [(sign * one[best.monitor], -one.get(best.loss, inf)) for one in (values, self.best_values) if one]
-        better = not isnan(self._score) and (len(ranks) == 1 or ranks[0] > ranks[1])
+        better = not isnan(score) and (len(ranks) == 1 or ranks[0] > ranks[1])
         self.best_values = values if better else self.best_values
         return better
 
-    def handle_signals(self) -> dict[signal.Signals, Any]:
-        """Let SIGTERM and Ctrl-C end the training after a step, a second Ctrl-C at once; return the former handlers."""
+    def handle_signals(self) -> None:
+        """Let SIGTERM and Ctrl-C end the training after a step, a second Ctrl-C at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             self._signal = signum
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        return {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self.changes.callback(signal.signal, signum, signal.signal(signum, note))
 
 
-def exists_anew(left: set[str], exists: Callable[..., bool], path: str, trainer: Trainer) -> bool:
+def exists_anew(saved: float, resumed: float, exists: Callable[..., bool], path: str, trainer: Trainer) -> bool:
     """Stand in for `ModelCheckpoint.file_exists` of Lightning 2.6, which would write beside a file that was left."""
-    unwritten = path in left
-    left.discard(path)  # it is written now
-    return not unwritten and exists(path, trainer)
+    left = Path(path).is_file() and saved <= Path(path).stat().st_mtime < resumed  # by a process that was killed
+    return not gather_all(left)[0] and exists(path, trainer)

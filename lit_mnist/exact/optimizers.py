@@ -91,10 +91,9 @@ def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str
     on_plateau = [config.scheduler.optimizer for config in configs if config.reduce_on_plateau]
     pairs = zip(trainer.optimizers, groups, strict=True)  # a callback may have added groups
     flat = [(one, *pair) for one, own in pairs for pair in zip(one.param_groups, own, strict=False)]
-    differs, other_rates = False, []  # the optimizers of which a schedule has to be computed
+    other_rates = list[Any]()  # the optimizers of which a schedule has to be computed
     for (optimizer, group, own), old, new in zip(flat, before["groups"], now["groups"], strict=True):
         changed = changed_keys(old, new)
-        differs |= bool(changed)
         if "lr" in changed and optimizer in on_plateau and old["lr"]:  # with the reductions so far
             own["lr"] = group["lr"] * (new["lr"] / old["lr"])
         group |= {key: own[key] for key in changed}
@@ -102,7 +101,6 @@ def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str
     for config, old, new, state in zip(configs, before["schedules"], now["schedules"], states, strict=True):
         scheduler: Any = config.scheduler
         optimizer, kind, changed = scheduler.optimizer, type(scheduler).__name__, changed_keys(old, new)
-        differs |= bool(changed)
         if config.reduce_on_plateau:
             vars(scheduler).update({key: state[key] for key in changed - {"class", "_last_lr"}})
         elif changed or optimizer in other_rates:
@@ -114,7 +112,7 @@ def apply_settings(trainer: Trainer, before: Mapping[str, Any], now: Mapping[str
         most = getattr(scheduler, "total_steps", 0) * config.frequency
         if most and config.interval == "step" and trainer.estimated_stepping_batches > most:
             raise UserError(f"{kind} ends after {most} steps, before this run does: configure a longer schedule")
-    return differs
+    return any(map(changed_keys, [*before["groups"], *before["schedules"]], [*now["groups"], *now["schedules"]]))
 
 
 def scheduled_keys(optimizer: Any, group: Mapping[str, Any]) -> set[str]:

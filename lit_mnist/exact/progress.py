@@ -141,16 +141,19 @@ def total_steps(trainer: Trainer) -> float:
     most, epochs = math.inf if trainer.max_steps == -1 else trainer.max_steps, trainer.max_epochs or 0
     if epochs <= 0:
         return most
-    this, each = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
-    first, limit, count = trainer.current_epoch, trainer.limit_train_batches, trainer.accumulate_grad_batches
-    batches, counts = [each] * (epochs - first), [count] * (epochs - first)
-    if schedule := callback_of(trainer, GradientAccumulationScheduler):
-        counts = [schedule.get_accumulate_grad_batches(epoch) for epoch in range(first, epochs)]
-    epoch_lengths = getattr(trainer.train_dataloader, "epoch_lengths", None)  # of a loader whose epochs differ
-    if lengths := epoch_lengths and epoch_lengths(range(first, epochs)):
+    left, limit = range(trainer.current_epoch, epochs), trainer.limit_train_batches
+    schedule, count = callback_of(trainer, GradientAccumulationScheduler), trainer.accumulate_grad_batches
+    # a loader whose epochs differ says how long they are
+    lengths: list[float] = getattr(trainer.train_dataloader, "epoch_lengths", lambda _: [])(left)
+    if schedule or lengths:
         batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
-    left = sum(math.ceil(number / count) for number, count in zip(batches, counts, strict=True))
-    return min(most, trainer.global_step - math.ceil(this / (counts or [count])[0]) + left)
+        counts = [schedule.get_accumulate_grad_batches(epoch) if schedule else count for epoch in left]
+        pairs = zip(batches or [trainer.num_training_batches] * len(left), counts, strict=True)
+        remaining = sum(math.ceil(number / accumulated) for number, accumulated in pairs)
+    else:
+        remaining = math.ceil(trainer.num_training_batches / count) * len(left)
+    done = math.ceil(trainer.fit_loop.epoch_loop.batch_progress.current.ready / count)
+    return min(most, trainer.global_step - done + remaining)
 
 
 def check_losses(trainer: Trainer) -> None:

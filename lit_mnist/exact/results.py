@@ -23,18 +23,15 @@ class Results(Callback):
 
     def __init__(self, run: Run, progress: Progress) -> None:
         self.run, self.progress = run, progress
-        # the checkpoint of another run that this one begins with
-        parent = f"{run.origin.name}/{run.checkpoint.name}" if run.checkpoint and run.origin and run.claimed else None
-        self._kept: dict[str, Any] = {"recipe": run.recipe, "parent": parent, "commands": [run.command]}
-        self._created = section(read_results(run.folder), "fit").get("created", time()) if run.folder else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._kept
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        commands = [*state_dict["commands"], *self._kept["commands"]]
-        parent = self._kept["parent"] or state_dict["parent"]
-        self._kept = {"recipe": state_dict["recipe"], "parent": parent, "commands": commands}
+        fit = section(read_results(run.origin), "fit") if run.origin else {}
+        begun = f"{run.origin.name}/{run.checkpoint.name}" if run.origin and run.checkpoint else None
+        own: Any = fit if run.continues else {"parent": begun}
+        self.history = {
+            "created": own.get("created", time()),
+            "recipe": fit.get("recipe", run.recipe),
+            "parent": own.get("parent"),
+            "commands": [*own.get("commands", []), run.command],
+        }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_fit(trainer, pl_module, "running")
@@ -68,7 +65,7 @@ class Results(Callback):
             best = {**keeper.best_values, "checkpoint": keeper.best_path.name}
         timer = self.progress.state_dict()
         seconds, data = timer["train_seconds"], trainer.datamodule  # type: ignore[attr-defined]
-        fit = {"state": state, "created": self._created, **self._kept, "epochs": trainer.current_epoch}
+        fit = {"state": state, **self.history, "epochs": trainer.current_epoch}
         fit |= {"steps": trainer.global_step, "parameters": sum(p.numel() for p in pl_module.parameters())}
         fit |= {"metrics": self.progress.metrics, "best": best, "train_seconds": round(seconds, 3)}
         fit["validation_seconds"] = round(timer["validation_seconds"], 3)

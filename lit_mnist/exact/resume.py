@@ -9,7 +9,6 @@ from lightning_fabric.utilities.data import sized_len
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning import callbacks as lightning
-from torch import Tensor
 from torchmetrics import Metric
 
 from . import metrics, optimizers
@@ -39,15 +38,8 @@ class ExactResume(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._configured: dict[str, Any] = {}  # what `configure_optimizers` gave, and copies of it
-        self._fresh: Any = None
-        self._initial: dict[str, dict[str, Any]] = {}  # of the metrics: what differs from it is kept in checkpoints
-        # until the first step: of a resumed run its weights, and what it has logged in this epoch
-        self._weights: dict[str, Any] | None = None
-        self._logged: list[Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # the folder, not who made it: the first process alone may remove it again
         self.run.folder = trainer.strategy.broadcast(self.run.folder)
         refuse_callbacks(trainer)  # again, now with those of the module
         # Lightning 2.6 does so only once a checkpoint is loaded, whose weights of 64 bits would have been cut to 32
@@ -60,18 +52,14 @@ class ExactResume(Callback):
                 checkpoint["callbacks"][part.state_key]["patience"] = part.patience  # of 2.6 it would be the former one
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._weights:  # the last callback saves in on_train_start
-            self._restore_state(trainer, pl_module)
-            states = {part.state_key: part.state_dict() for part in trainer.callbacks}  # type: ignore[attr-defined]
-            checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         # those that accumulate: at a validation, or at any step of a module with manual optimization
         accumulated = not pl_module.automatic_optimization or trainer.fit_loop.epoch_loop._should_accumulate()
-        gradients = {name: part.grad for name, part in pl_module.named_parameters() if accumulated}
+        parameters = pl_module.named_parameters() if accumulated else ()
         own = {
             "random": rng_state(pl_module.device),
             "metrics": metrics.metric_states(trainer, pl_module, self._initial),
-            "logged": metrics.logged_state(trainer) if self._logged is None else self._logged,
-            "gradients": {name: metrics.moved(one) for name, one in gradients.items() if one is not None},
+            "logged": metrics.logged_state(trainer),
+            "gradients": {name: metrics.moved(part.grad) for name, part in parameters if part.grad is not None},
         }
         validation, reloads = trainer.fit_loop.epoch_loop.val_loop, vars(trainer)["reload_dataloaders_every_n_epochs"]
         checkpoint |= {
@@ -89,53 +77,57 @@ class ExactResume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._configured, self._fresh = optimizers.configured_hparams(trainer, pl_module)  # before they are restored
-        self._weights = metrics.moved(dict(pl_module.state_dict())) if self.run.checkpoint else {}
+        # as they were restored, until the hooks of the start have been called
+        self._weights = deepcopy(pl_module.state_dict()) if self.run.checkpoint else {}
         found = metrics.find_parts(pl_module).items()
+        # what differs from it is kept in checkpoints
         self._initial = {name: metrics.plain_data(part) for name, part in found if isinstance(part, Metric)}
         if trainer.global_rank > 0:  # each process has its own dropout
             torch.manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * trainer.global_rank) % 2**63)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_exactness(trainer, pl_module)
+        check_exactness(trainer)
         # each process reads the checkpoint for itself, and machines may see different files
         states = gather_all((trainer.current_epoch, trainer.global_step))
         if len(set(states)) > 1:
             raise UserError(f"the processes have read different checkpoints, of these epochs and steps: {states}")
         if self.run.checkpoint:
-            if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
-                # Lightning 2.6 calls its epoch hook in no epoch that is resumed; its check would refuse what that sets
-                schedule.on_train_start(trainer, pl_module)
-                schedule.on_train_start = schedule.on_train_epoch_start  # type: ignore[assignment, method-assign]
             changed = self.restore_rest(trainer, pl_module) or not self.run.unchanged
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             if self.run.loaded["stopped"] is True and not changed:
                 trainer.should_stop = True  # a callback had ended this run, and no setting says to train it longer
             elif changed and (step := trainer.global_step) and rates and not any(rates) and not trainer.is_last_batch:
                 raise UserError(f"the learning rate is 0 after step {step}: configure a longer schedule")
-        problem: OSError | UserError | None = None
-        try:
-            self._open(trainer)
-        except (OSError, UserError) as error:
-            problem = error
-        if reason := next(filter(None, gather_all(str(problem or ""))), ""):  # all end with it: none waits for another
-            raise problem or UserError(f"another process could not write to the run: {reason}")
-        self.run.started = True
-        if self.run.checkpoint:
-            # Lightning 2.6 calls this last; within an epoch a batch's transfer is before other hooks
-            trainer.strategy.on_train_start = partial(self.on_train_epoch_start, trainer, pl_module)  # type: ignore[method-assign]
+        if problem := next(filter(None, gather_all(self._open(trainer))), None):
+            raise problem  # in all processes: none waits for another
+        # Lightning 2.6 calls this last of all hooks of a start
+        trainer.strategy.on_train_start = partial(self._begin, trainer, pl_module)  # type: ignore[method-assign]
 
-    def _open(self, trainer: Trainer) -> None:
-        """Begin to write to the run's folder and loggers."""
-        if trainer.is_global_zero and self.run.folder:
-            self.run.folder.mkdir(parents=True, exist_ok=True)
-        open_loggers(trainer, self.run)
-        if scalars := dict(self.run.loaded.get("pending", {})):
-            step = int(scalars.pop("step"))
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step)
-        if trainer.is_global_zero and self.run.folder and self.run.config:  # SaveConfigCallback 2.6 would be too early
-            with replaced(self.run.folder / "config.yaml") as unfinished:
-                unfinished.write_text(self.run.config)
+    def _open(self, trainer: Trainer) -> OSError | UserError | None:
+        """Begin to write to the run's folder and loggers, and return why it cannot be done."""
+        try:
+            open_loggers(trainer, self.run)
+            if scalars := dict(self.run.loaded.get("pending", {})):
+                step = int(scalars.pop("step"))
+                for logger in trainer.loggers:
+                    logger.log_metrics(scalars, step)
+            if trainer.is_global_zero and self.run.folder and self.run.config:  # SaveConfigCallback 2.6 is too early
+                with replaced(self.run.folder / "config.yaml") as unfinished:
+                    unfinished.write_text(self.run.config)
+        except (OSError, UserError) as error:
+            return error
+        return None
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undo what the hooks of a resumed run's start have changed, and save: never is there nothing to resume."""
+        if schedule := callback_of(trainer, lightning.GradientAccumulationScheduler):
+            schedule.on_train_epoch_start(trainer, pl_module)  # Lightning 2.6 calls it in no epoch that is resumed
+        if self.run.checkpoint:
+            self._restore_state(trainer, pl_module)
+            self._weights = {}
+        if keeper := callback_of(trainer, CheckpointKeeper):
+            keeper.save(trainer)
+        self.run.started = True
 
     def restore_rest(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
@@ -167,32 +159,24 @@ class ExactResume(Callback):
         changed = optimizers.apply_settings(trainer, loaded["configured"], self._configured, self._fresh)
         optimizers.restore_frozen(pl_module, loaded, self._configured)
         trainer.callback_metrics.update({name: value.to(device) for name, value in loaded["latest"].items()})
-        own = self._own_parts(trainer)
-        for name, gradient in own[0].get("gradients", {}).items() if own else ():
-            if len(own) > 1:
-                raise ValueError("gradients that accumulate are those of as many processes")
-            pl_module.get_parameter(name).grad = gradient.to(device)
-        metrics.restore_logged(trainer, pl_module, [part["logged"] for part in own])
-        self._logged = metrics.logged_state(trainer)
-        trainer.fit_loop.epoch_loop._results.clear()  # not to be seen before the next step
+        if batches.current.ready:  # or Lightning 2.6 would begin all values anew in the next step
+            trainer._logger_connector._first_loop_iter = False
         self._restore_state(trainer, pl_module)
         return changed
 
-    def _own_parts(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """Return what this process had; on another number of processes the first has all that was counted."""
-        parts: list[dict[str, Any]] = self.run.loaded["processes"]
-        if len(parts) == trainer.world_size:
-            return [parts[trainer.global_rank]]
-        return parts if trainer.global_rank == 0 else []
-
     def _restore_state(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore what the hooks of a start may have changed, as they did when the run was first started."""
-        state: dict[str, Any] = pl_module.state_dict()
-        for name, value in (self._weights or {}).items():
-            if isinstance(value, Tensor) and name in state:
-                state[name].copy_(value)
-        parts, states = self.run.loaded["processes"], [part["metrics"] for part in self._own_parts(trainer)]
-        metrics.restore_metrics(pl_module, states, states[0] if states else parts[0]["metrics"])
+        pl_module.load_state_dict(self._weights, strict=False)
+        parts: list[dict[str, Any]] = self.run.loaded["processes"]
+        own = parts if trainer.global_rank == 0 else []  # on another number of processes the first has all
+        if len(parts) == trainer.world_size:
+            own = [parts[trainer.global_rank]]
+        elif any(part.get("gradients") for part in parts):
+            raise ValueError("gradients that accumulate are those of as many processes")
+        for name, gradient in own[0].get("gradients", {}).items() if own else ():
+            pl_module.get_parameter(name).grad = gradient.to(pl_module.device)
+        metrics.restore_metrics(pl_module, [part["metrics"] for part in own], (own or parts)[0]["metrics"])
+        metrics.restore_logged(trainer, pl_module, [part["logged"] for part in own])
         if trainer.global_rank < len(parts):
             _set_rng_states(random := parts[trainer.global_rank]["random"])
             if "cuda" in random and pl_module.device.type == "cuda":
@@ -201,31 +185,12 @@ class ExactResume(Callback):
             if is_users(callback) and callback.state_key in self.run.loaded["callbacks"]:
                 callback.load_state_dict(deepcopy(self.run.loaded["callbacks"][callback.state_key]))
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._weights and trainer.global_step:
-            self._restore_state(trainer, pl_module)  # what on_train_start of the module did does not count
-        self._weights = None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == 0:
-            # Lightning 2.6 resumes a checkpoint of step 0 with this counter of the loggers' steps at 1
-            trainer.fit_loop.epoch_loop._batches_that_stepped = 0
-        if self._logged is not None:
-            metrics.restore_logged(trainer, pl_module, [self._logged])
-            self._logged = None
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_batch_start(trainer, pl_module)  # of a run that is resumed after an epoch's last step
         total: Any = trainer.fit_loop.epoch_loop.batch_progress.total  # not even where a hook has ended the epoch
         vars(total).update(dict.fromkeys(("ready", "started", "processed"), total.completed))
         if trainer.fit_loop.restarting and trainer.max_steps == -1:
             # Lightning 2.6, which keeps no metrics, would leave ReduceLROnPlateau out
             trainer.fit_loop.restarting = False
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning 2.6 finds some settings wrong in on_train_start, such as a LearningRateMonitor without a logger
-        if self._weights is not None and self.run.claimed and isinstance(exception, Exception):
-            self.run.started = False  # no step was made, and nothing is lost with its folder
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # first: other callbacks may change the weights in their on_train_end, as WeightAveraging does, and a run that
@@ -247,7 +212,7 @@ def refuse_callbacks(trainer: Trainer) -> None:
             raise UserError(f"{type(part).__name__} is for a module with an attribute `backbone`")
 
 
-def check_exactness(trainer: Trainer, module: LightningModule) -> None:
+def check_exactness(trainer: Trainer) -> None:
     """Refuse what could not be resumed exactly, or is not the same on several processes, with a UserError."""
     for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
         if not hasattr(loader, "load_state_dict") or sized_len(loader) is None:
@@ -262,8 +227,8 @@ def check_exactness(trainer: Trainer, module: LightningModule) -> None:
     alone = isinstance(trainer.strategy, ExactDDP) and not trainer.strategy.synchronized
     *_, size = part_of_batch(trainer, len(loader) - 1, 1)
     if size < trainer.world_size and (alone or "mixed" in trainer.precision):
-        where = f"where an epoch's last batch is smaller than the number of processes, {trainer.world_size}"
-        raise UserError(f"trainer.sync_batchnorm must be true and trainer.precision not mixed {where}")
+        what = f"an epoch's last batch has {size} samples for {trainer.world_size} processes"
+        raise UserError(f"{what}: trainer.sync_batchnorm must be true and trainer.precision not mixed")
 
 
 def is_users(callback: Callback) -> bool:

@@ -152,7 +152,7 @@ def fit(folder: Path, make: Make, notes: dict[str, Any], kill_at: int = 0, **set
     """Train from a folder's newest checkpoint on, or anew, to the end or in front of a step, and return the outcome."""
     seed_everything(5, verbose=False)
     checkpoint = newest(folder / "version_0")
-    run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run.new(folder)
+    run = Run.resumed(checkpoint, read_checkpoint(checkpoint)) if checkpoint else Run().claim(folder)
     module, *own = make()
     module.notes = notes
     trainer = Trainer(
