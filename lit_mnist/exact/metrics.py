@@ -153,5 +153,3 @@ def restore_logged(trainer: Trainer, module: LightningModule, parts: list[list[d
             logged.full_state_update = False  # torchmetrics merges no others, and Lightning 2.6 would add maxima, too
             logged._reductions["value"] = {"max": torch.max, "min": torch.min}.get(settings["reduce_fx"], torch.sum)
             restore_metric(logged, [entry["state"] for entry in entries], f"logged/{settings['name']}")
-    if trainer._logger_connector._first_loop_iter:  # Lightning 2.6 would begin all values anew in an epoch's first step
-        trainer._logger_connector._first_loop_iter = False
