@@ -96,7 +96,8 @@ class MNISTCLI(LightningCLI):
         self.command, self.watch = args[0], watch
         processes, machines = launched()
         defaults = {"max_epochs": 4, "num_sanity_val_steps": 0, "devices": processes, "num_nodes": machines}
-        defaults["sync_batchnorm"] = True  # else another number of processes is another training
+        # a table has 18 lines for a small network; without synchronized batch norm the number of processes would matter
+        defaults |= {"enable_model_summary": False, "sync_batchnorm": True}
         try:
             super().__init__(
                 LitMNIST,
@@ -192,14 +193,10 @@ class MNISTCLI(LightningCLI):
             callbacks = [part for part in callbacks if not isinstance(part, lightning.Timer)]
         if command == "fit":
             save = made["checkpoint"] if keeps else None
-            best = made["best"] if self.settings.plain["data.val_size"] > 0 else None
+            best = made["best"] if self.config["data.val_size"] > 0 else None
             board = [made["board"]] if made["board"].every_n_epochs > 0 else []
-            if watch := self.watch:
-                callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: watch(run)), *callbacks]
             callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
             callbacks.append(lightning.LambdaCallback(on_train_start=self.announce))
-            # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
-            callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
         else:
             callbacks.append(progress := Progress())
             callbacks += [Results(run, progress)] if command == "test" else []
@@ -211,12 +208,11 @@ class MNISTCLI(LightningCLI):
             "profiler": trainer["profiler"] or Unprofiled(),
             "enable_checkpointing": keeps,
             "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
-            "enable_model_summary": False,
         }
 
     def check_trainer(self) -> None:
         """Refuse what Lightning 2.6 would not end with, processes that were not started, and what cannot be resumed."""
-        now, trainer, (processes, machines) = self.settings.plain, self.trainer, launched()
+        now, trainer, (processes, machines) = self.config, self.trainer, launched()
         wanted, endless = trainer.world_size, trainer.max_epochs == trainer.max_steps == -1
         for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
             value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
@@ -235,11 +231,11 @@ class MNISTCLI(LightningCLI):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
             raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
-        if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
-            raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
 
     def announce(self, trainer: Trainer, module: LightningModule) -> None:
         """Print what is trained, on which device and where to."""
+        if self.watch:
+            self.watch(self.run)
         sizes = {name: len(part) for name, part in trainer.datamodule.parts.items()}  # type: ignore[attr-defined]
         device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
         parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -259,8 +255,6 @@ class MNISTCLI(LightningCLI):
             raise
         except Exception as error:
             if reason := lost(error):
-                if not torch.distributed.is_initialized():
-                    raise ProcessLost(f"the processes could not be joined: {reason}") from error
                 keeper = callback_of(self.trainer, CheckpointKeeper)
                 resume = resume_command(keeper.last_path if keeper else None)
                 raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error

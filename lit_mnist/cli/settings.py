@@ -1,12 +1,13 @@
 """What a command runs with: the settings of a checkpoint's run, and over them the user's files and flags."""
 
+import argparse
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -38,9 +39,17 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 
 
 class Parser(LightningArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # jsonargparse 4.53 prints the usage of some hundred flags as well
-        raise UserError(one_line(re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", message))) from ex
+    def parse_line(self, args: Sequence[str]) -> Any:
+        """Parse files of `--config` and over them all other flags: in jsonargparse what stands last wins."""
+        first = OneLineParser(add_help=False, allow_abbrev=False)
+        first.add_argument("-c", "--config", action="append", default=[])
+        found, flags = first.parse_known_args(args)
+        self.exit_on_error = False  # with all flags printed
+        try:
+            return self.parse_args([*(f"--config={file}" for file in found.config), *flags])
+        except (ValueError, argparse.ArgumentError) as error:  # jsonargparse does not say which file
+            where = f" (in {' or '.join(found.config)} or a flag)" if found.config else ""
+            raise UserError(one_line(error) + where) from error
 
     def format_help(self, *args: Any) -> str:
         # jsonargparse 4.53 names some forty classes for trainer.callbacks alone
@@ -57,7 +66,6 @@ class Settings:
     command: str
     config: Any  # as parsed
     run: Run = field(default_factory=Run)
-    plain: dict[str, Any] = field(default_factory=dict)  # by dotted key
     name: str | None = None  # of a new run's folder
     lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
 
@@ -67,16 +75,14 @@ class Settings:
         return Path(root).expanduser() / "lightning_logs"
 
 
-def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
+def parse(parser: Parser, args: list[str]) -> Settings:
     """Parse a command line over the settings of a checkpoint's run."""
     (command, *flags), before = args, dict[str, Any]()
-    files, flags = configs_first(flags)
-    config, known = parse_args(parser, flags, files), parser.get_defaults()
-    settings = Settings(command, config)
+    settings = Settings(command, config := parser.parse_line(flags))
     if wanted := config["ckpt_path"]:
-        before, base = run_settings(settings, str(wanted))
-        text = yaml.safe_dump({key: value for key, value in base.items() if key in known})  # an old one may be gone
-        settings.config = config = parse_args(parser, ["--config", text, *flags], ["the checkpoint's run", *files])
+        (before, base), known = run_settings(settings, str(wanted)), parser.get_defaults()
+        parser.set_defaults({key: value for key, value in base.items() if key in known})  # an old one may be gone
+        settings.config = config = parser.parse_line(flags)
     elif command != "fit":
         raise UserError(f"{command} needs --ckpt_path best, last or the path of a checkpoint")
     if config["trainer.precision"] == "auto":
@@ -87,35 +93,20 @@ def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
     run = settings.run
     if name is not None and (run.continues or not name or name.startswith(".") or name != Path(name).name):
         raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
-    run.recipe, run.command = "+".join(Path(file).stem for file in files) or "default", shlex.join(args)
-    run.config = parser.dump(config, skip_unset=False)
-    settings.plain = now = flat(yaml.safe_load(run.config))
+    run.recipe = "+".join(Path(str(file)).stem for file in config["config"] or []) or "default"
+    run.command, run.config = shlex.join(args), parser.dump(config, skip_unset=False)
+    now = flat(yaml.safe_load(run.config))
     run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}
-    check_fixed(settings, before)
+    check_fixed(settings, before, now)
     if command == "fit":
         run.unchanged = before.items() <= now.items()
-        pairs = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
         here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(run.loaded, "conditions"))
-        note = " (the last bits may differ)"
-        pairs += [(key.partition(".")[2], there[key], here[key], note) for key in CONDITIONS & there.keys()]
-        different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in pairs if a != b]
+        changes = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
+        for key in sorted(CONDITIONS & there.keys()):
+            changes.append((key.partition(".")[2], there[key], here[key], " (the last bits may differ)"))
+        different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in changes if a != b]
         settings.lines += [f"{name}: {old} -> {new}{note}" for name, old, new, note in different]
     return settings
-
-
-def parse_args(parser: LightningArgumentParser, args: list[str], files: list[str]) -> Any:
-    try:
-        return parser.parse_args(args)
-    except (ValueError, RecursionError) as error:  # jsonargparse does not say which file
-        raise UserError(one_line(error) + (f" (in {' or '.join(files)} or a flag)" if files else "")) from error
-
-
-def configs_first(args: list[str]) -> tuple[list[str], list[str]]:
-    """Return the files of `--config`, and the flags with these before all others: in jsonargparse the last wins."""
-    parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    found, flags = parser.parse_known_args(args)
-    return found.config, [*(f"--config={file}" for file in found.config), *flags]
 
 
 def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,10 +167,9 @@ def quickest_precision(accelerator: Any) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
+def check_fixed(settings: Settings, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse settings that would turn the checkpoint's run into another one."""
-    now, fixed = settings.plain, FIXED[settings.command]
-    before = before and {"model.views": 1, "data.shares": None, **before}  # which older runs do not have
+    fixed = FIXED[settings.command]
     if settings.command == "fit":
         fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
         loop = runs.section(runs.section(settings.run.loaded, "loops"), "fit_loop")

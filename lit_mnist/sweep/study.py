@@ -139,7 +139,7 @@ class Study:
                 partial.write_text(text)
         return study
 
-    def fill_queue(self, study: optuna.Study, again: bool) -> None:
+    def fill_queue(self, study: optuna.Study, again: bool = False) -> None:
         """Queue configurations that are new, were interrupted or have new seeds, and `again` those that failed."""
         trials = latest_trials(study)
         queue: list[dict[str, Any]] = [{}] * self.samples  # without parameters: drawn later
