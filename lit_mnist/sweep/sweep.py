@@ -22,17 +22,17 @@ from optuna.trial import TrialState
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain, one_line
-from lit_mnist.cli.settings import Parser, Settings
+from lit_mnist.cli.settings import Parser
 from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shown
 from lit_mnist.exact.runs import being_trained, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
 from lit_mnist.sweep.study import Study, latest_trials
 
 
-def check(flags: list[str]) -> Settings:
-    """Return the settings of a `fit` with these flags; a UserError says why they cannot be used."""
+def check(flags: list[str]) -> MNISTCLI:
+    """Return a `fit` with these flags that is not started; a UserError says why they cannot be used."""
     with redirect_stdout(io.StringIO()):
-        return MNISTCLI(["fit", *flags], start=False).settings
+        return MNISTCLI(["fit", *flags], start=False)
 
 
 class Worker:
