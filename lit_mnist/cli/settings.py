@@ -38,17 +38,18 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 
 
 class Parser(LightningArgumentParser):
-    def parse_line(self, args: Sequence[str]) -> Any:
-        """Parse files of `--config` and over them all other flags: in jsonargparse what stands last wins."""
+    def parse_line(self, args: Sequence[str], run: Mapping[str, Any] | None = None) -> Any:
+        """Parse the settings of a run, over them the files of `--config`, and over these all other flags."""
         first = OneLineParser(add_help=False, allow_abbrev=False)
         first.add_argument("-c", "--config", action="append", default=[])
         found, flags = first.parse_known_args(args)
+        before = [yaml.safe_dump(run)] if run else []
         self.exit_on_error = False  # with all flags printed
         try:
-            return self.parse_args([*(f"--config={file}" for file in found.config), *flags])
+            return self.parse_args([*(f"--config={config}" for config in before + found.config), *flags])
         except (ValueError, argparse.ArgumentError) as error:  # jsonargparse does not say which file
-            where = f" (in {' or '.join(found.config)} or a flag)" if found.config else ""
-            raise UserError(one_line(error) + where) from error
+            files = ["the checkpoint's run"] * len(before) + found.config
+            raise UserError(one_line(error) + f" (in {' or '.join(files)} or a flag)" * bool(files)) from error
 
     def format_help(self, *args: Any) -> str:
         # jsonargparse 4.53 names some forty classes for trainer.callbacks alone
@@ -75,8 +76,8 @@ class SettingsCLI(LightningCLI):
         self.config = parser.parse_line(flags)
         if wanted := self.config["ckpt_path"]:
             (before, base), known = self.run_settings(str(wanted)), parser.get_defaults()
-            parser.set_defaults({key: value for key, value in base.items() if key in known})  # an old one may be gone
-            self.config = parser.parse_line(flags)
+            base = {key: value for key, value in base.items() if key in known}  # an old one may be gone
+            self.config = parser.parse_line(flags, base)
         elif self.command != "fit":
             raise UserError(f"{self.command} needs --ckpt_path best, last or the path of a checkpoint")
         config, run = self.config, self.run
@@ -87,7 +88,7 @@ class SettingsCLI(LightningCLI):
         self.name = name = config.pop("name", None)
         if name is not None and (run.continues or not name or name.startswith(".") or name != Path(name).name):
             raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
-        run.recipe = "+".join(Path(str(file)).stem for file in config["config"] or []) or "default"
+        run.recipe = "+".join(Path(str(file)).stem for file in config["config"] or [] if file) or "default"
         run.command, run.config = shlex.join(args), parser.dump(config, skip_unset=False)
         now = flat(yaml.safe_load(run.config))
         run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}

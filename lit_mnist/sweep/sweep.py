@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import optuna
 import torch
 from jsonargparse.typing import NonNegativeInt
-from optuna.trial import TrialState
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain, one_line
@@ -55,13 +54,15 @@ class Worker:
         """Train what is in the queue, until nothing is and no other worker may leave something undone."""
         while not self.is_settled():
             optuna.storages.fail_stale_trials(self.study)
-            self.plan.fill_queue(self.study)  # with the trial of a worker that was stopped
+            states = {trial.state.name for trial in self.study.get_trials(deepcopy=False)}
             try:
-                if self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+                if "WAITING" in states:
                     # Optuna sends heartbeats only within `optimize`, which by itself would draw more and more trials
                     self.study.optimize(self.train, n_trials=1)
-                else:
+                elif "RUNNING" in states:
                     sleep(1)
+                else:  # a trial whose worker was stopped
+                    self.plan.fill_queue(self.study)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
                 if isinstance(error, ValueError) and not str(error).startswith("Cannot tell"):  # by Optuna 4.6 to 5
                     raise
