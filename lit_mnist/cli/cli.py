@@ -22,13 +22,13 @@ from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning import callbacks as lightning
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lit_mnist.board import Board
 from lit_mnist.cli.console import one_line, resume_command
-from lit_mnist.cli.settings import DEFAULT_SEED, Parser, Settings, as_list, parse
+from lit_mnist.cli.settings import DEFAULT_SEED, Parser, SettingsCLI, as_list
 from lit_mnist.data.datamodule import MNISTDataModule
 from lit_mnist.exact.assembly import hold, make_callbacks, make_logger, make_plugins, place_logger
 from lit_mnist.exact.checkpoint_io import translate_restoring
@@ -57,7 +57,7 @@ Timeout = restricted_number_type("Timeout", float, [(">", 0), ("<=", 86400)])
 
 
 class AutoTrainer(Trainer):
-    """Lightning's Trainer settings; precision also takes `auto`, which `settings.parse` replaces."""
+    """Lightning's Trainer settings; precision also takes `auto`, which `SettingsCLI` replaces."""
 
     def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
         assert precision != "auto"
@@ -83,20 +83,18 @@ class Bar(lightning.RichProgressBar):
         return {"loss": progress.loss, **time, **super().get_metrics(trainer, pl_module)}
 
 
-class MNISTCLI(LightningCLI):
+class MNISTCLI(SettingsCLI):
     """LightningCLI for one command, which `args` begin with; files and flags override the run's of `--ckpt_path`.
 
     `watch` is called with the run once it has started. Without `start` everything is only made.
     """
 
-    settings: Settings
-    run = Run()
-
     def __init__(self, args: list[str], watch: Callable[[Run], object] | None = None, start: bool = True) -> None:
         self.command, self.watch = args[0], watch
         processes, machines = launched()
         defaults = {"max_epochs": 4, "num_sanity_val_steps": 0, "devices": processes, "num_nodes": machines}
-        defaults["sync_batchnorm"] = True  # else another number of processes is another training
+        # a table has 18 lines for a small network; without synchronized batch norm the number of processes would matter
+        defaults |= {"enable_model_summary": False, "sync_batchnorm": True}
         try:
             super().__init__(
                 LitMNIST,
@@ -137,11 +135,7 @@ class MNISTCLI(LightningCLI):
 
     def _of_data(self, name: str, data: MNISTDataModule) -> Any:
         # a trained network has that of the data that it was trained on
-        return self.settings.run.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.settings = parse(parser, args)
-        self.config = self.settings.config
+        return self.run.loaded.get("hyper_parameters", {}).get(name, getattr(data, name))
 
     def instantiate_classes(self) -> None:
         self.run = self.make_run()
@@ -158,21 +152,19 @@ class MNISTCLI(LightningCLI):
                     name = str(getattr(part, "class_path", "")).rpartition(".")[2].removeprefix("Run")
                     said = f"trainer.{key}: {f'{name}: ' * (name not in said)}{said}"
             raise UserError(said) from cause
-        if not self.trainer.is_global_zero:
-            self.run.discard_unused()  # the first process alone makes a folder; this one did not know that it is not
         self.check_trainer()
-        for line in self.settings.lines if self.trainer.is_global_zero else []:
+        for line in self.lines if self.trainer.is_global_zero else []:
             print(line, flush=True)
 
     def make_run(self) -> Run:
         """Return the run of the checkpoint to score, or a fit's own, in its folder and with loggers there."""
-        run, runs = self.settings.run, self.settings.runs
+        run, runs = self.run, self.runs
         if self.command != "fit":
             return run
         if self.config["trainer.fast_dev_run"]:
             return Run(None, run.checkpoint, run.loaded)
         if not run.continues:
-            run.claim(runs, self.settings.name)
+            run.claim(runs, self.name)
         for number, logger in enumerate(as_list(self.config["trainer.logger"])):
             if hasattr(logger, "init_args"):
                 place_logger(run, logger, number, runs)
@@ -192,14 +184,10 @@ class MNISTCLI(LightningCLI):
             callbacks = [part for part in callbacks if not isinstance(part, lightning.Timer)]
         if command == "fit":
             save = made["checkpoint"] if keeps else None
-            best = made["best"] if self.settings.plain["data.val_size"] > 0 else None
+            best = made["best"] if self.config["data.val_size"] > 0 else None
             board = [made["board"]] if made["board"].every_n_epochs > 0 else []
-            if watch := self.watch:
-                callbacks = [lightning.LambdaCallback(on_train_start=lambda *_: watch(run)), *callbacks]
             callbacks = make_callbacks(run, save, best, own=callbacks, board=board)
             callbacks.append(lightning.LambdaCallback(on_train_start=self.announce))
-            # Lightning 2.6 has a table by default, with 18 lines for a small network, and FLOPs of 0
-            callbacks += [lightning.RichModelSummary()] if trainer["enable_model_summary"] else []
         else:
             callbacks.append(progress := Progress())
             callbacks += [Results(run, progress)] if command == "test" else []
@@ -211,22 +199,21 @@ class MNISTCLI(LightningCLI):
             "profiler": trainer["profiler"] or Unprofiled(),
             "enable_checkpointing": keeps,
             "enable_progress_bar": bar or (drawn and trainer["enable_progress_bar"]),
-            "enable_model_summary": False,
         }
 
     def check_trainer(self) -> None:
         """Refuse what Lightning 2.6 would not end with, processes that were not started, and what cannot be resumed."""
-        now, trainer, (processes, machines) = self.settings.plain, self.trainer, launched()
+        now, trainer, (processes, machines) = self.config, self.trainer, launched()
         wanted, endless = trainer.world_size, trainer.max_epochs == trainer.max_steps == -1
         for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "val_check_interval"):
             value = now[f"trainer.{name}"]  # a time would be another step on a resumed run
-            if value is not None and (isinstance(value, (str, dict)) or value <= 0):
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
                 raise UserError(f"trainer.{name} must be a positive number, got {value}")
         if endless and (now["model.schedule"] != "constant" or now["model.warmup"]):
             raise UserError("trainer.max_epochs or trainer.max_steps must be positive for this model.schedule, got -1")
         before = len(self.run.loaded.get("processes", ()))  # 0 also where it is scored
         if before not in (0, wanted):
-            self.settings.lines += [f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)"]
+            self.lines += [f"processes: {before} -> {wanted} (the same batches, but the last bits may differ)"]
         if processes * machines not in (1, wanted):
             started = f"{processes} on each of {machines} machines were started; leave both out"
             raise UserError(f"trainer.devices and trainer.num_nodes ask for {wanted} processes in all, but {started}")
@@ -240,6 +227,8 @@ class MNISTCLI(LightningCLI):
 
     def announce(self, trainer: Trainer, module: LightningModule) -> None:
         """Print what is trained, on which device and where to."""
+        if self.watch:
+            self.watch(self.run)
         sizes = {name: len(part) for name, part in trainer.datamodule.parts.items()}  # type: ignore[attr-defined]
         device = conditions(module.device)["hardware"]["device" if module.device.type == "cuda" else "processor"]
         parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -259,8 +248,6 @@ class MNISTCLI(LightningCLI):
             raise
         except Exception as error:
             if reason := lost(error):
-                if not torch.distributed.is_initialized():
-                    raise ProcessLost(f"the processes could not be joined: {reason}") from error
                 keeper = callback_of(self.trainer, CheckpointKeeper)
                 resume = resume_command(keeper.last_path if keeper else None)
                 raise ProcessLost(f"another process of this run was lost ({reason}); {resume}") from error

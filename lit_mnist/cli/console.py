@@ -7,12 +7,12 @@ from pathlib import Path
 from shlex import quote
 from typing import NoReturn
 
-from lit_mnist.exact.console import PROGRAM, number, shortened, shown
+from lit_mnist.exact.console import PROGRAM, UserError, number, shortened, shown
 
 BAD_INPUT = 2  # exit status
 NOISE = (  # in jsonargparse's list of reasons
-    r"(?m)^ *(- (Expected a (<class|list|path|NoneType)|Not a valid sub|a class path|a dict)|Subclass types "
-    r"|Given value type:|Given value: \W*\w*[(']).*$|^ *- "
+    r"(?m)^ *(- (Expected a (Iterable\n *- Expected a bool|list|path|NoneType)|Not a valid sub|a class path|a dict)"
+    r"|Subclass types |Given value type:|Given value: \W*\w*[(']).*$|^ *- "
 )
 
 
@@ -28,7 +28,8 @@ def complain(message: str, status: int, everywhere: bool = True) -> int:
 
 def one_line(error: object) -> str:
     """Return an error's message on one line; of jsonargparse 4.53's only the setting and the reasons."""
-    text = re.sub(NOISE, "", re.sub(r"(?s)Does not validate against any .*?Errors:", "", str(error)))
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", str(error))
+    text = re.sub(NOISE, "", re.sub(r"(?s)Does not validate against any .*?Errors:", "", text))
     text = re.sub(r"Problem with given class_path '(?:\w+\.)*(?:Run)?(\w+)'", r"\1", text)
     text = text.replace("Expected a dot import path string", "no such class")
     lines = dict.fromkeys(re.sub(r'Parser key "([\w.]+)":', r"\1:", text).splitlines())  # several types, one reason
@@ -42,4 +43,4 @@ def resume_command(checkpoint: Path | None) -> str:
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(complain(message, BAD_INPUT))
+        raise UserError(message)

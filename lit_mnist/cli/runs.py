@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from lit_mnist.exact.console import UserError, shortened
 from lit_mnist.exact.runs import being_trained, read_results, section, test_score, versions
 
 COLUMNS = ("run", "val_accuracy", "test_accuracy", "state", "epochs", "seconds", "recipe", "parameters")
-FORMS = {"parameters": "{:,}", "seconds": "{:.1f}", "val_accuracy": "{:.2%}", "test_accuracy": "{:.2%}"}
+PERCENT = "{:.2%}".format
+FORMS = {"parameters": "{:,}".format, "seconds": "{:.1f}".format, "val_accuracy": PERCENT, "test_accuracy": PERCENT}
 
 
 def runs(args: Sequence[str]) -> None:
@@ -44,10 +46,8 @@ def runs(args: Sequence[str]) -> None:
     elif options.format == "csv":
         print(table.to_csv(index=False), end="")
     else:
-        for name in FORMS.keys() & {*columns}:
-            table[name] = table[name].map(FORMS[name].format, na_action="ignore")
         width = shutil.get_terminal_size((10**9, 0)).columns  # a file has no width
-        print(table.fillna("-").to_string(index=False, line_width=width))
+        print(table.fillna(nan).to_string(index=False, na_rep="-", line_width=width, formatters=FORMS))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -1,24 +1,23 @@
 """What a command runs with: the settings of a checkpoint's run, and over them the user's files and flags."""
 
+import argparse
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
-from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lit_mnist.cli.console import OneLineParser, one_line
-from lit_mnist.exact import runs
 from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.optimizers import plain_values
-from lit_mnist.exact.runs import ENTRIES, find_checkpoint, read_checkpoint
+from lit_mnist.exact.runs import ENTRIES, checkpoint_lines, find_checkpoint, newest, read_checkpoint, run_folder, section
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
@@ -38,9 +37,18 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 
 
 class Parser(LightningArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # jsonargparse 4.53 prints the usage of some hundred flags as well
-        raise UserError(one_line(re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", message))) from ex
+    def parse_line(self, args: Sequence[str], run: Mapping[str, Any] | None = None) -> Any:
+        """Parse the settings of a run, over them the files of `--config`, and over these all other flags."""
+        first = OneLineParser(add_help=False, allow_abbrev=False)
+        first.add_argument("-c", "--config", action="append", default=[])
+        found, flags = first.parse_known_args(args)
+        before = [yaml.safe_dump(run)] if run else []
+        self.exit_on_error = False  # with all flags printed
+        try:
+            return self.parse_args([*(f"--config={config}" for config in before + found.config), *flags])
+        except (ValueError, argparse.ArgumentError) as error:  # jsonargparse does not say which file
+            files = ["the checkpoint's run"] * len(before) + found.config
+            raise UserError(one_line(error) + f" (in {' or '.join(files)} or a flag)" * bool(files)) from error
 
     def format_help(self, *args: Any) -> str:
         # jsonargparse 4.53 names some forty classes for trainer.callbacks alone
@@ -50,108 +58,94 @@ class Parser(LightningArgumentParser):
         return re.sub(r",\s+known\s+subclasses:[^)]*", "", super().format_help(*args))
 
 
-@dataclass
-class Settings:
-    """The settings of a command, and the run that has them or whose checkpoint is scored."""
+class SettingsCLI(LightningCLI):
+    """LightningCLI that parses a command line over the settings of a checkpoint's run."""
 
     command: str
-    config: Any  # as parsed
-    run: Run = field(default_factory=Run)
-    plain: dict[str, Any] = field(default_factory=dict)  # by dotted key
-    name: str | None = None  # of a new run's folder
-    lines: list[str] = field(default_factory=list)  # what is printed: how they differ from the checkpoint's run
+    run: Run  # that has these settings, or whose checkpoint is scored
+    name: str | None  # of a new run's folder
+    lines: list[str]  # what is printed: how the settings differ from the checkpoint's run
 
     @property
     def runs(self) -> Path:
-        root = self.config["trainer.default_root_dir"] or "."
-        return Path(root).expanduser() / "lightning_logs"
+        return Path(self.config["trainer.default_root_dir"] or ".").expanduser() / "lightning_logs"
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        flags, before, self.run, self.lines = args[1:], dict[str, Any](), Run(), []
+        self.config = parser.parse_line(flags)
+        if wanted := self.config["ckpt_path"]:
+            (before, base), known = self.run_settings(str(wanted)), parser.get_defaults()
+            base = {key: value for key, value in base.items() if key in known}  # an old one may be gone
+            self.config = parser.parse_line(flags, base)
+        elif self.command != "fit":
+            raise UserError(f"{self.command} needs --ckpt_path best, last or the path of a checkpoint")
+        config, run = self.config, self.run
+        if config["trainer.precision"] == "auto":
+            config["trainer.precision"] = quickest_precision(config["trainer.accelerator"])
+            self.lines.append(f"Precision: {config['trainer.precision']}")
+        config["ckpt_path"] = None  # config.yaml repeats the run
+        self.name = name = config.pop("name", None)
+        if name is not None and (run.continues or not name or name.startswith(".") or name != Path(name).name):
+            raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
+        run.recipe = "+".join(Path(str(file)).stem for file in config["config"] or [] if file) or "default"
+        run.command, run.config = shlex.join(args), parser.dump(config, skip_unset=False)
+        now = flat(yaml.safe_load(run.config))
+        run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}
+        self.check_fixed(before, now)
+        if self.command == "fit":
+            run.unchanged = before.items() <= now.items()
+            here, there = flat(conditions(torch.device("cpu"))), flat(section(run.loaded, "conditions"))
+            changes = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
+            for key in sorted(CONDITIONS & there.keys()):
+                changes.append((key.partition(".")[2], there[key], here[key], " (the last bits may differ)"))
+            different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in changes if a != b]
+            self.lines += [f"{name}: {old} -> {new}{note}" for name, old, new, note in different]
 
-def parse(parser: LightningArgumentParser, args: list[str]) -> Settings:
-    """Parse a command line over the settings of a checkpoint's run."""
-    (command, *flags), before = args, dict[str, Any]()
-    files, flags = configs_first(flags)
-    config, known = parse_args(parser, flags, files), parser.get_defaults()
-    settings = Settings(command, config)
-    if wanted := config["ckpt_path"]:
-        before, base = run_settings(settings, str(wanted))
-        text = yaml.safe_dump({key: value for key, value in base.items() if key in known})  # an old one may be gone
-        settings.config = config = parse_args(parser, ["--config", text, *flags], ["the checkpoint's run", *files])
-    elif command != "fit":
-        raise UserError(f"{command} needs --ckpt_path best, last or the path of a checkpoint")
-    if config["trainer.precision"] == "auto":
-        config["trainer.precision"] = quickest_precision(config["trainer.accelerator"])
-        settings.lines.append(f"Precision: {config['trainer.precision']}")
-    config["ckpt_path"] = None  # config.yaml repeats the run
-    settings.name = name = config.pop("name", None)
-    run = settings.run
-    if name is not None and (run.continues or not name or name.startswith(".") or name != Path(name).name):
-        raise UserError(f"--name {shortened(name)}: must be a plain folder name, and of a new run")
-    run.recipe, run.command = "+".join(Path(file).stem for file in files) or "default", shlex.join(args)
-    run.config = parser.dump(config, skip_unset=False)
-    settings.plain = now = flat(yaml.safe_load(run.config))
-    run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}
-    check_fixed(settings, before)
-    if command == "fit":
-        run.unchanged = before.items() <= now.items()
-        pairs = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
-        here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(run.loaded, "conditions"))
-        note = " (the last bits may differ)"
-        pairs += [(key.partition(".")[2], there[key], here[key], note) for key in CONDITIONS & there.keys()]
-        different = [(name, shortened(str(a)), shortened(str(b)), note) for name, a, b, note in pairs if a != b]
-        settings.lines += [f"{name}: {old} -> {new}{note}" for name, old, new, note in different]
-    return settings
+    def run_settings(self, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the checkpoint of `--ckpt_path`; return the settings that its run had, and those to begin from."""
+        try:
+            path = find_checkpoint(wanted, self.runs, "last" if self.command == "fit" else "best")
+            loaded = read_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"--ckpt_path {error}") from error
+        folder = run_folder(path)
+        self.lines += checkpoint_lines(wanted, path, self.runs)
+        found = flat({"model": loaded["hyper_parameters"], "data": loaded["datamodule_hyper_parameters"]})
+        # plain values alone: no classes, and no tensors, though one may equal a number
+        hparams = {k: v for k, v in found.items() if "._" not in k and repr(plain_values(v)) == repr(v)}
+        hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
+        hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
+        if self.command != "fit":
+            self.run = Run(folder, path, {key: loaded[key] for key in ENTRIES}, folder)
+            return hparams, hparams
+        self.run = Run.resumed(path, loaded)
+        if not (folder and (last := newest(folder)) and last.samefile(path)):
+            self.run.folder = None
+            self.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
+        if not (folder and (file := folder / "config.yaml").is_file()):
+            self.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
+            return hparams, hparams
+        self.lines.append(f"Settings: {shown(file)}")
+        try:
+            config = {key: old for key, old in flat(yaml.safe_load(file.read_text())).items() if key not in MACHINE}
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
+        before = config | hparams
+        # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
+        base = hparams | config if self.run.continues else before
+        return {key: value for key, value in before.items() if key not in PLACES}, base
 
-
-def parse_args(parser: LightningArgumentParser, args: list[str], files: list[str]) -> Any:
-    try:
-        return parser.parse_args(args)
-    except (ValueError, RecursionError) as error:  # jsonargparse does not say which file
-        raise UserError(one_line(error) + (f" (in {' or '.join(files)} or a flag)" if files else "")) from error
-
-
-def configs_first(args: list[str]) -> tuple[list[str], list[str]]:
-    """Return the files of `--config`, and the flags with these before all others: in jsonargparse the last wins."""
-    parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    found, flags = parser.parse_known_args(args)
-    return found.config, [*(f"--config={file}" for file in found.config), *flags]
-
-
-def run_settings(settings: Settings, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the checkpoint that `--ckpt_path` means; return the settings that its run had, and those to begin from."""
-    kind = "last" if settings.command == "fit" else "best"
-    try:
-        path = find_checkpoint(wanted, settings.runs, kind)
-        loaded = read_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"--ckpt_path {error}") from error
-    folder = runs.run_folder(path)
-    settings.lines += runs.checkpoint_lines(wanted, path, settings.runs)
-    found = flat({"model": loaded["hyper_parameters"], "data": loaded["datamodule_hyper_parameters"]})
-    # plain values alone: no classes, and no tensors, though one may equal a number
-    hparams = {k: v for k, v in found.items() if "._" not in k and repr(plain_values(v)) == repr(v)}
-    hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
-    hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
-    if settings.command != "fit":
-        settings.run = Run(folder, path, {key: loaded[key] for key in ENTRIES}, folder)
-        return hparams, hparams
-    settings.run = Run.resumed(path, loaded)
-    if not (folder and (last := runs.newest(folder)) and last.samefile(path)):
-        settings.run.folder = None
-        settings.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
-    if not (folder and (file := folder / "config.yaml").is_file()):
-        settings.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
-        return hparams, hparams
-    settings.lines.append(f"Settings: {shown(file)}")
-    try:
-        config = {key: old for key, old in flat(yaml.safe_load(file.read_text())).items() if key not in MACHINE}
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: the run's settings cannot be read ({one_line(error)})") from error
-    before = config | hparams
-    # a resumed run's file may have been edited; for an earlier checkpoint it may have what was set later
-    base = hparams | config if settings.run.continues else before
-    return {key: value for key, value in before.items() if key not in PLACES}, base
+    def check_fixed(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse settings that would turn the checkpoint's run into another one."""
+        fixed = FIXED[self.command]
+        if self.command == "fit":
+            fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
+            loop = section(section(self.run.loaded, "loops"), "fit_loop")
+            if not section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
+                fixed |= {"data.batch_size", "data.shares"}  # the batches of the epoch are counted
+        for key in sorted(fixed & before.keys()):
+            if before[key] != now[key]:
+                raise UserError(f"{key} was {before[key]} in this run and cannot become {now[key]}")
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,17 +168,3 @@ def quickest_precision(accelerator: Any) -> str:
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if fast else "32-true"
-
-
-def check_fixed(settings: Settings, before: Mapping[str, Any]) -> None:
-    """Refuse settings that would turn the checkpoint's run into another one."""
-    now, fixed = settings.plain, FIXED[settings.command]
-    before = before and {"model.views": 1, "data.shares": None, **before}  # which older runs do not have
-    if settings.command == "fit":
-        fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
-        loop = runs.section(runs.section(settings.run.loaded, "loops"), "fit_loop")
-        if not runs.section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
-            fixed |= {"data.batch_size", "data.shares"}  # the batches of the epoch are counted
-    for key in sorted(fixed & before.keys()):
-        if before[key] != now[key]:
-            raise UserError(f"{key} was {before[key]} in this run and cannot become {now[key]}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,28 +84,26 @@ def report(plan: Study, study: optuna.Study, folder: Path, settled: bool) -> pd.
     found = table(plan, study)
     ranked = found[found["reason"].isna()]
     apart = difference(ranked.iloc[0], ranked.iloc[1]) if len(ranked) > 1 else None
-    words, percent = in_words(plan, ranked, apart), plan.compare.endswith("accuracy")
-    printed = found[[*plan.varied, "n", *VALUES, "seconds", "parameters", "reason"]].dropna(axis=1, how="all")
-    if percent:
-        printed = printed.assign(**(100 * found[VALUES]).round(2))
+    words, percent = in_words(plan, ranked, apart), ", %" * plan.compare.endswith("accuracy")
     of = "best checkpoint" if plan.of == "best" and plan.compare.startswith("val/") else "last epoch"
-    what = f"{plan.compare}{', %' * percent} of the {of}, {found['n'].sum()} runs{'' if settled else ' so far'}"
-    lines = printed.rename(columns=lambda name: name.rpartition(".")[2])
-    text = "" if found.empty else lines.to_string(index=False, na_rep="-", float_format="{:.4g}".format)
-    print(f"\n{study.study_name}: {what}\n", text, "", *words, sep="\n")
+    runs = f"{found['n'].sum()} runs{'' if settled else ' so far'}"
+    printed = found[[*plan.varied, "n", *VALUES, "seconds", "parameters", "reason"]].dropna(axis=1, how="all")
+    forms = {"float_format": "{:.4g}".format, "formatters": dict.fromkeys(VALUES, partial(shown_value, plan.compare))}
+    lines = printed.rename(columns=lambda name: name.rpartition(".")[2]).to_string(index=False, na_rep="-", **forms)
+    print(f"\n{study.study_name}: {plan.compare}{percent} of the {of}, {runs}\n", lines, "", *words, sep="\n")
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(folder / "settings.csv") as partial:
-        found.drop(columns=["sample", "trials"]).to_csv(partial, index=False)
+    with replaced(folder / "settings.csv") as file:
+        found.drop(columns=["sample", "trials"]).to_csv(file, index=False)
     results = study.user_attrs["study"] | {"study": study.study_name, "settled": settled, "difference": apart}
     results |= {"settings_tried": found.astype(object).where(found.notna(), None).to_dict("records"), "in_words": words}
-    with replaced(folder / "results.json") as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n")
+    with replaced(folder / "results.json") as file:
+        file.write_text(json.dumps(results, indent=2) + "\n")
     if plan.varied:
         latest = optuna.create_study(direction=plan.direction)
         latest.add_trials(latest_trials(study).values())
         axes = np.asarray(plot_slice(latest, target_name=plan.compare))
-        with replaced(folder / "settings.png") as partial:
-            axes.flat[0].figure.savefig(partial, format="png", dpi=100, bbox_inches="tight")
+        with replaced(folder / "settings.png") as file:
+            axes.flat[0].figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
         pyplot.close("all")
     print(f"Written to: {shown(folder)}")
     return found

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from time import sleep
 from typing import Any, Literal
 
 import optuna
+from filelock import FileLock
 from jsonargparse.typing import PositiveInt
 from optuna.storages import RDBStorage
 from optuna.storages import RetryFailedTrialCallback as Retry  # Optuna 4.6's name for it
@@ -116,14 +116,11 @@ class Study:
         """
         url = url or f"sqlite:///{folder / 'trials.db'}?timeout=30"  # seconds, while another worker writes
         beats = {"heartbeat_interval": self.heartbeat, "grace_period": 3 * self.heartbeat}
-        for patience in (1, 1, 0):  # Optuna 4.9 and 5 fail where two processes create the tables at once
-            try:
+        try:
+            with FileLock(folder / ".lock"):  # Optuna 4.9 and 5 fail where two processes create the tables at once
                 storage = RDBStorage(url, {"pool_pre_ping": True}, **beats, failed_trial_callback=Retry())
-                break
-            except Exception as error:  # SQLAlchemy's, a driver's, or an import's
-                if not patience:
-                    raise UserError(f"--storage: {one_line(error.__cause__ or error)}") from error
-                sleep(patience)
+        except Exception as error:  # SQLAlchemy's, a driver's, or an import's
+            raise UserError(f"--storage: {one_line(error.__cause__ or error)}") from error
         study = optuna.create_study(storage=storage, study_name=name, direction=self.direction, load_if_exists=True)
         recipes = [*as_list(self.base), *as_list(self.settings.get("config", []))]
         now = asdict(self) | {"seeds": self.all_seeds, "recipes": {name: Path(name).read_text() for name in recipes}}
@@ -139,7 +136,7 @@ class Study:
                 partial.write_text(text)
         return study
 
-    def fill_queue(self, study: optuna.Study, again: bool) -> None:
+    def fill_queue(self, study: optuna.Study, again: bool = False) -> None:
         """Queue configurations that are new, were interrupted or have new seeds, and `again` those that failed."""
         trials = latest_trials(study)
         queue: list[dict[str, Any]] = [{}] * self.samples  # without parameters: drawn later

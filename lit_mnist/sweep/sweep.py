@@ -21,17 +21,17 @@ from jsonargparse.typing import NonNegativeInt
 
 from lit_mnist.cli.cli import MNISTCLI
 from lit_mnist.cli.console import complain, one_line
-from lit_mnist.cli.settings import Parser, Settings, configs_first
+from lit_mnist.cli.settings import Parser
 from lit_mnist.exact.console import PROGRAM, Interrupted, TrainingFailed, shown
 from lit_mnist.exact.runs import being_trained, newest, read_results
 from lit_mnist.sweep.comparison import named, report, shown_value, table
 from lit_mnist.sweep.study import Study, latest_trials
 
 
-def check(flags: list[str]) -> Settings:
-    """Return the settings of a `fit` with these flags; a UserError says why they cannot be used."""
+def check(flags: list[str]) -> MNISTCLI:
+    """Return a `fit` with these flags that is not started; a UserError says why they cannot be used."""
     with redirect_stdout(io.StringIO()):
-        return MNISTCLI(["fit", *flags], start=False).settings
+        return MNISTCLI(["fit", *flags], start=False)
 
 
 class Worker:
@@ -40,7 +40,6 @@ class Worker:
         usual = check([*plan.flags({}), *(f"--{name}={place}" for name, place in places.items() if place)])
         plan.suggest(optuna.create_study().ask())
         self.plan, self.runs, self.folder = plan, usual.runs, usual.runs / "sweeps" / options.name
-        self.parent = os.getppid() if options.worker is not None else None
         self.places = [f"--data.root={usual.config['data.root']}", f"--trainer.default_root_dir={self.runs.parent}"]
         if options.worker is None:
             for name, given in plan.varied.items():
@@ -49,8 +48,7 @@ class Worker:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.log = (self.folder / f"worker-{options.worker or 0}.log").open("a", buffering=1)
         self.study = plan.open(options.name, options.storage, self.folder)
-        if options.worker is None:
-            plan.fill_queue(self.study, options.retry)
+        plan.fill_queue(self.study, options.retry and options.worker is None)
 
     def work(self) -> None:
         """Train what is in the queue, until nothing is and no other worker may leave something undone."""
@@ -64,7 +62,7 @@ class Worker:
                 elif "RUNNING" in states:
                     sleep(1)
                 else:  # a trial whose worker was stopped
-                    self.plan.fill_queue(self.study, again=False)
+                    self.plan.fill_queue(self.study)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
                 if isinstance(error, ValueError) and not str(error).startswith("Cannot tell"):  # by Optuna 4.6 to 5
                     raise
@@ -98,8 +96,6 @@ class Worker:
 
     def train_run(self, trial: optuna.Trial, seed: str, flags: list[str]) -> None:
         """Train a configuration with one seed, from where an earlier trial of it was interrupted if that is here."""
-        if self.parent not in (None, os.getppid()):  # it was killed
-            raise KeyboardInterrupt(signal.SIGTERM)
         if latest_trials(self.study)[trial.user_attrs["sample"]].number > trial.number:
             raise optuna.TrialPruned  # another worker has queued this configuration once more, at the same time
         run = self.runs / trial.user_attrs.get(seed, {}).get("run", "none")
@@ -169,10 +165,9 @@ def read(args: list[str]) -> tuple[Study, Any]:
     add("--data.root", type=str, help="the folder of the data (the recipe's)")
     add("--worker", type=int, help=SUPPRESS)  # the number of a worker that another process has started
     parser.add_class_arguments(Study)
-    files, line = configs_first(args)
-    options = parser.parse_args(line)
+    options = parser.parse_line(args)
     plan = Study(**{name: options.pop(name) for name in Study.__dataclass_fields__})
-    options.name = options.name or "-".join(Path(file).stem for file in files) or "study"
+    options.name = options.name or "-".join(Path(str(file)).stem for file in options.config or []) or "study"
     return plan, options
 
 
