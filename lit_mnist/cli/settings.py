@@ -13,11 +13,11 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lit_mnist.cli.console import OneLineParser, one_line
+from lit_mnist.exact import runs
 from lit_mnist.exact.checkpoints import Run
 from lit_mnist.exact.conditions import conditions
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.optimizers import plain_values
-from lit_mnist.exact.runs import ENTRIES, checkpoint_lines, find_checkpoint, newest, read_checkpoint, run_folder, section
 
 DEFAULT_SEED = 1
 MOST_USED = ("config", "ckpt_path", "name", "trainer.max_epochs", "model.layers", "model.lr", "data.root", "data.name")
@@ -94,7 +94,7 @@ class SettingsCLI(LightningCLI):
         self.check_fixed(before, now)
         if self.command == "fit":
             run.unchanged = before.items() <= now.items()
-            here, there = flat(conditions(torch.device("cpu"))), flat(section(run.loaded, "conditions"))
+            here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(run.loaded, "conditions"))
             changes = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
             for key in sorted(CONDITIONS & there.keys()):
                 changes.append((key.partition(".")[2], there[key], here[key], " (the last bits may differ)"))
@@ -104,24 +104,24 @@ class SettingsCLI(LightningCLI):
     def run_settings(self, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the checkpoint of `--ckpt_path`; return the settings that its run had, and those to begin from."""
         try:
-            path = find_checkpoint(wanted, self.runs, "last" if self.command == "fit" else "best")
-            loaded = read_checkpoint(path)
+            path = runs.find_checkpoint(wanted, self.runs, "last" if self.command == "fit" else "best")
+            loaded = runs.read_checkpoint(path)
         except UserError as error:
             raise UserError(f"--ckpt_path {error}") from error
-        folder = run_folder(path)
-        self.lines += checkpoint_lines(wanted, path, self.runs)
+        folder = runs.run_folder(path)
+        self.lines += runs.checkpoint_lines(wanted, path, self.runs)
         found = flat({"model": loaded["hyper_parameters"], "data": loaded["datamodule_hyper_parameters"]})
         # plain values alone: no classes, and no tensors, though one may equal a number
         hparams = {k: v for k, v in found.items() if "._" not in k and repr(plain_values(v)) == repr(v)}
         hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
         hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
         if self.command != "fit":
-            self.run = Run(folder, path, {key: loaded[key] for key in ENTRIES}, folder)
+            self.run = Run(folder, path, {key: loaded[key] for key in runs.ENTRIES}, folder)
             return hparams, hparams
         self.run = Run.resumed(path, loaded)
-        if not (folder and (last := newest(folder)) and last.samefile(path)):
+        if not (folder and (last := runs.newest(folder)) and last.samefile(path)):
             self.run.folder = None
-            self.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
+            self.lines.append("A new run: that checkpoint is not the runs.newest state of its run, which stays as it is")
         if not (folder and (file := folder / "config.yaml").is_file()):
             self.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
             return hparams, hparams
@@ -140,8 +140,8 @@ class SettingsCLI(LightningCLI):
         fixed = FIXED[self.command]
         if self.command == "fit":
             fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
-            loop = section(section(self.run.loaded, "loops"), "fit_loop")
-            if not section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
+            loop = runs.section(runs.section(self.run.loaded, "loops"), "fit_loop")
+            if not runs.section(loop, "epoch_loop.batch_progress").get("is_last_batch"):
                 fixed |= {"data.batch_size", "data.shares"}  # the batches of the epoch are counted
         for key in sorted(fixed & before.keys()):
             if before[key] != now[key]:
@@ -149,7 +149,7 @@ class SettingsCLI(LightningCLI):
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration's settings by dotted key, `section.name`."""
+    """Return a configuration's settings by dotted key, `runs.section.name`."""
     parts = {name: value for name, value in config.items() if isinstance(value, dict)}
     settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     return {name: config[name] for name in config if name not in parts} | settings
