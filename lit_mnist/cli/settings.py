@@ -121,7 +121,7 @@ class SettingsCLI(LightningCLI):
         self.run = Run.resumed(path, loaded)
         if not (folder and (last := runs.newest(folder)) and last.samefile(path)):
             self.run.folder = None
-            self.lines.append("A new run: that checkpoint is not the runs.newest state of its run, which stays as it is")
+            self.lines.append("A new run: that checkpoint is not the newest state of its run, which stays as it is")
         if not (folder and (file := folder / "config.yaml").is_file()):
             self.lines.append("Settings: only hyperparameters, as there is no config.yaml of the checkpoint's run")
             return hparams, hparams
@@ -149,7 +149,7 @@ class SettingsCLI(LightningCLI):
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration's settings by dotted key, `runs.section.name`."""
+    """Return a configuration's settings by dotted key, `section.name`."""
     parts = {name: value for name, value in config.items() if isinstance(value, dict)}
     settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     return {name: config[name] for name in config if name not in parts} | settings
