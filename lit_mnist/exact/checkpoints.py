@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
@@ -93,8 +94,8 @@ class SaveSettings:
         every_n_steps: also after every step that this number divides; 0 means never.
     """
 
-    every_seconds: float = 10.0
-    every_n_steps: int = 0
+    every_seconds: NonNegativeFloat = 10.0
+    every_n_steps: NonNegativeInt = 0
 
 
 @dataclass
