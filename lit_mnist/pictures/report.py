@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import NO_PICTURE, find_one, grey_levels, sheet, split
+from lit_mnist.pictures.prepare import NO_PICTURE, find_one, grey_levels, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
@@ -53,7 +53,7 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoot
     """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `unsure`."""
     try:
         levels = grey_levels(file)
-        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(sheet(levels)[0]))]
+        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(levels))]
     except UserError as error:
         return [Picture(file, str(error))]
     with Image.open(file) as opened:
