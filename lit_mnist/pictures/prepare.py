@@ -67,7 +67,7 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
 def mixed(colours: Pixels) -> Pixels:
     """Mix red, green and blue (H, W, 3) to one level along the colour by which pixels differ most from those around."""
     small = shrunk(colours, WORKING_SIZE)
-    details = (small - cv2.blur(small, [odd(max(small.shape) / 4)] * 2)).reshape(-1, 3)
+    details = (small - cv2.blur(small, [1 + max(small.shape) // 4] * 2)).reshape(-1, 3)
     mixture = np.linalg.eigh(details.T @ details)[1][:, -1]
     mixture *= np.sign(mixture.sum()) / np.abs(mixture).sum()
     return np.asarray(colours @ mixture - mixture.clip(max=0).sum())
@@ -82,13 +82,14 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
-        if whole[[0, -1]].any() or whole[:, [0, -1]].any() or side < 0.24 * max(mask.shape):
+        inside = not at_border(cv2.boundingRect(outline), mask.shape)
+        if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
             continue
-        inner = cv2.erode(whole, ones(*[odd(0.04 * side)] * 2))
+        inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
-        beyond = cv2.dilate(whole, ones(*[odd(0.5 * side)] * 2)) > whole  # of a cell this is the next one
-        if drawn and mask[beyond].mean() < 0.2 and is_rectangle(outline, 0.88):
+        beyond = cv2.dilate(whole, ones(*[int(0.5 * side)] * 2)) > whole  # of a cell this is the next one
+        if drawn and mask[beyond].mean() < 0.2:
             scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
             left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
             part = levels[top:bottom, left:right]
@@ -102,7 +103,7 @@ def is_rectangle(outline: Any, least: float) -> bool:
 
 
 def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
-    """Bring the one digit into MNIST's form, uint8 (1, 28, 28), and say what is doubtful; UserError if there is none."""
+    """Bring the one digit into MNIST's form, uint8 (1, 28, 28), and say what is doubtful; UserError for none."""
     pixels = levels if closer else sheet(levels)[0]
     small = shrunk(pixels, WORKING_SIZE)
     ink = unruled(unboxed(ink_of(small))[0], closer)
@@ -153,10 +154,6 @@ def shrunk(pixels: Pixels, side: int) -> Pixels:
     return resized(pixels, side / max(pixels.shape)) if max(pixels.shape) > side else pixels
 
 
-def odd(side: float) -> int:
-    return max(3, int(side) // 2 * 2 + 1)
-
-
 def full_level(ink: Pixels) -> float:
     """Find the level of full ink: nearly the highest, so that single bright pixels do not decide."""
     return float(np.quantile(ink[ink >= 0.5 * ink.max()], 0.9))
@@ -169,12 +166,12 @@ def ink_of(levels: Pixels) -> Pixels:
     coarse = shrunk(eight_bits, WORKING_SIZE // 2)
     edge = 2 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
     coarse = np.ascontiguousarray(coarse[edge : len(coarse) - edge, edge : coarse.shape[1] - edge])
-    beyond = coarse - cv2.medianBlur(coarse, odd(max(coarse.shape) / 2)).astype(np.float32)
+    beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
     edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, ones(3, 3))  # a lamp's reflection has none
     dark = (edges * beyond**3).sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
-    window = odd(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4))
+    window = int(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4)) | 1
     paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, ones(window, window))
     ink: Pixels = levels - paper
     if dark:  # ink takes its share of the light
@@ -216,12 +213,16 @@ def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
     return np.where((found > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
 
 
+def at_border(box: Any, shape: tuple[int, ...], share: float = 0) -> bool:
+    """Tell whether less than two pixels, or a SHARE of the picture, are free on a side of a box."""
+    (x, y, width, height), (down, across) = box, shape
+    right, below = across - x - width, down - y - height
+    return bool(min(x, right) <= max(1, share * across) or min(y, below) <= max(1, share * down))
+
+
 def fits(box: Any, shape: tuple[int, ...]) -> bool:
     """Tell whether a box is large enough for a digit, and has paper on all sides."""
-    (x, y, width, height), (down, across) = box, shape
-    clear = 0.02 * across < x < 0.98 * across - width and 0.02 * down < y < 0.98 * down - height
-    large = max(width, height) >= 0.1 * max(shape)
-    return bool(clear and large and height < 0.9 * down and width < 0.9 * across)
+    return not at_border(box, shape, 0.02) and max(box[2:]) >= 0.1 * max(shape)
 
 
 def ones(height: int, width: int) -> Mask:
@@ -241,21 +242,20 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
     _, labels, stats, _ = cv2.connectedComponentsWithStats(inked(ink, 0.2))
     ink, boxes = ink.copy(), []
     for part in (1 + np.flatnonzero(stats[1:, 2:4].min(1) >= 16)).tolist():
-        x, y, width, height, area = stats[part].tolist()
+        x, y, width, height = stats[part, :4].tolist()
         place = slice(y, y + height), slice(x, x + width)
         own = (labels[place] == part).astype(np.uint8)
-        whole = cv2.convexHull(cv2.findNonZero(own))
-        if area > 0.5 * width * height or not is_rectangle(whole, 0.85):
-            continue
         outlines, (tree,) = cv2.findContours(own, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= 0.3 * min(width, height)]
-        straight = [cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9)]  # between strokes they are not
+        straight = sum(cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9))  # those of a digit are round
+        if straight < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
+            continue
         inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
-        cv2.drawContours(inside, cells, -1, 0, odd(0.05 * min(width, height)))
+        cv2.drawContours(inside, cells, -1, 0, max(3, int(0.05 * min(width, height))))
         bare = np.where(cv2.dilate(own, ones(3, 3)) > inside, 0, ink[place])
         tallest = max((part.box[3] for part in parts_of(bare, 100)[1]), default=0)
-        if sum(straight) >= 0.5 * cv2.contourArea(whole) and tallest >= 0.25 * height:
+        if tallest >= 0.25 * height:
             ink[place] = bare
             boxes.append((x, y, width, height))
     return ink, boxes
@@ -287,12 +287,12 @@ def split(levels: Pixels) -> list[Found]:
         return "too small" * (tall < 0.4 * height)
 
     strokes = [part for part in parts if problem(part) in ("", "too small")]
-    left_out = [(part, problem(part)) for part in parts if problem(part) not in ("", "too small")]
+    left_out = [(part, problem(part)) for part in parts if part not in strokes]
     read = []
     for line in in_lines(united(strokes, 1.6 * height, -1)):
-        print_height = 0.7 * height if np.mean([problem(part) != "" for part in line]) > 0.5 else 0
+        printed = sum(problem(part) == "too small" for part in line) > 0.5 * len(line)  # with capitals and brackets
         for part in line:
-            reason = problem(part) or "too small" * (part.box[3] < print_height)
+            reason = problem(part) or "too small" * (printed and part.box[3] < 0.7 * height)
             (left_out if reason else read).append((part, reason))
     found: list[Found] = []
     scale = max(whole.shape) / max(pixels.shape)
@@ -304,11 +304,6 @@ def split(levels: Pixels) -> list[Found]:
         doubt = "touches the border" * at_border(part.box, ink.shape)
         found.append(((left + corner[0], top + corner[1], *size), seen, reason or doubt))
     return found
-
-
-def at_border(box: Box, shape: tuple[int, ...]) -> bool:
-    x, y, width, height = box
-    return min(x, y) <= 1 or x + width >= shape[1] - 1 or y + height >= shape[0] - 1
 
 
 def united(parts: list[Part], largest: float, beside: float) -> list[Part]:

@@ -43,8 +43,8 @@ def find(names: Sequence[str]) -> list[Path]:
         path = Path(name)
         inside = ((file, file.relative_to(path).parts) for file in path.rglob("*") if name and file.is_file())
         files = [file for file, parts in inside if not any(part.startswith((".", "lightning_logs")) for part in parts)]
-        found += [path] if path.is_file() else sorted(files)
-        if not path.is_file() and not files:
+        found += (here := [path] if path.is_file() else sorted(files))
+        if not here:
             raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
     return found
 
@@ -177,8 +177,7 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
             sheet.paste(seen.resize((CELL, CELL), Image.Resampling.NEAREST), (left + CELL, above))
             best = columns(picture.probabilities)["digit"]
             answer = f"{best} ({max(picture.probabilities):.1%}){' unsure' * picture.doubtful} {picture.problem}"
+            name = f"{picture.place[0]} in {name}" if picture.place else name
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
-        number = f"{picture.place[0]} in " if picture.place and picture.probabilities else ""
-        text = f"{answer:.40}\n{number}{name:.32}"
-        draw.text((left, above + CELL + 6), text, "#202020", font)
+        draw.text((left, above + CELL + 6), f"{answer:.40}\n{name:.36}", "#202020", font)
     return sheet
