@@ -133,7 +133,7 @@ def in_form(ink: Pixels) -> Tensor:
     if scale != 1:
         if scale < 1:
             ink = cv2.GaussianBlur(ink, (0, 0), 0.3 / scale)  # as soft as MNIST's
-        ink = resized(ink, scale)
+        ink = resized(ink, BOX)
         ink = (ink / full_level(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
     height, width = ink.shape
     # in all of MNIST's images the centre of mass lies within half a pixel of the middle of pixel 14
@@ -144,14 +144,15 @@ def in_form(ink: Pixels) -> Tensor:
     return torch.from_numpy(np.pad((ink * 255).round().astype(np.uint8), sides)[None])
 
 
-def resized(pixels: Pixels, scale: float) -> Pixels:
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+def resized(pixels: Pixels, side: int) -> Pixels:
+    """Scale it until its longer side is SIDE."""
+    scale = side / max(pixels.shape)
+    height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
 def shrunk(pixels: Pixels, side: int) -> Pixels:
-    """Reduce it until its longer side is at most SIDE; smaller pictures stay as they are."""
-    return resized(pixels, side / max(pixels.shape)) if max(pixels.shape) > side else pixels
+    return resized(pixels, side) if max(pixels.shape) > side else pixels
 
 
 def full_level(ink: Pixels) -> float:
@@ -268,15 +269,14 @@ def split(levels: Pixels) -> list[Found]:
     ink, boxes = unboxed(ink_of(pixels))
     ink = unruled(ink)
     labels, parts = parts_of(ink, 500)
-    clear = [part for part in parts if not at_border(part.box, ink.shape)]
-    least = max(0.1 * max((part.box[3] for part in clear), default=0), 1)
-    parts = [part for part in parts if part.box[3] >= least and max(part.box[2:]) >= max(ink.shape) / 150]  # no specks
-    if len(parts) > MAX_PARTS:
-        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
+    heights = [part.box[3] for part in parts if not at_border(part.box, ink.shape)] or [part.box[3] for part in parts]
+    tallest = max(heights, default=0)
+    parts = [part for part in parts if part.box[3] >= 0.1 * tallest and max(part.box[2:]) >= max(ink.shape) / 150]
     if not parts:
         raise UserError("nothing stands out from the background")
-    tall = np.array([part.box[3] for part in parts if part in clear] or [part.box[3] for part in parts])
-    height = float(np.median(tall[tall >= 0.4 * tall.max()]))
+    if len(parts) > MAX_PARTS:
+        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
+    height = float(np.median([tall for tall in heights if tall >= 0.4 * tallest]))
 
     def problem(part: Part) -> str:
         width, tall = part.box[2:]
@@ -288,7 +288,7 @@ def split(levels: Pixels) -> list[Found]:
 
     strokes = [part for part in parts if problem(part) in ("", "too small")]
     left_out = [(part, problem(part)) for part in parts if part not in strokes]
-    read = []
+    read: list[tuple[Part, str]] = []
     for line in in_lines(united(strokes, 1.6 * height, -1)):
         printed = sum(problem(part) == "too small" for part in line) > 0.5 * len(line)  # with capitals and brackets
         for part in line:
