@@ -248,15 +248,16 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         own = (labels[place] == part).astype(np.uint8)
         outlines, (tree,) = cv2.findContours(own, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
-        cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= 0.3 * min(width, height)]
-        straight = sum(cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9))  # those of a digit are round
-        if straight < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
+        least = 0.3 if at_border((x, y, width, height), ink.shape) else 0.1  # squared paper is no table
+        cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
+        straight = [cell for cell in cells if is_rectangle(cell, 0.9)]  # the holes of digits are round
+        if sum(map(cv2.contourArea, straight)) < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
             continue
+        side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in straight]))
         inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
-        cv2.drawContours(inside, cells, -1, 0, max(3, int(0.05 * min(width, height))))
+        cv2.drawContours(inside, cells, -1, 0, max(3, int(0.05 * side)))
         bare = np.where(cv2.dilate(own, ones(3, 3)) > inside, 0, ink[place])
-        tallest = max((part.box[3] for part in parts_of(bare, 100)[1]), default=0)
-        if tallest >= 0.25 * height:
+        if max((part.box[3] for part in parts_of(bare, 100)[1]), default=0) >= 0.25 * side:
             ink[place] = bare
             boxes.append((x, y, width, height))
     return ink, boxes
