@@ -43,9 +43,9 @@ def find(names: Sequence[str]) -> list[Path]:
         path = Path(name)
         inside = ((file, file.relative_to(path).parts) for file in path.rglob("*") if name and file.is_file())
         files = [file for file, parts in inside if not any(part.startswith((".", "lightning_logs")) for part in parts)]
-        found += (here := [path] if path.is_file() else sorted(files))
-        if not here:
+        if not path.is_file() and not files:
             raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
+        found += [path] if path.is_file() else sorted(files)
     return found
 
 
