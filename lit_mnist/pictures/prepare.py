@@ -60,6 +60,8 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
         raise UserError(f"cannot be read: {shortened(str(error))}") from None
     pixels = np.asarray(colours, dtype=np.float32) / 255
     level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
+    if opaque.min() == 1:
+        return level
     ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
     return level * opaque + (1 - opaque) * (ink < 0.5)  # the ink stands out from what is transparent
 
@@ -81,10 +83,10 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
-        whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inside = not at_border(cv2.boundingRect(outline), mask.shape)
         if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
             continue
+        whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
@@ -223,7 +225,7 @@ def at_border(box: Any, shape: tuple[int, ...], share: float = 0) -> bool:
 
 def fits(box: Any, shape: tuple[int, ...]) -> bool:
     """Tell whether a box is large enough for a digit, and has paper on all sides."""
-    return not at_border(box, shape, 0.02) and max(box[2:]) >= 0.1 * max(shape)
+    return not at_border(box, shape, 0.02) and max(box[2:]) >= 0.05 * max(shape)
 
 
 def ones(height: int, width: int) -> Mask:
