@@ -79,12 +79,16 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     """Cut out a note, a sheet or a screen's canvas that lies within the picture, if it has ink; and where it begins."""
     small = cv2.medianBlur((shrunk(levels, WORKING_SIZE) * 255).clip(0, 255).astype(np.uint8), 3)
     _, light = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    edges = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, ones(3, 3))
     for mask in (light, 1 - light):
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
         inside = not at_border(cv2.boundingRect(outline), mask.shape)
         if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
+            continue
+        border = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1)
+        if np.quantile(edges[border > 0], 0.1) < 12:  # light that falls off has no edge
             continue
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
