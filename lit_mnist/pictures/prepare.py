@@ -87,15 +87,13 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         inside = not at_border(cv2.boundingRect(outline), mask.shape)
         if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
             continue
-        border = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1)
-        if np.quantile(edges[border > 0], 0.1) < 12:  # light that falls off has no edge
-            continue
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
+        edge = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1) > 0  # sharp, not of light that falls off
         beyond = cv2.dilate(whole, ones(*[int(0.5 * side)] * 2)) > whole  # of a cell this is the next one
-        if drawn and mask[beyond].mean() < 0.2:
+        if drawn and mask[beyond].mean() < 0.2 and np.quantile(edges[edge], 0.1) >= 12:
             scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
             left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
             part = levels[top:bottom, left:right]
@@ -247,7 +245,8 @@ def parts_of(ink: Pixels, share: int) -> tuple[Any, list[Part]]:
 def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
     """Remove printed cells and drawn boxes, even those that a digit touches, if something of its size is in them."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(inked(ink, 0.2))
-    ink, boxes = ink.copy(), []
+    ink = ink.copy()
+    boxes: list[Box] = []
     for part in (1 + np.flatnonzero(stats[1:, 2:4].min(1) >= 16)).tolist():
         x, y, width, height = stats[part, :4].tolist()
         place = slice(y, y + height), slice(x, x + width)
