@@ -129,8 +129,7 @@ class Painter:
     def hard_shadow(self, digit: Tensor, blur: tuple[float, float] = (0.2, 0.8)) -> Tensor:
         """Across the picture, 35 to 60 % of the light gone within a pixel or two."""
         ink = self.scene(digit)
-        along = distance(self.uniform(0, 360)) - self.uniform(-50, 50)
-        shade = (along / self.uniform(*blur)).sigmoid()
+        shade = ((distance(self.uniform(0, 360)) - self.uniform(-50, 50)) / self.uniform(*blur)).sigmoid()
         return self.photograph(ink, 0.85 * (1 - self.uniform(0.35, 0.6) * shade))
 
     def soft_shadow(self, digit: Tensor) -> Tensor:
@@ -179,7 +178,7 @@ class Painter:
     def letter(self, index: int) -> Tensor:
         """One in Pillow's own font, dark on light."""
         picture, font = Image.new("L", (CANVAS, CANVAS), 230), ImageFont.load_default(int(self.uniform(80, 160)))
-        ImageDraw.Draw(picture).text([CANVAS / 2] * 2, LETTERS[index % len(LETTERS)], 40, font, anchor="mm")
+        ImageDraw.Draw(picture).text((CANVAS / 2, CANVAS / 2), LETTERS[index % len(LETTERS)], 40, font, anchor="mm")
         return torch.from_numpy(np.array(picture)) / 255
 
     def number(self, inks: list[Tensor]) -> Tensor:
@@ -204,7 +203,7 @@ def read(picture: Tensor) -> Tensor:
         if picture.dim() == 3:
             Image.fromarray((levels * 255).round().astype(np.uint8)).save(file, format="PNG")
             levels = prepare.grey_levels(file)
-        return prepare.digit(levels)
+        return prepare.find_one(levels)[0]
     except UserError:
         return torch.zeros(1, 28, 28, dtype=torch.uint8)
 
@@ -224,7 +223,6 @@ def main() -> None:
     parser = make_parser(__doc__, "pictures")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--count", type=int, default=300, help="digits of each set (300)")
-    parser.add_argument("--pictures", nargs="*", default=[], help="folders of labelled pictures, as for predict")
     options = parser.parse_args()
     checkpoint = read_checkpoint(options.checkpoint)
     network, smoothing = load_network(checkpoint), checkpoint["hyper_parameters"].get("label_smoothing", 0.0)
@@ -246,12 +244,6 @@ def main() -> None:
         rows += [(f"{name}, numbers", right, None) for right in read_numbers(network, inks, labels)]
     classify("the whole test set", [*images], sets["MNIST"][1])
     classify("letters", [read(letter) for letter in map(Painter().letter, range(200))], [-1] * 200)
-    for folder in options.pictures:
-        labels = report.labels_of(paths := report.find([folder]), [folder], several=True)
-        for path, label in zip(paths, labels, strict=True):
-            found = [each.probabilities for each in report.read(network, path, len(max(labels, key=len)) > 1)]
-            answer = "".join(str(p.index(max(p))) for p in map(list, found) if p)
-            rows.append((Path(folder).name, answer == label, None))
     groups = pandas.DataFrame(rows, columns=["pictures", "right", "unsure"]).groupby("pictures", sort=False)
     table = groups["right"].agg(["sum", "count"]).assign(unsure=groups["unsure"].sum())
     print(table.to_string())

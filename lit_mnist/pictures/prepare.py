@@ -7,7 +7,7 @@ pixels with its proportions and its grey levels kept, and set into 28x28 pixels 
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -33,8 +33,15 @@ Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded the
 Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results are arrays
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
 Box = tuple[int, ...]  # x, y, width, height
-Part = tuple[Box, list[int]]  # what hangs together, by the numbers of its components
 Found = tuple[Box, Tensor | None, str]  # where, in MNIST's form unless it was left out, and why or what is doubtful
+
+
+class Part(NamedTuple):
+    """What hangs together, or is one digit: its box, its area in pixels, and the numbers of its components."""
+
+    box: Box
+    area: int
+    labels: list[int]
 
 
 def grey_levels(file: Path | BinaryIO) -> Pixels:
@@ -53,6 +60,8 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
         raise UserError(f"cannot be read: {shortened(str(error))}") from None
     pixels = np.asarray(colours, dtype=np.float32) / 255
     level, opaque = mixed(pixels[..., :3]), pixels[..., 3]
+    if opaque.min() == 1:
+        return level
     ink = (level * opaque).sum() / max(opaque.sum(), 1e-6)
     return level * opaque + (1 - opaque) * (ink < 0.5)  # the ink stands out from what is transparent
 
@@ -60,7 +69,7 @@ def grey_levels(file: Path | BinaryIO) -> Pixels:
 def mixed(colours: Pixels) -> Pixels:
     """Mix red, green and blue (H, W, 3) to one level along the colour by which pixels differ most from those around."""
     small = shrunk(colours, WORKING_SIZE)
-    details = (small - cv2.blur(small, [odd(max(small.shape) / 4)] * 2)).reshape(-1, 3)
+    details = (small - cv2.blur(small, [1 + max(small.shape) // 4] * 2)).reshape(-1, 3)
     mixture = np.linalg.eigh(details.T @ details)[1][:, -1]
     mixture *= np.sign(mixture.sum()) / np.abs(mixture).sum()
     return np.asarray(colours @ mixture - mixture.clip(max=0).sum())
@@ -70,18 +79,21 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     """Cut out a note, a sheet or a screen's canvas that lies within the picture, if it has ink; and where it begins."""
     small = cv2.medianBlur((shrunk(levels, WORKING_SIZE) * 255).clip(0, 255).astype(np.uint8), 3)
     _, light = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    edges = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, ones(3, 3))
     for mask in (light, 1 - light):
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
-        whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
-        if whole[[0, -1]].any() or whole[:, [0, -1]].any() or side < 0.24 * max(mask.shape):
+        inside = not at_border(cv2.boundingRect(outline), mask.shape)
+        if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
             continue
-        inner = cv2.erode(whole, ones(*[odd(0.04 * side)] * 2))
+        whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
+        inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
-        beyond = cv2.dilate(whole, ones(*[odd(0.5 * side)] * 2)) > whole  # of a cell this is the next one
-        if drawn and mask[beyond].mean() < 0.2 and is_rectangle(outline, 0.88):
+        edge = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1) > 0  # sharp, not of light that falls off
+        beyond = cv2.dilate(whole, ones(*[int(0.5 * side)] * 2)) > whole  # of a cell this is the next one
+        if drawn and mask[beyond].mean() < 0.2 and np.quantile(edges[edge], 0.1) >= 12:
             scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
             left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
             part = levels[top:bottom, left:right]
@@ -94,27 +106,22 @@ def is_rectangle(outline: Any, least: float) -> bool:
     return bool(cv2.contourArea(outline) >= least * np.prod(cv2.minAreaRect(outline)[1]))
 
 
-def digit(levels: Pixels) -> Tensor:
-    """Bring the one digit of grey levels into MNIST's form, uint8 (1, 28, 28); UserError if nothing stands out."""
-    return find_one(sheet(levels)[0])[0]
-
-
-def find_one(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
-    """Find a sheet's digit, as `digit` does, and what is doubtful about it."""
+def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
+    """Bring the one digit into MNIST's form, uint8 (1, 28, 28), and say what is doubtful; UserError for none."""
+    pixels = levels if closer else sheet(levels)[0]
     small = shrunk(pixels, WORKING_SIZE)
-    ink = unboxed(ink_of(small))
-    lined, ink = ink, unruled(ink, closer)
-    parts, others = main_part(ink)
-    box = cv2.boundingRect(parts)
-    if not fits(box, ink.shape):  # what was taken for ruled lines may have been the digit
-        again, more = main_part(lined)
-        if fits(cv2.boundingRect(again), ink.shape) and cv2.boundingRect(again)[3] > box[3]:
-            ink, parts, others = lined, again, more
-    around = 3 + 2 * (max(ink.shape) // 100)
-    ink = ink * cv2.dilate(parts, ones(around, around))
-    x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
-    if not width:
+    ink = unruled(unboxed(ink_of(small))[0], closer)
+    labels, parts = parts_of(ink, 100)
+    parts = [part for part in parts[:100] if fits(part.box, ink.shape)] or parts[:100]  # noise makes thousands
+    if not parts:
         raise UserError("nothing stands out from the background")
+    largest = max(part.area * part.box[3] for part in parts)
+    digits = united([part for part in parts if part.area * part.box[3] >= 0.1 * largest], np.inf, 0.3)
+    main = max(digits, key=lambda part: part.area * part.box[3])
+    near = 3 + 2 * (max(ink.shape) // 100)
+    ink = ink * cv2.dilate(np.isin(labels, main.labels).astype(np.uint8), ones(near, near))
+    x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
+    others = [part.box[3] for part in digits if part is not main and fits(part.box, ink.shape)]
     doubt = "more than one digit?" * any(0.6 * height <= other <= 1.7 * height for other in others)
     if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
@@ -124,26 +131,13 @@ def find_one(pixels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     return in_form(ink[y : y + height, x : x + width]), doubt
 
 
-def main_part(ink: Pixels) -> tuple[Mask, list[int]]:
-    """Find the largest part with those that belong to it; and the heights of others that may be digits."""
-    labels, stats = components(ink, 100)
-    areas, heights = stats[:, cv2.CC_STAT_AREA], stats[:, cv2.CC_STAT_HEIGHT]
-    parts = [int(part) + 1 for part in areas[1:].argsort()[::-1][:100]]  # noise makes thousands
-    parts = without_boxes(stats, [part for part in parts if fits(stats[part, :4], ink.shape)] or parts)
-    main = max(parts, key=(areas * heights).__getitem__, default=0)
-    digits = united(items_of(stats, [part for part in parts if areas[part] >= 0.1 * areas[main]]), np.inf, 0.3)
-    own = next((group for _, group in digits if main in group), [-1])
-    others = [box[3] for box, group in digits if group is not own and fits(box, ink.shape)]
-    return np.isin(labels, own).astype(np.uint8), others
-
-
 def in_form(ink: Pixels) -> Tensor:
     """Scale ink to the box, and set it into 28x28 pixels by its centre of mass."""
     scale = BOX / max(ink.shape)
     if scale != 1:
         if scale < 1:
             ink = cv2.GaussianBlur(ink, (0, 0), 0.3 / scale)  # as soft as MNIST's
-        ink = resized(ink, scale)
+        ink = resized(ink, BOX)
         ink = (ink / full_level(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
     height, width = ink.shape
     # in all of MNIST's images the centre of mass lies within half a pixel of the middle of pixel 14
@@ -154,18 +148,15 @@ def in_form(ink: Pixels) -> Tensor:
     return torch.from_numpy(np.pad((ink * 255).round().astype(np.uint8), sides)[None])
 
 
-def resized(pixels: Pixels, scale: float) -> Pixels:
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+def resized(pixels: Pixels, side: int) -> Pixels:
+    """Scale it until its longer side is SIDE."""
+    scale = side / max(pixels.shape)
+    height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
 def shrunk(pixels: Pixels, side: int) -> Pixels:
-    """Reduce it until its longer side is at most SIDE; smaller pictures stay as they are."""
-    return resized(pixels, side / max(pixels.shape)) if max(pixels.shape) > side else pixels
-
-
-def odd(side: float) -> int:
-    return max(3, int(side) // 2 * 2 + 1)
+    return resized(pixels, side) if max(pixels.shape) > side else pixels
 
 
 def full_level(ink: Pixels) -> float:
@@ -177,28 +168,24 @@ def ink_of(levels: Pixels) -> Pixels:
     """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
     low, high = float(levels.min()), float(levels.max())
     eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
-    coarse = shrunk(eight_bits, WORKING_SIZE)
-    edge = 3 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
+    coarse = shrunk(eight_bits, WORKING_SIZE // 2)
+    edge = 2 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
     coarse = np.ascontiguousarray(coarse[edge : len(coarse) - edge, edge : coarse.shape[1] - edge])
-    median = cv2.medianBlur(coarse, odd(max(coarse.shape) / 2))
-    dark = ((coarse - median.astype(np.float32)) ** 3).sum() < 0  # ink is the smaller part, and differs more
+    beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
+    edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, ones(3, 3))  # a lamp's reflection has none
+    dark = (edges * beyond**3).sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
-    window = odd(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4))
-    kernel = ones(window, window)
-    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, kernel)
+    window = int(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4)) | 1
+    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, ones(window, window))
     ink: Pixels = levels - paper
-    # the same, except that what lies along the border counts as paper: light may fall off towards it
-    wide = cv2.copyMakeBorder(smooth, window, window, window, window, cv2.BORDER_REPLICATE)
-    beyond = cv2.morphologyEx(wide, cv2.MORPH_OPEN, kernel)[window:-window, window:-window]
-    inner: Pixels = levels - beyond
     if dark:  # ink takes its share of the light
         least = 0.45 * np.quantile(1 - paper, 0.9)
-        ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - beyond).clip(min=least)
-    lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, even if there is more ink than paper
+        ink = ink / (1 - paper).clip(min=least)
+    lower, quarter = np.quantile(ink, (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
     bias = quarter + 0.674 * noise
-    full = full_level((inner - bias).clip(min=0))
+    full = full_level((ink - bias).clip(min=0))
     if not full > max(0.04, 5 * noise):
         raise UserError("nothing stands out from the background")
     ink = ((ink - bias) / full).clip(0, 1)
@@ -209,29 +196,11 @@ def inked(ink: Pixels, share: float = 0.3) -> Mask:
     return (ink > share).astype(np.uint8)
 
 
-def unruled(ink: Pixels, single: bool = False) -> Pixels:
-    """Remove ruled lines except where strokes cross them."""
+def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
+    """Remove straight thin lines, but where strokes cross them, if RULED or if two run from border to border."""
     faint = inked(ink, 0.15)
-    lines = ruled_lines(faint, single)
-    if not lines.any():
-        return ink
-    level = float(np.median(ink[(lines & faint) > 0]))
-    crossing = cv2.morphologyEx(inked(ink) * (1 - lines), cv2.MORPH_CLOSE, ones(9, 9))
-    return np.where((lines > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
-
-
-def fits(box: Any, shape: tuple[int, ...]) -> bool:
-    """Tell whether a box is large enough for a digit, and has paper on all sides."""
-    (x, y, width, height), (down, across) = box, shape
-    clear = 0.02 * across < x < 0.98 * across - width and 0.02 * down < y < 0.98 * down - height
-    large = max(width, height) >= 0.1 * max(shape)
-    return bool(clear and large and height < 0.9 * down and width < 0.9 * across)
-
-
-def ruled_lines(mask: Mask, ruled: bool) -> Mask:
-    """Find straight thin lines, nearly level or upright, if RULED or if two run from one border to the opposite one."""
-    found = np.zeros_like(mask)
-    for turned, target in ((mask, found), (np.ascontiguousarray(mask.T), found.T)):
+    found = np.zeros_like(faint)
+    for turned, target in ((faint, found), (np.ascontiguousarray(faint.T), found.T)):  # nearly level ones, upright ones
         width = turned.shape[1]
         closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, ones(1, width // 40))
         runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, ones(1, max(3, width // 12)))
@@ -242,100 +211,113 @@ def ruled_lines(mask: Mask, ruled: bool) -> Mask:
         lines = (left <= 2) | (left + lengths >= width - 2)  # a bold stroke may cut them
         lines[0] = False
         target |= lines[labels].astype(np.uint8)
-    return found * ruled
+    if not ruled or not found.any():
+        return ink
+    level = float(np.median(ink[(found & faint) > 0]))
+    crossing = cv2.morphologyEx(inked(ink) * (1 - found), cv2.MORPH_CLOSE, ones(9, 9))
+    return np.where((found > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
+
+
+def at_border(box: Any, shape: tuple[int, ...], share: float = 0) -> bool:
+    """Tell whether less than two pixels, or a SHARE of the picture, are free on a side of a box."""
+    (x, y, width, height), (down, across) = box, shape
+    right, below = across - x - width, down - y - height
+    return bool(min(x, right) <= max(1, share * across) or min(y, below) <= max(1, share * down))
+
+
+def fits(box: Any, shape: tuple[int, ...]) -> bool:
+    """Tell whether a box is large enough for a digit, and has paper on all sides."""
+    return not at_border(box, shape, 0.02) and max(box[2:]) >= 0.05 * max(shape)
 
 
 def ones(height: int, width: int) -> Mask:
     return np.ones((max(1, height), max(1, width)), np.uint8)
 
 
-def components(ink: Pixels, share: int) -> tuple[Any, Any]:
-    """Number the parts that nearly touch, by a SHAREth of the longer side; and OpenCV's statistics of each."""
+def parts_of(ink: Pixels, share: int) -> tuple[Any, list[Part]]:
+    """Find what hangs together, or nearly, by a SHAREth of the longer side: numbered pixels, and the largest first."""
     side = 1 + max(ink.shape) // share
-    return tuple(cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))[1:3])
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))
+    order = stats[1:, cv2.CC_STAT_AREA].argsort()[::-1].tolist()
+    return labels, [Part(tuple(stats[n + 1, :4].tolist()), int(stats[n + 1, 4]), [n + 1]) for n in order]
 
 
-def items_of(stats: Any, parts: list[int]) -> list[Part]:
-    return [(tuple(stats[part, :4].tolist()), [part]) for part in parts]
-
-
-def unboxed(ink: Pixels) -> Pixels:
+def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
     """Remove printed cells and drawn boxes, even those that a digit touches, if something of its size is in them."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(inked(ink, 0.2))
     ink = ink.copy()
+    boxes: list[Box] = []
     for part in (1 + np.flatnonzero(stats[1:, 2:4].min(1) >= 16)).tolist():
-        x, y, width, height, area = stats[part].tolist()
+        x, y, width, height = stats[part, :4].tolist()
         place = slice(y, y + height), slice(x, x + width)
         own = (labels[place] == part).astype(np.uint8)
-        whole = cv2.convexHull(cv2.findNonZero(own))
-        if area > 0.5 * width * height or not is_rectangle(whole, 0.85):
-            continue
         outlines, (tree,) = cv2.findContours(own, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
-        cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= 0.3 * min(width, height)]
-        straight = [cv2.contourArea(cell) for cell in cells if is_rectangle(cell, 0.9)]  # between strokes they are not
+        least = 0.3 if at_border((x, y, width, height), ink.shape) else 0.1  # squared paper is no table
+        cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
+        straight = [cell for cell in cells if is_rectangle(cell, 0.9)]  # the holes of digits are round
+        if sum(map(cv2.contourArea, straight)) < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
+            continue
+        side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in straight]))
         inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
-        cv2.drawContours(inside, cells, -1, 0, odd(0.05 * min(width, height)))
+        cv2.drawContours(inside, cells, -1, 0, max(3, int(0.05 * side)))
         bare = np.where(cv2.dilate(own, ones(3, 3)) > inside, 0, ink[place])
-        tallest = components(bare, 100)[1][1:, cv2.CC_STAT_HEIGHT].max(initial=0)
-        if sum(straight) >= 0.5 * cv2.contourArea(whole) and tallest >= 0.25 * height:
+        if max((part.box[3] for part in parts_of(bare, 100)[1]), default=0) >= 0.25 * side:
             ink[place] = bare
-    return ink
-
-
-def without_boxes(stats: Any, parts: list[int]) -> list[int]:
-    """Leave out each part that is a box around another one of a digit's size."""
-    starts, sizes, areas = stats[parts, :2], stats[parts, 2:4], stats[parts, cv2.CC_STAT_AREA]
-    inside = (starts[:, None] < starts) & ((starts + sizes)[:, None] > starts + sizes)  # (outer, inner, axis)
-    boxes = inside.all(2) & (sizes[:, 1] > 0.25 * sizes[:, 1:]) & (areas < 0.35 * sizes.prod(1))[:, None]
-    return [part for part, box in zip(parts, boxes.any(1), strict=True) if not box]
+            boxes.append((x, y, width, height))
+    return ink, boxes
 
 
 def split(levels: Pixels) -> list[Found]:
     """Find the digits line by line, then what was left out; UserError if nothing, or too much, is ink."""
     whole, corner = sheet(levels)
     pixels = shrunk(whole, FINE_SIZE)
-    ink = unruled(unboxed(ink_of(pixels)))
-    labels, stats = components(ink, 500)
-    heights, longer = stats[:, cv2.CC_STAT_HEIGHT], stats[:, 2:4].max(1)
-    clear = (stats[:, :2].min(1) > 1) & (stats[:, :2] + stats[:, 2:4] < np.array(ink.shape[::-1]) - 1).all(1)
-    large = (heights >= 0.1 * heights[clear].max(initial=0)) & (longer >= max(ink.shape) / 150)  # the others are specks
-    parts = [int(part) for part in stats[:, cv2.CC_STAT_AREA].argsort()[::-1] if part and large[part]]
-    if len(parts) > MAX_PARTS:
-        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
+    ink, boxes = unboxed(ink_of(pixels))
+    ink = unruled(ink)
+    labels, parts = parts_of(ink, 500)
+    heights = [part.box[3] for part in parts if not at_border(part.box, ink.shape)] or [part.box[3] for part in parts]
+    tallest = max(heights, default=0)
+    parts = [part for part in parts if part.box[3] >= 0.1 * tallest and max(part.box[2:]) >= max(ink.shape) / 150]
     if not parts:
         raise UserError("nothing stands out from the background")
-    kept = without_boxes(stats, [part for part in parts if clear[part]] or parts)
-    height = float(np.median([tall for tall in heights[kept] if tall >= 0.4 * heights[kept].max()]))
+    if len(parts) > MAX_PARTS:
+        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
+    height = float(np.median([tall for tall in heights if tall >= 0.4 * tallest]))
 
-    def problem(item: Part) -> str:
-        (_, _, across, down), group = item
-        if not (inside := clear[group].all()) and (abs(down / height - 1) > 0.5 or across > 1.5 * height):
+    def problem(part: Part) -> str:
+        width, tall = part.box[2:]
+        if at_border(part.box, ink.shape) and (abs(tall / height - 1) > 0.5 or width > 1.5 * height):
             return "touches the border"
-        if max(across, down) > 1.6 * height and min(across, down) < 0.12 * max(across, down):
+        if max(width, tall) > 1.6 * height and min(width, tall) < 0.12 * max(width, tall):
             return "a line"
-        return "a box" if inside and group[0] not in kept else "too small" * (down < 0.4 * height)
+        return "too small" * (tall < 0.4 * height)
 
-    strokes = [item for item in items_of(stats, parts) if problem(item) in ("", "too small")]
-    others = [item for item in items_of(stats, parts) if item not in strokes]
-    joined = united(strokes, 1.6 * height, -1)
-    joined = in_lines([item for item in joined if not problem(item)]) + [item for item in joined if problem(item)]
-    scale, found = max(whole.shape) / max(pixels.shape), []
-    for (x, y, across, down), group in joined + others:
-        place, reason = (slice(y, y + down), slice(x, x + across)), problem(((x, y, across, down), group))
-        seen = None if reason else in_form(ink[place] * np.isin(labels[place], group))
-        left, top, *size = (round(scale * side) for side in (x, y, across, down))
-        box = left + corner[0], top + corner[1], *size
-        found.append((box, seen, reason or "touches the border" * (not clear[group].all())))
+    strokes = [part for part in parts if problem(part) in ("", "too small")]
+    left_out = [(part, problem(part)) for part in parts if part not in strokes]
+    read: list[tuple[Part, str]] = []
+    for line in in_lines(united(strokes, 1.6 * height, -1)):
+        printed = sum(problem(part) == "too small" for part in line) > 0.5 * len(line)  # with capitals and brackets
+        for part in line:
+            reason = problem(part) or "too small" * (printed and part.box[3] < 0.7 * height)
+            (left_out if reason else read).append((part, reason))
+    found: list[Found] = []
+    scale = max(whole.shape) / max(pixels.shape)
+    for part, reason in [*read, *left_out, *((Part(box, 0, []), "a box") for box in boxes)]:
+        x, y, width, tall = part.box
+        place = slice(y, y + tall), slice(x, x + width)
+        seen = None if reason else in_form(ink[place] * np.isin(labels[place], part.labels))
+        left, top, *size = (round(scale * side) for side in part.box)
+        doubt = "touches the border" * at_border(part.box, ink.shape)
+        found.append(((left + corner[0], top + corner[1], *size), seen, reason or doubt))
     return found
 
 
 def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
     """Join parts one above the other, as a 5's strokes, and those BESIDE times their size apart, to a digit's size."""
     digits: list[Part] = []
-    for box, own in parts:
+    for part in parts:
         for other in digits.copy():
-            (x, y, width, height), (left, top, across, down) = box, other[0]
+            (x, y, width, height), (left, top, across, down) = part.box, other.box
             start, above = min(x, left), min(y, top)
             joined = start, above, max(x + width, left + across) - start, max(y + height, top + down) - above
             smaller = min(max(width, height), max(across, down))
@@ -343,22 +325,22 @@ def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
             near = gap <= max(beside * smaller, -0.3 * min(width, across)) and gap_down <= 0.3 * smaller
             if near and max(joined[2:]) <= largest:
                 digits.remove(other)
-                box, own = joined, own + other[1]
-        digits.append((box, own))
+                part = Part(joined, part.area + other.area, part.labels + other.labels)
+        digits.append(part)
     return digits
 
 
-def in_lines(parts: list[Part]) -> list[Part]:
+def in_lines(parts: list[Part]) -> list[list[Part]]:
     """Sort into reading order: from left to right each joins the line whose course, fitted to its middles, it meets."""
     lines: list[tuple[list[Part], float, float, float]] = []  # and the middle's x and y, and the slope of each
     for part in sorted(parts):
-        x, y, width, height = part[0]
+        x, y, width, height = part.box
         course = [abs(y + height / 2 - down - slope * (x + width / 2 - across)) for _, across, down, slope in lines]
         nearest = int(np.argmin(course)) if lines else 0
-        near = lines and course[nearest] < 0.7 * max(height, *(box[3] for box, _ in lines[nearest][0]))
+        near = lines and course[nearest] < 0.7 * max(height, *(other.box[3] for other in lines[nearest][0]))
         line = [*(lines.pop(nearest)[0] if near else ()), part]
-        middles = np.array([(x + width / 2, y + height / 2) for (x, y, width, height), _ in line])
+        middles = np.array([(x + width / 2, y + height / 2) for x, y, width, height in (part.box for part in line)])
         x, y = (middles - middles.mean(0)).T
         lines.append((line, *middles.mean(0), x @ y / (x @ x + height * height)))
     slope = np.median([line[3] for line in lines for _ in line[0]]) if lines else 0
-    return [part for line, *_ in sorted(lines, key=lambda line: line[2] - slope * line[1]) for part in line]
+    return [line for line, *_ in sorted(lines, key=lambda line: line[2] - slope * line[1])]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError, shortened, shown
 from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import NO_PICTURE, find_one, grey_levels, sheet, split
+from lit_mnist.pictures.prepare import NO_PICTURE, find_one, grey_levels, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
 SHEET_LIMIT = 400  # pictures on a sheet
@@ -43,9 +43,9 @@ def find(names: Sequence[str]) -> list[Path]:
         path = Path(name)
         inside = ((file, file.relative_to(path).parts) for file in path.rglob("*") if name and file.is_file())
         files = [file for file, parts in inside if not any(part.startswith((".", "lightning_logs")) for part in parts)]
-        found += [path] if path.is_file() else sorted(files)
         if not path.is_file() and not files:
             raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
+        found += [path] if path.is_file() else sorted(files)
     return found
 
 
@@ -53,7 +53,7 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoot
     """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `unsure`."""
     try:
         levels = grey_levels(file)
-        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(sheet(levels)[0]))]
+        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(levels))]
     except UserError as error:
         return [Picture(file, str(error))]
     with Image.open(file) as opened:
@@ -177,8 +177,7 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
             sheet.paste(seen.resize((CELL, CELL), Image.Resampling.NEAREST), (left + CELL, above))
             best = columns(picture.probabilities)["digit"]
             answer = f"{best} ({max(picture.probabilities):.1%}){' unsure' * picture.doubtful} {picture.problem}"
+            name = f"{picture.place[0]} in {name}" if picture.place else name
         draw.rectangle((left - 1, above - 1, left + 2 * CELL, above + CELL), outline="#d0d0d0")
-        number = f"{picture.place[0]} in " if picture.place and picture.probabilities else ""
-        text = f"{answer:.40}\n{number}{name:.32}"
-        draw.text((left, above + CELL + 6), text, "#202020", font)
+        draw.text((left, above + CELL + 6), f"{answer:.40}\n{name:.36}", "#202020", font)
     return sheet

@@ -102,7 +102,7 @@ def test_labels(network: nn.Module, capsys: Capsys) -> None:
     for name in ("own/7/1.png", "own/3_mine.png", "own/3_blank.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         picture(Path(name), places=() if "blank" in name else (40,))
-    network.head.bias.data[3] += 100
+    network.get_parameter("head.bias").data[3] += 100
     torch.save(torch.load(BEST) | {"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}}, BEST)
     assert main(["predict", "own", "--labels", "--ckpt_path", BEST]) == 0
     out = capsys.readouterr().out
