@@ -86,7 +86,7 @@ class Bar(lightning.RichProgressBar):
 class MNISTCLI(SettingsCLI):
     """LightningCLI for one command, which `args` begin with; files and flags override the run's of `--ckpt_path`.
 
-    `watch` is called with the run once it has started. Without `start` everything is only made.
+    `watch` is called with the run when it starts. Without `start` everything is only made.
     """
 
     def __init__(self, args: list[str], watch: Callable[[Run], object] | None = None, start: bool = True) -> None:
@@ -256,7 +256,7 @@ class MNISTCLI(SettingsCLI):
             lightnings = modules[-1].startswith("pytorch_lightning.")
             says = isinstance(error, (RuntimeError, ImportError, ValueError)) and lightnings
             says |= isinstance(cause, MisconfigurationException)
-            if self.run.started and (says or isinstance(cause, OSError)):
+            if (self.run.started or self.run.continues) and (says or isinstance(cause, OSError)):
                 raise TrainingFailed(f"training stopped: {one_line(cause)}; earlier checkpoints are intact") from error
             if says:
                 raise UserError(one_line(error)) from error

@@ -41,6 +41,15 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # the browser has left
             super().__init__(*connection)  # which answers
 
+    def parse_request(self) -> bool:
+        """Refuse another name: a stranger's page could let its own lead here, and read the answers."""
+        own = "localhost", self.connection.getsockname()[0], self.server.server_address[0]
+        parsed = super().parse_request()
+        if parsed and str(self.headers["Host"]).partition(":")[0] not in own:
+            self.send_error(403)
+            return False
+        return parsed
+
     def do_GET(self) -> None:
         self.reply("text/html; charset=utf-8", self.page)
 
@@ -60,13 +69,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply("application/json", json.dumps(found).encode())
 
     def reply(self, kind: str, content: bytes) -> None:
-        """Answer, except under another name: a stranger's page could let its own lead here, and read the answers."""
-        known = str(self.headers["Host"]).partition(":")[0] in ("localhost", self.connection.getsockname()[0])
-        self.send_response(200 if known else 403)
+        self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(content if known else b"")
+        self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
         """Print no request."""
@@ -85,5 +92,5 @@ def demo(args: Sequence[str]) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from error
     with server:
-        print(f"Draw at http://{options.host}:{server.server_port} (press Ctrl-C to stop)", flush=True)
+        print(f"Draw at http://{server.server_address[0]}:{server.server_port} (press Ctrl-C to stop)", flush=True)
         server.serve_forever()

@@ -62,7 +62,7 @@ class SettingsCLI(LightningCLI):
     """LightningCLI that parses a command line over the settings of a checkpoint's run."""
 
     command: str
-    run: Run  # that has these settings, or whose checkpoint is scored
+    run = Run()  # that has these settings, or whose checkpoint is scored
     name: str | None  # of a new run's folder
     lines: list[str]  # what is printed: how the settings differ from the checkpoint's run
 
@@ -93,7 +93,7 @@ class SettingsCLI(LightningCLI):
         run.settings = {key: value for key, value in now.items() if key.startswith(KEPT) and key not in MACHINE}
         self.check_fixed(before, now)
         if self.command == "fit":
-            run.unchanged = before.items() <= now.items()
+            run.unchanged = all(now[key] == old for key, old in before.items() if key in now)
             here, there = flat(conditions(torch.device("cpu"))), flat(runs.section(run.loaded, "conditions"))
             changes = [(key, old, now.get(key, "no longer a setting"), "") for key, old in before.items()]
             for key in sorted(CONDITIONS & there.keys()):
@@ -138,6 +138,7 @@ class SettingsCLI(LightningCLI):
     def check_fixed(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Refuse settings that would turn the checkpoint's run into another one."""
         fixed = FIXED[self.command]
+        before = before and {"model.views": 1, "data.shares": None, **before}  # which older runs do not have
         if self.command == "fit":
             fixed = fixed | {key for key in ON_OFF if bool(before.get(key)) != bool(now.get(key))}
             loop = runs.section(runs.section(self.run.loaded, "loops"), "fit_loop")

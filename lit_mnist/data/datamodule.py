@@ -130,6 +130,10 @@ class MNISTDataModule(LightningDataModule):
         if trainer and self.train_batches.shares:
             self.train_batches.set_epoch(trainer.current_epoch)
             trainer.reload_dataloaders_every_n_epochs = 1  # or Lightning asks for the first epoch's number of batches
+            least, limit = min(self.train_batches.epoch_lengths(range(len(hp.shares)))), trainer.limit_train_batches
+            interval = trainer.val_check_interval if trainer.check_val_every_n_epoch else 0
+            if (isinstance(limit, float) and limit * least < 1) or (isinstance(interval, int) and interval > least):
+                raise UserError(f"data.shares: {least} batches are below val_check_interval or limit_train_batches")
         return self.train_batches
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:

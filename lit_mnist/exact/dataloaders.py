@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .console import UserError
 
 OUTSIDE = (type, ModuleType, Tensor, np.ndarray, LightningModule, LightningDataModule, Trainer)  # of the data
+PLACE = ("seed", "first", "number", "epoch", "done", "states")  # of an ExactLoader, in checkpoints
 
 
 def generators(*roots: Any) -> Iterator[Any]:
@@ -62,63 +63,69 @@ def arrive(key: tuple[int, ...], indices: Any) -> Any:
     return indices
 
 
-class ExactLoader(DataLoader[Any]):
+class ExactLoader:
     """A map-style DataLoader whose epoch can be continued, without loading again what it has given."""
 
     def __init__(self, loader: DataLoader[Any], trainer: Trainer) -> None:
-        vars(self).update(vars(loader))  # the same data set, samplers and workers
-        self.trainer, self.training = trainer, trainer.training
+        self.loader, self.trainer, self.training = loader, trainer, trainer.training
         own = loader.generator.initial_seed() if loader.generator else 0
         self.seed = [trainer.strategy.broadcast(torch.initial_seed()), own] if self.training else [0, 0]
+        self.order: Any = loader._index_sampler
         samplers = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", loader.sampler)]
-        self.stateful: Any = next((part for part in samplers if hasattr(part, "state_dict")), None)
+        self.sampler: Any = next((part for part in samplers if hasattr(part, "state_dict")), None)
         self.states: list[Any] = [None, None]  # the sampler's: when the last pass began, and when it was saved
         known = all(type(part).__module__.startswith(("torch.", "torchdata.", "builtins")) for part in samplers)
-        self.replays = not (known or self.stateful)  # a user's sampler may count its passes
+        self.replays = not (known or self.sampler)  # a user's sampler may count its passes
         self.first = trainer.current_epoch  # number of the first pass over the data
-        self.number, self.epoch, self.done, self.length, self.resumed = self.first - 1, -1, 0, len(loader), False
+        self.number, self.epoch, self.done, self.resumed = self.first - 1, -1, 0, False
         self.batches: list[Any] = []
         self.source = copy(loader)
         self.source.__class__ = DataLoader  # torchdata's would lose the RNG states of its workers
         vars(self.source)["sampler" if loader.batch_sampler is None else "batch_sampler"] = self.batches
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
     def state_dict(self) -> dict[str, Any]:
-        if self.stateful and not self.resumed:
-            self.states[1] = self.stateful.state_dict()
-        return {name: vars(self)[name] for name in ("seed", "first", "number", "epoch", "done", "length", "states")}
+        if self.sampler and not self.resumed:
+            self.states[1] = self.sampler.state_dict()
+        return {name: vars(self)[name] for name in PLACE} | {"length": len(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next pass continue that of the saved run, if its epoch is not over, or be the one after it."""
         vars(self).update(deepcopy(state_dict), resumed=True)
         self.trainer.fit_loop._last_train_dl_reload_epoch = self.first
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         # A generator: Lightning 2.6 asks for it before it restores states and sets the epoch, and for a batch after.
         loop: Any = self.trainer.fit_loop
         epoch, rank = loop.epoch_progress.current.processed, self.trainer.global_rank
         within = self.resumed and self.epoch == epoch
         if not within:  # no checkpoint knows how many validations there were
             self.number, self.done = self.number + 1 if self.training else self.trainer.global_step, 0
-        if self.resumed and self.stateful:
-            self.stateful.load_state_dict(self.states[not within])
+        if self.resumed and self.sampler:
+            self.sampler.load_state_dict(self.states[not within])
         loaders = (loop if self.training else loop.epoch_loop.val_loop)._combined_loader.flattened
         key = (*self.seed, self.training, loaders.index(self))
         with isolate_rng(include_cuda=False):
             for number in range(self.first if self.resumed and self.replays else self.number, self.number + 1):
-                self.states[0] = self.stateful and deepcopy(self.stateful.state_dict())
-                seed_all((*key, number, 0, 0), self.generator, self._index_sampler)
-                order = [*islice(self._index_sampler, len(self) + 1)][: len(self)]
+                self.states[0] = self.sampler and deepcopy(self.sampler.state_dict())
+                seed_all((*key, number, 0, 0), self.loader.generator, self.order)
+                order = [*islice(self.order, len(self) + 1)][: len(self)]
             if within and self.length != len(self):
                 raise UserError(f"{self.length} batches an epoch are now {len(self)}, which is possible between epochs")
             batches = [Seeded([(*key, self.number, n + 1, rank), order[n]]) for n in range(self.done, len(order))]
-            self.batches[:] = batches if self.num_workers else [indices for _, indices in batches]
+            self.batches[:] = batches if self.loader.num_workers else [indices for _, indices in batches]
             source = iter(self.source)
-        if within and self.stateful:
-            self.stateful.load_state_dict(self.states[1])
-        self.epoch, self.length, self.resumed = epoch, len(self), False
+        if within and self.sampler:
+            self.sampler.load_state_dict(self.states[1])
+        self.epoch, self.resumed = epoch, False
         for key, _ in batches:
             with isolate_rng(include_cuda=False):  # what the module draws does not change the data, nor they it
-                seed_all(key, self.dataset, self.collate_fn)
+                seed_all(key, self.loader.dataset, self.loader.collate_fn)
                 batch = next(source)
             self.done += 1
             yield batch
@@ -133,9 +140,6 @@ def make_loaders_exact(trainer: Trainer) -> None:
         plain = getattr(type(loader), "__iter__", None) is DataLoader.__iter__ and not hasattr(loader, "state_dict")
         torchdatas = type(loader).__module__.startswith("torchdata.stateful") and not hasattr(data, "state_dict")
         known = (plain or torchdatas) and loader.in_order and not isinstance(data, IterableDataset)
-        if not (known and sized_len(loader) and trainer.state.fn == "fit"):
-            return loader
-        # of the loader's class, too, for whoever calls its methods
-        return type("ExactLoader", (ExactLoader, type(loader)), {})(loader, trainer)
+        return ExactLoader(loader, trainer) if known and sized_len(loader) and trainer.state.fn == "fit" else loader
 
     trainer.strategy.process_dataloader = make_exact  # type: ignore[method-assign, assignment]

@@ -142,8 +142,8 @@ def gather_in_order(batches: list[T]) -> list[T]:
 
 def is_first() -> bool:
     """Return whether this is the first process: by its trainer, and before there is one, by the environment."""
-    ranks = getattr(rank_zero_only, "rank", 0), number("RANK", "LOCAL_RANK", "SLURM_PROCID"), number("NODE_RANK")
-    return not any(ranks)
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+    return not (getattr(rank_zero_only, "rank", 0) or any(map(number, names)))
 
 
 def lost(error: BaseException) -> str:

@@ -145,6 +145,8 @@ def total_steps(trainer: Trainer) -> float:
     schedule, count = callback_of(trainer, GradientAccumulationScheduler), trainer.accumulate_grad_batches
     # a loader whose epochs differ says how long they are
     lengths: list[float] = getattr(trainer.train_dataloader, "epoch_lengths", lambda _: [])(left)
+    if schedule:
+        count = schedule.get_accumulate_grad_batches(trainer.current_epoch)
     if schedule or lengths:
         batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
         counts = [schedule.get_accumulate_grad_batches(epoch) if schedule else count for epoch in left]
@@ -152,7 +154,8 @@ def total_steps(trainer: Trainer) -> float:
         remaining = sum(math.ceil(number / accumulated) for number, accumulated in pairs)
     else:
         remaining = math.ceil(trainer.num_training_batches / count) * len(left)
-    done = math.ceil(trainer.fit_loop.epoch_loop.batch_progress.current.ready / count)
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    done = math.ceil(ready / count) if trainer.is_last_batch else ready // count  # gradients may still accumulate
     return min(most, trainer.global_step - done + remaining)
 
 

@@ -30,7 +30,7 @@ class Results(Callback):
             "created": own.get("created", time()),
             "recipe": fit.get("recipe", run.recipe),
             "parent": own.get("parent"),
-            "commands": [*own.get("commands", []), run.command],
+            "commands": [*fit.get("commands", []), run.command],
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

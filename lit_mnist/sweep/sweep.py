@@ -40,6 +40,7 @@ class Worker:
         usual = check([*plan.flags({}), *(f"--{name}={place}" for name, place in places.items() if place)])
         plan.suggest(optuna.create_study().ask())
         self.plan, self.runs, self.folder = plan, usual.runs, usual.runs / "sweeps" / options.name
+        self.parent = os.getppid() if options.worker is not None else None
         self.places = [f"--data.root={usual.config['data.root']}", f"--trainer.default_root_dir={self.runs.parent}"]
         if options.worker is None:
             for name, given in plan.varied.items():
@@ -96,6 +97,8 @@ class Worker:
 
     def train_run(self, trial: optuna.Trial, seed: str, flags: list[str]) -> None:
         """Train a configuration with one seed, from where an earlier trial of it was interrupted if that is here."""
+        if self.parent not in (None, os.getppid()):  # it was killed
+            raise KeyboardInterrupt(signal.SIGTERM)
         if latest_trials(self.study)[trial.user_attrs["sample"]].number > trial.number:
             raise optuna.TrialPruned  # another worker has queued this configuration once more, at the same time
         run = self.runs / trial.user_attrs.get(seed, {}).get("run", "none")

@@ -522,7 +522,7 @@ def page(found: Sequence[Row]) -> str:
         own = [(re.split("[ ,]", row[1])[0], row[3]) for row in found if (row[0], row[2]) == (kind, what)]
         shown = [f"`{name}`{why and f' ({why})'}".replace("|", "/")[:300] for name, why in own]
         if (kind, what) == ("metric", "exact"):
-            shown = [f"all of torchmetrics' {metrics} classes but those that are not tried"]
+            shown = [f"all of torchmetrics' {metrics} classes that make no other one, but those that are not tried"]
         lines.append(f"| {kind} | {what} | {len(own)} | {', '.join(dict.fromkeys(shown))} |")
     known = {"epochs": EPOCHS, "kills": len(KILLS), "variants": ", ".join([*VARIANTS, *WAYS])}
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pytorch-lightning", "torchmetrics"))
