@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -102,9 +102,8 @@ def fail(error: BaseException, *_: Any, **__: Any) -> NoReturn:
     raise error
 
 
-@contextmanager
-def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Iterator[None]:
-    """Let a function act in its n-th call, counted from 1, before it does what it did."""
+def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Any:
+    """Return a patch by which a function acts in its n-th call, counted from 1, before it does what it did."""
     original, calls = getattr(owner, name), count(1)
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -112,9 +111,18 @@ def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> It
             act()
         return original(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, hooked)
-        yield
+    return patch.object(owner, name, hooked)
+
+
+def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], object]) -> None:
+    """Call it before each training step with the module and the batch."""
+    original = LitMNIST.training_step
+
+    def watched(self: LitMNIST, batch: Any, batch_idx: int) -> torch.Tensor:
+        watcher(self, batch)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitMNIST, "training_step", watched)
 
 
 def last_checkpoint(run: Path = RUN) -> dict[str, Any]:
@@ -140,13 +148,17 @@ def results(run: Path = RUN) -> dict[str, Any]:
     return dict(json.loads((run / "results.json").read_text()))
 
 
+def events(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+
+
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Read what `fit` logged for TensorBoard, but for timings: steps with values (a picture its size) by tag."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
-    values = {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
-    for tag in events.Tags()["images"]:
-        values[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in events.Images(tag))
+    logged = events(run)
+    tags = [tag for tag in logged.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
+    values = {tag: sorted((event.step, event.value) for event in logged.Scalars(tag)) for tag in tags}
+    for tag in logged.Tags()["images"]:
+        values[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in logged.Images(tag))
     return values
 
 
@@ -212,11 +224,4 @@ def _command(rank: int, flags: list[str], files: Any, death: Death | None) -> in
 
 def kill_before(step: int, module: type[LightningModule], signum: int = signal.SIGKILL) -> None:
     """End this process by a signal before a training step, counted from 1; 0 for never."""
-    original, steps = module.training_step, count(1)
-
-    def training_step(self: LightningModule, *batch: Any) -> Any:
-        if next(steps) == step:
-            os.kill(os.getpid(), signum)
-        return original(self, *batch)
-
-    module.training_step = training_step  # type: ignore[method-assign]
+    at_call(step, lambda: os.kill(os.getpid(), signum), module, "training_step").start()

@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from helpers import RUN, TINY, Command, assert_same, last_checkpoint, results
+from helpers import RUN, TINY, Command, assert_same, events, last_checkpoint, results
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,10 +17,6 @@ from torchvision.io import decode_image
 
 from lit_mnist import board
 from lit_mnist.data.datamodule import MNISTDataModule
-
-
-def events(run: Path) -> EventAccumulator:
-    return EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
 
 
 def hparams(run: EventAccumulator) -> Any:
