@@ -31,7 +31,6 @@ TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size
 Command = Callable[..., int]
 Capsys = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
-LONGEST = 120  # seconds: a test must fail, not hang
 CONTEXT = multiprocessing.get_context("forkserver")  # one process imports everything once, the others are its forks
 CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
 
@@ -125,9 +124,13 @@ def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], object]) -> Non
     monkeypatch.setattr(LitMNIST, "training_step", watched)
 
 
+def last(run: Path = RUN) -> Path:
+    (path,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
+    return path
+
+
 def last_checkpoint(run: Path = RUN) -> dict[str, Any]:
-    (last,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
-    return dict(torch.load(last, weights_only=True))
+    return dict(torch.load(last(run), weights_only=True))
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -163,7 +166,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def in_processes(
-    folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...], variables: Any = None, longest: float = LONGEST
+    folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...], variables: Any = None, longest: float = 120
 ) -> list[Outcome]:
     """Make several calls at once, each in a forked process with this current folder; a result is an exit status.
 
@@ -179,7 +182,7 @@ def in_processes(
         process.start()
     outcomes = []
     for rank, process in enumerate(started):
-        process.join(longest)
+        process.join(longest)  # a test must fail, not hang
         process.kill()
         process.join()
         texts = ((folder / f".{name}-{rank}").read_text() for name in ("out", "err"))
