@@ -48,12 +48,12 @@ def find(names: Sequence[str], several: bool = False) -> dict[Path, str]:
         if not files:
             raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
         for file, parts in files.items():
-            found[file] = next((match[0] for part in parts if (match := label.match(part))), "")
+            found.setdefault(file, next((match[0] for part in parts if (match := label.match(part))), ""))
     return found
 
 
 def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoothing: float = 0) -> list[Picture]:
-    """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `unsure`."""
+    """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `most_spread`."""
     try:
         levels = grey_levels(file)
         found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(levels))]

@@ -103,7 +103,7 @@ def test_labels(network: nn.Module, capsys: Capsys) -> None:
         picture(Path(name), places=() if "blank" in name else (40,))
     network.get_parameter("head.bias").data[3] += 100
     torch.save(torch.load(BEST) | {"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}}, BEST)
-    assert main(["predict", "own", "--labels", "--ckpt_path", BEST]) == 0
+    assert main(["predict", "own", "own/7", "--labels", "--ckpt_path", BEST]) == 0
     out = capsys.readouterr().out
     assert "Accuracy: 33.3% (1 of 3)" in out
     assert [line.split() for line in out.splitlines() if line[:2] in ("3 ", "7 ")] == [["3", "1", "1"], ["7", "1", "0"]]
