@@ -234,7 +234,7 @@ def main() -> None:
 
     def classify(name: str, seen: list[Tensor], labels: list[int]) -> None:
         for p, label in zip(report.classify(network, torch.stack(seen)).tolist(), labels, strict=False):
-            rows.append((name, p.index(max(p)) == label, report.unsure(p, smoothing)))
+            rows.append((name, p.index(max(p)) == label, bool(report.columns(p, smoothing)["unsure"])))
 
     for name, (levels, labels) in sets.items():
         inks = list(levels[: options.count])

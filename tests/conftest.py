@@ -91,23 +91,23 @@ def real_root() -> Path:
     return root
 
 
-@pytest.fixture(params=["chromium chromedriver", "firefox-esr geckodriver"])
+@pytest.fixture(params=["Chrome chromium chromedriver", "Firefox firefox-esr geckodriver"])
 def browser(request: Any) -> Iterator[Any]:
     """Each browser without a window, Firefox in dark mode."""
-    program, driver = map(shutil.which, request.param.split())
+    name, *programs = request.param.split()
+    program, driver = map(shutil.which, programs)
     if not program or not driver:
         pytest.skip(f"no {request.param} here")
     from selenium import webdriver  # takes a while, and few tests need it
 
-    chromium = "chromium" in request.param
-    options: Any = webdriver.ChromeOptions() if chromium else webdriver.FirefoxOptions()
-    service: Any = webdriver.ChromeService(driver) if chromium else webdriver.FirefoxService(driver)
+    options, service = getattr(webdriver, f"{name}Options")(), getattr(webdriver, f"{name}Service")(driver)
     options.binary_location, options.enable_bidi = program, True
-    for flag in ("--headless=new", "--no-sandbox") if chromium else ("-headless",):
-        options.add_argument(flag)
-    if not chromium:
+    options.add_argument("--headless")
+    if name == "Chrome":
+        options.add_argument("--no-sandbox")
+    else:
         options.set_preference("layout.css.prefers-color-scheme.content-override", 0)  # dark
-    with webdriver.Chrome(options, service) if chromium else webdriver.Firefox(options, service) as browser:
+    with getattr(webdriver, name)(options, service) as browser:
         yield browser
 
 

@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -31,7 +31,6 @@ TINY += ["--model.layers", "4x5/2 8/2", "--model.lr", "0.05", "--data.batch_size
 Command = Callable[..., int]
 Capsys = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
-LONGEST = 120  # seconds: a test must fail, not hang
 CONTEXT = multiprocessing.get_context("forkserver")  # one process imports everything once, the others are its forks
 CONTEXT.set_forkserver_preload(["lit_mnist.cli.cli", "tensorboard", "torch.utils.tensorboard"])
 
@@ -102,9 +101,8 @@ def fail(error: BaseException, *_: Any, **__: Any) -> NoReturn:
     raise error
 
 
-@contextmanager
-def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Iterator[None]:
-    """Let a function act in its n-th call, counted from 1, before it does what it did."""
+def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> Any:
+    """Return a patch by which a function acts in its n-th call, counted from 1, before it does what it did."""
     original, calls = getattr(owner, name), count(1)
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -112,14 +110,27 @@ def at_call(number: int, act: Callable[[], object], owner: Any, name: str) -> It
             act()
         return original(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, hooked)
-        yield
+    return patch.object(owner, name, hooked)
+
+
+def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], object]) -> None:
+    """Call it before each training step with the module and the batch."""
+    original = LitMNIST.training_step
+
+    def watched(self: LitMNIST, batch: Any, batch_idx: int) -> torch.Tensor:
+        watcher(self, batch)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitMNIST, "training_step", watched)
+
+
+def last(run: Path = RUN) -> Path:
+    (path,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
+    return path
 
 
 def last_checkpoint(run: Path = RUN) -> dict[str, Any]:
-    (last,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*.ckpt")
-    return dict(torch.load(last, weights_only=True))
+    return dict(torch.load(last(run), weights_only=True))
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -140,18 +151,22 @@ def results(run: Path = RUN) -> dict[str, Any]:
     return dict(json.loads((run / "results.json").read_text()))
 
 
+def events(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+
+
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Read what `fit` logged for TensorBoard, but for timings: steps with values (a picture its size) by tag."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
-    values = {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
-    for tag in events.Tags()["images"]:
-        values[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in events.Images(tag))
+    logged = events(run)
+    tags = [tag for tag in logged.Tags()["scalars"] if tag != "epoch" and "per_second" not in tag]
+    values = {tag: sorted((event.step, event.value) for event in logged.Scalars(tag)) for tag in tags}
+    for tag in logged.Tags()["images"]:
+        values[tag] = sorted((event.step, float(len(event.encoded_image_string))) for event in logged.Images(tag))
     return values
 
 
 def in_processes(
-    folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...], variables: Any = None, longest: float = LONGEST
+    folder: Path, target: Callable[..., Any], *calls: tuple[Any, ...], variables: Any = None, longest: float = 120
 ) -> list[Outcome]:
     """Make several calls at once, each in a forked process with this current folder; a result is an exit status.
 
@@ -167,7 +182,7 @@ def in_processes(
         process.start()
     outcomes = []
     for rank, process in enumerate(started):
-        process.join(longest)
+        process.join(longest)  # a test must fail, not hang
         process.kill()
         process.join()
         texts = ((folder / f".{name}-{rank}").read_text() for name in ("out", "err"))
@@ -212,11 +227,4 @@ def _command(rank: int, flags: list[str], files: Any, death: Death | None) -> in
 
 def kill_before(step: int, module: type[LightningModule], signum: int = signal.SIGKILL) -> None:
     """End this process by a signal before a training step, counted from 1; 0 for never."""
-    original, steps = module.training_step, count(1)
-
-    def training_step(self: LightningModule, *batch: Any) -> Any:
-        if next(steps) == step:
-            os.kill(os.getpid(), signum)
-        return original(self, *batch)
-
-    module.training_step = training_step  # type: ignore[method-assign]
+    at_call(step, lambda: os.kill(os.getpid(), signum), module, "training_step").start()

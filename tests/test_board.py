@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from helpers import RUN, TINY, Command, assert_same, last_checkpoint, results
+from helpers import RUN, TINY, Command, assert_same, events, last, last_checkpoint, results
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,10 +17,6 @@ from torchvision.io import decode_image
 
 from lit_mnist import board
 from lit_mnist.data.datamodule import MNISTDataModule
-
-
-def events(run: Path) -> EventAccumulator:
-    return EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
 
 
 def hparams(run: EventAccumulator) -> Any:
@@ -73,8 +69,7 @@ def test_what_the_board_shows(command: Command, tiny_root: Path) -> None:
 
 def test_a_resumed_run_shows_its_present_settings_and_each_score_once(command: Command) -> None:
     assert command("fit", *TINY, "--trainer.max_epochs", "1") == 0
-    (last,) = RUN.glob("checkpoints/last-*")
-    first = shutil.copy(last, RUN / "checkpoints" / "first.ckpt")
+    first = shutil.copy(last(), RUN / "checkpoints" / "first.ckpt")
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--model.lr", "0.1") == 0
     for path, *fewer in (("last",), (str(first),), ("last",), ("last", "--trainer.limit_test_batches", "1")):
         assert command("test", "--ckpt_path", path, "--trainer.accelerator", "cpu", *fewer) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import fake_device
 import pytest
 import torch
-from helpers import RUN, TINY, Capsys, Command, Killed, Patch, assert_same, at_call, fail, outcome, results
+from helpers import RUN, TINY, Capsys, Command, Killed, Patch, assert_same, at_call, fail, outcome, results, watch
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -40,17 +40,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def fit(command: Command, device: str) -> Command:
     return lambda *flags: command("fit", *SETTINGS, *FLAGS[device], *flags)
-
-
-def watch(monkeypatch: Patch, watcher: Callable[[LitMNIST, Any], None]) -> None:
-    """Call it before each training step with the module and the batch."""
-    original = LitMNIST.training_step
-
-    def watched(self: LitMNIST, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        watcher(self, batch)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(LitMNIST, "training_step", watched)
 
 
 def test_a_fit_sees_the_processors_batches(fit: Command, device: str, tiny_root: Path, monkeypatch: Patch) -> None:

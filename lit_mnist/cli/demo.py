@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path in ("/picture", "/several") and content:
             for picture in read(self.network, BytesIO(content), self.path == "/several"):
                 pixels = [] if picture.digit is None else picture.digit.flatten().tolist()
-                found += [{"pixels": pixels, "probabilities": picture.probabilities, "problem": picture.problem}]
+                found += [{"pixels": pixels, "probabilities": picture.probabilities, "problem": picture.row["problem"]}]
         else:
             return self.send_error(400)
         return self.reply("application/json", json.dumps(found).encode())

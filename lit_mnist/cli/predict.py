@@ -26,20 +26,18 @@ def checkpoint_parser(command: str, description: str) -> OneLineParser:
 
 def open_network(options: Any) -> tuple[Path, dict[str, Any], nn.Module]:
     """Load the network of `--ckpt_path`, in eval mode, and return it after the checkpoint's path and content."""
-    found = ""
     try:
         path = find_checkpoint(options.ckpt_path, options.root_dir / "lightning_logs")
         checkpoint = read_checkpoint(path)
-        found = f"{path}: "
-        network = load_network(checkpoint)
-        shape = tuple(checkpoint["hyper_parameters"].get("image_shape", DIGITS))
-        with torch.inference_mode():
-            answers = network(torch.zeros(1, *shape, dtype=torch.uint8))
-        if shape != DIGITS or answers.ndim != 2 or answers.shape[1] < 2:
-            raise UserError(f"its network maps {shape} to {tuple(answers.shape[1:])}, not images {DIGITS} to classes")
     except UserError as error:
-        raise UserError(f"--ckpt_path {found}{error}") from error
+        raise UserError(f"--ckpt_path {error}") from error
     print(*checkpoint_lines(options.ckpt_path, path, options.root_dir / "lightning_logs"), sep="\n", flush=True)
+    network = load_network(checkpoint)
+    shape = tuple(checkpoint["hyper_parameters"].get("image_shape", DIGITS))
+    with torch.inference_mode():
+        answers = network(torch.zeros(1, *shape, dtype=torch.uint8))
+    if shape != DIGITS or answers.ndim != 2 or answers.shape[1] < 2:
+        raise UserError(f"--ckpt_path {path}: maps {shape} to {[*answers.shape[1:]]}, not images {DIGITS} to classes")
     return path, checkpoint, network
 
 
@@ -60,12 +58,6 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
         raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
-def new_output(folder: Path, name: str) -> Path:
-    """Return the first of NAME.csv, NAME-2.csv, ... in FOLDER that is new, and has no contact sheet beside it."""
-    paths = (folder / f"{name}{f'-{number}' * (number > 1)}.csv" for number in itertools.count(1))
-    return next(path for path in paths if not path.exists() and not path.with_suffix(".png").exists())
-
-
 def predict(args: Sequence[str]) -> None:
     """Run the command with the flags after its name; UserError if they cannot be used, or no picture shows a digit."""
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
@@ -78,23 +70,27 @@ def predict(args: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(args)
     if (options.split or options.labels) and not options.pictures:
         raise UserError("--split and --labels need pictures")
-    output, paths = options.output, report.find(options.pictures)
-    labels = report.labels_of(paths, options.pictures, options.split) if options.labels else []
-    for file in [output, output.with_suffix(".png")][: 1 + bool(paths)] if output else []:
+    output, files = options.output, report.find(options.pictures, options.split)
+    if options.labels and (unlabelled := next((path for path, label in files.items() if not label), None)):
+        raise UserError(f"--labels {unlabelled}: no digit begins its name or folder, as in 7_mine.png or 7/mine.png")
+    for file in [output, output.with_suffix(".png")][: 1 + bool(files)] if output else []:
         check_output(file, [".csv"] if file == output else [".png"], options.overwrite)
-        if file.resolve() in [path.resolve() for path in paths]:
+        if file.resolve() in [path.resolve() for path in files]:
             raise UserError(f"--output {output}: {file} is one of the pictures, and would be replaced")
     path, checkpoint, network = open_network(options)
-    folder = run_folder(path) or path.parent
-    if paths:
-        smoothing = checkpoint["hyper_parameters"].get("label_smoothing", 0.0)
-        pictures = report.answer(paths, options.split, network, smoothing)
+    if not output:
+        folder, name = run_folder(path) or path.parent, f"{'pictures' if files else 'predictions'}-{path.stem}"
+        taken = {file.stem for file in folder.iterdir()}  # by a CSV or by a contact sheet
+        names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        output = folder / f"{next(each for each in names if each not in taken)}.csv"
+    smoothing = checkpoint["hyper_parameters"].get("label_smoothing", 0.0)
+    if files:
+        pictures = report.answer(list(files), options.split, network, smoothing)
         if options.labels:
-            report.score(pictures, paths, labels)
-        report.write(pictures, output or new_output(folder, f"pictures-{path.stem}"))
+            report.score(pictures, files)
+        report.write(pictures, output)
     else:
         _, images, _ = load_test_set(checkpoint, options.root)
         answers = report.classify(network, images).tolist()
-        output = output or new_output(folder, f"predictions-{path.stem}")
-        report.write_csv(output, [{"index": index} | report.columns(p) for index, p in enumerate(answers)])
+        report.write_csv(output, [{"index": index} | report.columns(p, smoothing) for index, p in enumerate(answers)])
         print(f"Predictions of {len(images)} images: {shown(output)}")

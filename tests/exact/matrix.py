@@ -488,19 +488,10 @@ class Measured(Trained):
 
 
 def verdicts(names: Sequence[str]) -> Iterator[Row]:
-    """Give the verdicts of classes that are tried together, and of each half where any of them is not exact."""
-    known = list[str]()
-    for name in names:
-        if why := missing(name):
-            yield "metric", name, "not tried", why
-        else:
-            known.append(name)
-    what, why = verdict(lambda: [Measured({name: make(metric_classes()[name]) for name in known})])
-    if what == "exact" or len(known) < 2:
-        yield from (("metric", name, what, why) for name in known)
-    else:
-        yield from verdicts(known[::2])
-        yield from verdicts(known[1::2])
+    """Give the verdicts of classes that are tried together: where it is not `exact`, its reason names the metric."""
+    reasons = {name: missing(name) for name in names}
+    tried = verdict(lambda: [Measured({name: make(metric_classes()[name]) for name in names if not reasons[name]})])
+    yield from (("metric", name, *(("not tried", why) if why else tried)) for name, why in reasons.items())
 
 
 PAGE = """# What is exact

@@ -16,7 +16,7 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
-from lit_mnist.data import datamodule, datasets
+from lit_mnist.data import datasets
 from lit_mnist.data.batches import TensorBatches
 from lit_mnist.exact.ddp import ExactDDP
 from lit_mnist.exact.runs import read_results
@@ -32,12 +32,6 @@ JOB |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "
 # the environments of two processes as srun sets them
 SLURM = [{**JOB, "SLURM_JOB_ID": "1234", "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
 Run = Callable[..., list[Any]]
-
-
-@pytest.fixture
-def alone(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 11)
-    return command
 
 
 @pytest.fixture
@@ -61,8 +55,8 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_curve_is_that_of_one_process(run: Run, alone: Command, processes: int) -> None:
-    assert alone("fit", *EXACT) == 0
+def test_curve_is_that_of_one_process(run: Run, processes: int) -> None:
+    assert run(1, "fit", *EXACT)[0].status == 0
     outcomes = run(processes, "fit", *EXACT, variables=SLURM if processes == 2 else None)
     assert [outcome.status for outcome in outcomes] == [0] * processes
     assert "Epoch 1: train loss" in outcomes[0].out
@@ -83,7 +77,7 @@ def test_curve_is_that_of_one_process(run: Run, alone: Command, processes: int) 
     assert len(list(Path("lightning_logs").iterdir())) == 3
     # every image is scored once
     best = "--ckpt_path", str(next(theirs.glob("checkpoints/best-*")))
-    assert alone("test", *best) == 0
+    assert run(1, "test", *best)[0].status == 0
     one = read_results(theirs)["test"][-1]
     assert "/100 (" in run(processes, "test", *best)[0].out
     score = one | {"processes": processes, "test/loss": pytest.approx(one["test/loss"], rel=1e-6)}
@@ -194,11 +188,11 @@ def test_a_signal_to_one_stops_all(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_waiting_for_a_silent_one_ends(run: Run, alone: Command) -> None:
+def test_waiting_for_a_silent_one_ends(run: Run) -> None:
     first, second = run(2, "fit", *SETTINGS, "--processes.timeout", "4", death=Death(1, 5, signal.SIGSTOP), longest=30)
     assert (first.status, second.status) == (3, -signal.SIGKILL)  # the second by this test, at last
     assert "another process of this run was lost" in first.err
-    assert alone("fit", "--ckpt_path", "last") == 0
+    assert run(1, "fit", "--ckpt_path", "last")[0].status == 0
 
 
 @pytest.mark.parametrize(

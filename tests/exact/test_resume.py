@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import REPOSITORY, RUN, TINY, Capsys, Command, Killed, Patch, assert_alike, at_call, fail, fails, results
+from helpers import last as last_path
 from helpers import last_checkpoint as load
 from helpers import scalars as curve
 from pytorch_lightning import LightningModule
@@ -77,18 +78,13 @@ class Lab:
     def change(self, change: Callable[[dict[str, Any]], object]) -> None:
         checkpoint = load()
         change(checkpoint)
-        torch.save(checkpoint, last())
+        torch.save(checkpoint, last_path())
 
 
 @pytest.fixture
 def lab(command: Command, tmp_path_factory: Any, monkeypatch: Patch, capsys: Capsys) -> Lab:
     monkeypatch.setattr(datamodule, "EVALUATION_BATCH_SIZE", 10)  # five batches a validation
     return Lab(command, tmp_path_factory.mktemp, capsys)
-
-
-def last(run: Path = RUN) -> Path:
-    (path,) = run.glob("checkpoints/last-epoch=[0-9][0-9]-*")
-    return path
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -149,18 +145,18 @@ def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: Capsys) -> Non
     before, new = lab.copy(), Path("lightning_logs/version_1")
     (best,) = RUN.glob("checkpoints/best-epoch=00-*")  # there is a second epoch after it
     lab.kill(["--ckpt_path", str(best)], 1)
-    assert last(new).name.startswith("last-epoch=00-step=000007-loss=")
+    assert last_path(new).name.startswith("last-epoch=00-step=000007-loss=")
     assert lab.fit("--ckpt_path", "last") == 0  # that of the newest run
     assert "A new run: " in capsys.readouterr().out
     assert contents(RUN) == before
     assert_alike(new, lab.finished())
     assert results(new)["fit"]["parent"] == f"version_0/{best.name}"
-    assert lab.fit("--ckpt_path", str(last()), "--trainer.max_epochs", "3") == 0
+    assert lab.fit("--ckpt_path", str(last_path()), "--trainer.max_epochs", "3") == 0
     assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0", "version_1"]
 
 
 def test_a_copied_checkpoint(lab: Lab) -> None:
-    shutil.copy(last(lab.finished()), "copy.ckpt")
+    shutil.copy(last_path(lab.finished()), "copy.ckpt")
     assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "2") == 2  # it has finished
     assert not list(Path().glob("lightning_logs/*"))
     assert lab.fit("--ckpt_path", "copy.ckpt", "--trainer.max_epochs", "3") == 0

@@ -190,6 +190,6 @@ def test_boxes_in_the_files_own_pixels(tmp_path: Path) -> None:
     places = [(40, 60), (200, 60)]
     large = sheet(places).repeat(6, 0).repeat(6, 1)
     found = read(Mean(), save(tmp_path / "large.jpg", np.rot90(large), exif=TURNED), several=True)
-    assert [picture.place[0] for picture in found] == [1, 2]
+    assert [picture.row["box"] for picture in found] == [1, 2]
     for picture, (x, y) in zip(found, places, strict=True):
-        assert picture.place[1:] == pytest.approx((6 * x, 6 * y, 240, 360), abs=15)
+        assert [*picture.row.values()][2:6] == pytest.approx((6 * x, 6 * y, 240, 360), abs=15)

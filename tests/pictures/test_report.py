@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.report import CELL, MARGIN, Picture, contact_sheet, find, read, unsure
+from lit_mnist.pictures.report import CELL, MARGIN, Picture, columns, contact_sheet, find, read
 
 
 def test_find(tmp_path: Path) -> None:
@@ -32,7 +32,8 @@ class Mean(nn.Module):
 def test_unsure() -> None:
     """What a smoothed target asks for is sure, and without smoothing is not."""
     smoothed = [0.91, *[0.01] * 9]
-    assert [unsure(smoothed, 0.1), unsure(smoothed), unsure([0.1] * 10, 0.1)] == [False, True, True]
+    cases = (smoothed, 0.1), (smoothed, 0), ([0.1] * 10, 0.1)
+    assert [columns(p, smoothing)["unsure"] for p, smoothing in cases] == ["", "unsure", "unsure"]
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_contact_sheet(tmp_path: Path) -> None:
     levels[10:70, 40:48] = 0
     Image.fromarray(levels).save(tmp_path / "one.png")
     pictures = read(Mean(), tmp_path / "one.png") * 4 + read(Mean(), tmp_path / "one.png", several=True)
-    pictures.append(Picture(tmp_path / ("long" * 30), "broken: " + "x" * 60))
+    pictures.append(Picture({"file": tmp_path / ("long" * 30), "problem": "broken: " + "x" * 60}))
     sheet = np.asarray(contact_sheet(pictures).convert("L"))
     width, height = 2 * (CELL + MARGIN), CELL + 56
     assert sheet.shape == (2 * height + MARGIN, 4 * width + MARGIN)

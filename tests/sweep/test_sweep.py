@@ -106,11 +106,9 @@ def database() -> Iterator[list[str]]:
         pytest.skip("there is no PostgreSQL here (Debian's package postgresql)")
     code = "echo --storage=postgresql+psycopg://$PGUSER:$PGPASSWORD@$PGHOST:$PGPORT/postgres; exec cat"
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(["pg_virtualenv", "-t", "sh", "-c", code], text=True, **pipes)
-    try:
+    with subprocess.Popen(["pg_virtualenv", "-t", "sh", "-c", code], text=True, **pipes) as server:
         yield [next(line.strip() for line in server.stdout or [] if line.startswith("--storage"))]
-    finally:
-        server.communicate(timeout=60)  # cat ends with its input, and the server with cat
+    # cat ends with its input, which is closed now, and the server with cat
 
 
 @pytest.mark.slow
