@@ -108,7 +108,8 @@ def restore_metric(metric: Metric, states: list[dict[str, Any]], name: str) -> N
     for number, state in enumerate(states):
         for key, default in metric._defaults.items():
             shape = default.shape if isinstance(default, Tensor) and default.numel() > 1 else None  # a number may grow
-            if not isinstance(state.get(key), type(default)) or (shape and state[key].shape != shape):
+            kind = Tensor if isinstance(default, Tensor) else list
+            if not isinstance(state.get(key), kind) or (shape and state[key].shape != shape):
                 raise ValueError(f"{name} has other states than that metric")
         own = moved(state, metric.device)
         if number:
