@@ -107,10 +107,6 @@ class ExactResume(Callback):
         """Begin to write to the run's folder and loggers, and return why it cannot be done."""
         try:
             open_loggers(trainer, self.run)
-            if scalars := dict(self.run.loaded.get("pending", {})):
-                step = int(scalars.pop("step"))
-                for logger in trainer.loggers:
-                    logger.log_metrics(scalars, step)
             if trainer.is_global_zero and self.run.folder and self.run.config:  # SaveConfigCallback 2.6 is too early
                 with replaced(self.run.folder / "config.yaml") as unfinished:
                     unfinished.write_text(self.run.config)
