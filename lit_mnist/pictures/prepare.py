@@ -84,8 +84,7 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
-        inside = not at_border(cv2.boundingRect(outline), mask.shape)
-        if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
+        if side < 0.24 * max(mask.shape) or not is_sheet(outline) or at_border(cv2.boundingRect(outline), mask.shape):
             continue
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
@@ -102,8 +101,10 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     return levels, (0, 0)
 
 
-def is_rectangle(outline: Any, least: float) -> bool:
-    return bool(cv2.contourArea(outline) >= least * np.prod(cv2.minAreaRect(outline)[1]))
+def is_sheet(outline: Any) -> bool:
+    """Tell whether an outline is a rectangle, even in perspective."""
+    corners = cv2.approxPolyDP(cv2.convexHull(outline), 0.04 * cv2.arcLength(cv2.convexHull(outline), True), True)
+    return len(corners) == 4 and 0.9 < cv2.contourArea(outline) / cv2.contourArea(corners) < 1.15
 
 
 def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
@@ -112,7 +113,8 @@ def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     small = shrunk(pixels, WORKING_SIZE)
     ink = unruled(unboxed(ink_of(small))[0], closer)
     labels, parts = parts_of(ink, 100)
-    parts = [part for part in parts[:100] if fits(part.box, ink.shape)] or parts[:100]  # noise makes thousands
+    whole = [part for part in parts[:100] if not at_border(part.box, ink.shape, 0.02)]  # noise makes thousands
+    parts = [part for part in whole if max(part.box[2:]) >= 0.05 * max(ink.shape)] or parts[:100]
     if not parts:
         raise UserError("nothing stands out from the background")
     largest = max(part.area * part.box[3] for part in parts)
@@ -121,7 +123,7 @@ def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     near = 3 + 2 * (max(ink.shape) // 100)
     ink = ink * cv2.dilate(np.isin(labels, main.labels).astype(np.uint8), ones(near, near))
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
-    others = [part.box[3] for part in digits if part is not main and fits(part.box, ink.shape)]
+    others = [part.box[3] for part in digits if part is not main]
     doubt = "more than one digit?" * any(0.6 * height <= other <= 1.7 * height for other in others)
     if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
@@ -133,30 +135,26 @@ def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
 
 def in_form(ink: Pixels) -> Tensor:
     """Scale ink to the box, and set it into 28x28 pixels by its centre of mass."""
-    scale = BOX / max(ink.shape)
-    if scale != 1:
-        if scale < 1:
-            ink = cv2.GaussianBlur(ink, (0, 0), 0.3 / scale)  # as soft as MNIST's
-        ink = resized(ink, BOX)
-        ink = (ink / full_level(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
-    height, width = ink.shape
-    # in all of MNIST's images the centre of mass lies within half a pixel of the middle of pixel 14
-    row, column = (ink.sum(1 - axis) @ np.arange(ink.shape[axis]) / ink.sum() for axis in (0, 1))
-    top = min(max(round(SIDE / 2 - row), 0), SIDE - height)
-    left = min(max(round(SIDE / 2 - column), 0), SIDE - width)
-    sides = (top, SIDE - height - top), (left, SIDE - width - left)
+    if max(ink.shape) > BOX:
+        ink = cv2.GaussianBlur(ink, (0, 0), 0.3 * max(ink.shape) / BOX)  # as soft as MNIST's
+    ink = shrunk(ink, BOX, enlarge=True)
+    ink = (ink / full_level(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
+    sides = []
+    for axis, length in enumerate(ink.shape):
+        middle = ink.sum(1 - axis) @ np.arange(length) / ink.sum()
+        # in all of MNIST's images it lies within half a pixel of the middle of pixel 14
+        before = min(max(round(SIDE / 2 - middle), 0), SIDE - length)
+        sides.append((before, SIDE - length - before))
     return torch.from_numpy(np.pad((ink * 255).round().astype(np.uint8), sides)[None])
 
 
-def resized(pixels: Pixels, side: int) -> Pixels:
-    """Scale it until its longer side is SIDE."""
+def shrunk(pixels: Pixels, side: int, enlarge: bool = False) -> Pixels:
+    """Scale it until its longer side is at most SIDE; ENLARGE it to that too."""
     scale = side / max(pixels.shape)
+    if scale == 1 or (scale > 1 and not enlarge):
+        return pixels
     height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-
-
-def shrunk(pixels: Pixels, side: int) -> Pixels:
-    return resized(pixels, side) if max(pixels.shape) > side else pixels
 
 
 def full_level(ink: Pixels) -> float:
@@ -166,11 +164,9 @@ def full_level(ink: Pixels) -> float:
 
 def ink_of(levels: Pixels) -> Pixels:
     """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
-    low, high = float(levels.min()), float(levels.max())
-    eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
-    coarse = shrunk(eight_bits, WORKING_SIZE // 2)
-    edge = 2 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
-    coarse = np.ascontiguousarray(coarse[edge : len(coarse) - edge, edge : coarse.shape[1] - edge])
+    margin = min(levels.shape) // 50  # where the sheet may end
+    middle = shrunk(levels[margin : len(levels) - margin, margin : levels.shape[1] - margin], WORKING_SIZE // 2)
+    coarse = cv2.normalize(middle, np.empty(0), 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
     beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
     edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, ones(3, 3))  # a lamp's reflection has none
     dark = (edges * beyond**3).sum() < 0  # ink is the smaller part, and differs more
@@ -225,11 +221,6 @@ def at_border(box: Any, shape: tuple[int, ...], share: float = 0) -> bool:
     return bool(min(x, right) <= max(1, share * across) or min(y, below) <= max(1, share * down))
 
 
-def fits(box: Any, shape: tuple[int, ...]) -> bool:
-    """Tell whether a box is large enough for a digit, and has paper on all sides."""
-    return not at_border(box, shape, 0.02) and max(box[2:]) >= 0.05 * max(shape)
-
-
 def ones(height: int, width: int) -> Mask:
     return np.ones((max(1, height), max(1, width)), np.uint8)
 
@@ -255,7 +246,7 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
         least = 0.3 if at_border((x, y, width, height), ink.shape) else 0.1  # squared paper is no table
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
-        straight = [cell for cell in cells if is_rectangle(cell, 0.9)]  # the holes of digits are round
+        straight = [cell for cell in cells if is_sheet(cell)]  # the holes of digits are round
         if sum(map(cv2.contourArea, straight)) < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
             continue
         side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in straight]))
@@ -331,16 +322,18 @@ def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
 
 
 def in_lines(parts: list[Part]) -> list[list[Part]]:
-    """Sort into reading order: from left to right each joins the line whose course, fitted to its middles, it meets."""
-    lines: list[tuple[list[Part], float, float, float]] = []  # and the middle's x and y, and the slope of each
-    for part in sorted(parts):
-        x, y, width, height = part.box
-        course = [abs(y + height / 2 - down - slope * (x + width / 2 - across)) for _, across, down, slope in lines]
-        nearest = int(np.argmin(course)) if lines else 0
-        near = lines and course[nearest] < 0.7 * max(height, *(other.box[3] for other in lines[nearest][0]))
-        line = [*(lines.pop(nearest)[0] if near else ()), part]
-        middles = np.array([(x + width / 2, y + height / 2) for x, y, width, height in (part.box for part in line)])
-        x, y = (middles - middles.mean(0)).T
-        lines.append((line, *middles.mean(0), x @ y / (x @ x + height * height)))
-    slope = np.median([line[3] for line in lines for _ in line[0]]) if lines else 0
-    return [line for line, *_ in sorted(lines, key=lambda line: line[2] - slope * line[1])]
+    """Sort into reading order: lines are as level as the steps from digit to digit, and apart by most of a height."""
+    if not parts:
+        return []
+    x, y, width, height = np.array([part.box for part in parts]).T
+    middles, slopes = np.stack([x + width / 2, y + height / 2], 1), []
+    for middle in middles:
+        ahead = middles - middle
+        ahead = ahead[ahead[:, 0] > 2 * np.abs(ahead[:, 1])]
+        if len(ahead):
+            across, down = ahead[ahead[:, 0].argmin()]
+            slopes.append(down / across)
+    course = middles @ (-np.median(slopes or [0]), 1)
+    order = course.argsort()
+    lines = np.split(order, 1 + np.flatnonzero(np.diff(course[order]) > 0.5 * np.median(height)))
+    return [sorted(parts[index] for index in line) for line in lines]
