@@ -286,7 +286,7 @@ def split(levels: Pixels) -> list[Found]:
     strokes = [part for part in parts if problem(part) in ("", "too small")]
     left_out = [(part, problem(part)) for part in parts if part not in strokes]
     read: list[tuple[Part, str]] = []
-    for line in in_lines(united(strokes, 1.6 * height, -1)):
+    for line in in_lines(united(strokes, 1.6 * height, -1), 0.5 * height):
         printed = sum(problem(part) == "too small" for part in line) > 0.5 * len(line)  # with capitals and brackets
         for part in line:
             reason = problem(part) or "too small" * (printed and part.box[3] < 0.7 * height)
@@ -321,8 +321,8 @@ def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
     return digits
 
 
-def in_lines(parts: list[Part]) -> list[list[Part]]:
-    """Sort into reading order: lines are as level as the steps from digit to digit, and apart by most of a height."""
+def in_lines(parts: list[Part], apart: float) -> list[list[Part]]:
+    """Sort into reading order: lines rise as the steps from digit to digit do, and lie APART, in pixels."""
     if not parts:
         return []
     x, y, width, height = np.array([part.box for part in parts]).T
@@ -335,5 +335,5 @@ def in_lines(parts: list[Part]) -> list[list[Part]]:
             slopes.append(down / across)
     course = middles @ (-np.median(slopes or [0]), 1)
     order = course.argsort()
-    lines = np.split(order, 1 + np.flatnonzero(np.diff(course[order]) > 0.5 * np.median(height)))
+    lines = np.split(order, 1 + np.flatnonzero(np.diff(course[order]) > apart))
     return [sorted(parts[index] for index in line) for line in lines]
