@@ -181,7 +181,7 @@ def test_what_is_no_digit() -> None:
 
 def test_a_sheet_that_has_too_much() -> None:
     places = [(90 * column + 30, 110 * row + 30) for row in range(21) for column in range(20)]
-    with pytest.raises(UserError, match="420 parts of a digit's size, at most 400 are read"):
+    with pytest.raises(UserError, match="420 parts of a digit's size, from 1 to 400 are read"):
         split(sheet(places, 21 * 110 + 40, 20 * 90 + 40))
 
 
