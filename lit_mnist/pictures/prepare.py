@@ -92,9 +92,7 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
         edge = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1) > 0
         steps = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, SQUARE)[edge]  # light that falls off has none
-        beyond = (
-            cv2.dilate(whole, np.ones([1 + int(0.5 * side)] * 2, np.uint8)) > whole
-        )  # of a cell this is the next one
+        beyond = cv2.dilate(whole, np.ones([1 + int(0.5 * side)] * 2, np.uint8)) > whole  # of a cell the next one
         if drawn and mask[beyond].mean() < 0.2 and np.quantile(steps, 0.1) >= 12:
             inner = cv2.resize(inner, levels.shape[::-1], interpolation=cv2.INTER_NEAREST)
             x, y, width, height = cv2.boundingRect(inner)
