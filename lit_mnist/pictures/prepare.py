@@ -84,7 +84,11 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
         side = min(cv2.minAreaRect(outline)[1])
-        if side < 0.24 * max(mask.shape) or not is_sheet(outline) or at_border(cv2.boundingRect(outline), mask.shape):
+        if (
+            side < 0.24 * max(mask.shape)
+            or not is_rectangle(outline)
+            or at_border(cv2.boundingRect(outline), mask.shape)
+        ):
             continue
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inner = cv2.erode(whole, np.ones([max(3, int(0.04 * side))] * 2, np.uint8))
@@ -101,10 +105,8 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     return levels, (0, 0)
 
 
-def is_sheet(outline: Any) -> bool:
-    """Tell whether an outline is a rectangle, even in perspective."""
-    corners = cv2.approxPolyDP(cv2.convexHull(outline), 0.04 * cv2.arcLength(cv2.convexHull(outline), True), True)
-    return len(corners) == 4 and 0.9 < cv2.contourArea(outline) / cv2.contourArea(corners) < 1.15
+def is_rectangle(outline: Any) -> bool:
+    return bool(cv2.contourArea(outline) >= 0.89 * np.prod(cv2.minAreaRect(outline)[1]))
 
 
 def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
@@ -120,7 +122,7 @@ def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     largest = max(part.area * part.box[3] for part in parts)
     digits = united([part for part in parts if part.area * part.box[3] >= 0.1 * largest], np.inf, 0.3)
     main = max(digits, key=lambda part: part.area * part.box[3])
-    ink = ink * cv2.dilate(np.isin(labels, main.labels).astype(np.uint8), np.ones((5, 5), np.uint8))  # with soft edges
+    ink = ink * cv2.dilate(np.isin(labels, main.labels).astype(np.uint8), np.ones((7, 7), np.uint8))  # with soft edges
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
     doubt = "more than one digit?" * (sum(0.6 * height <= part.box[3] <= 1.7 * height for part in digits) > 1)
     if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again
@@ -162,7 +164,7 @@ def full_level(ink: Pixels) -> float:
 
 def ink_of(levels: Pixels) -> Pixels:
     """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
-    margin = min(levels.shape) // 50  # where the sheet may end
+    margin = min(levels.shape) // 50 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
     middle = shrunk(levels[margin : len(levels) - margin, margin : levels.shape[1] - margin], WORKING_SIZE // 2)
     coarse = cv2.normalize(middle, np.empty(0), 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
     beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
@@ -237,7 +239,7 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
         least = 0.3 if at_border((x, y, width, height), ink.shape) else 0.1  # squared paper is no table
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
-        straight = [cell for cell in cells if is_sheet(cell)]  # the holes of digits are round
+        straight = [cell for cell in cells if is_rectangle(cell)]  # the holes of digits are round
         if sum(map(cv2.contourArea, straight)) < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
             continue
         side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in straight]))
