@@ -83,12 +83,8 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     for mask in (light, 1 - light):
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
-        side = min(cv2.minAreaRect(outline)[1])
-        if (
-            side < 0.24 * max(mask.shape)
-            or not is_rectangle(outline)
-            or at_border(cv2.boundingRect(outline), mask.shape)
-        ):
+        side, box = min(cv2.minAreaRect(outline)[1]), cv2.boundingRect(outline)
+        if side < 0.24 * max(mask.shape) or at_border(box, mask.shape) or not is_rectangle(outline):
             continue
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
         inner = cv2.erode(whole, np.ones([max(3, int(0.04 * side))] * 2, np.uint8))
