@@ -27,6 +27,7 @@ NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mni
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this, and at least this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
+SQUARE = np.ones((3, 3), np.uint8)  # a pixel and those around it
 MAX_PARTS = 400  # of a digit's size, in a picture of several
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded they take four bytes each
 
@@ -79,31 +80,29 @@ def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
     """Cut out a note, a sheet or a screen's canvas that lies within the picture, if it has ink; and where it begins."""
     small = cv2.medianBlur((shrunk(levels, WORKING_SIZE) * 255).clip(0, 255).astype(np.uint8), 3)
     _, light = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    edges = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, ones(3, 3))
     for mask in (light, 1 - light):
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outline = max(outlines, key=cv2.contourArea, default=np.zeros((1, 1, 2), np.int32))
-        side = min(cv2.minAreaRect(outline)[1])
-        inside = not at_border(cv2.boundingRect(outline), mask.shape)
-        if not inside or side < 0.24 * max(mask.shape) or not is_rectangle(outline, 0.88):
+        side, box = min(cv2.minAreaRect(outline)[1]), cv2.boundingRect(outline)
+        if side < 0.24 * max(mask.shape) or at_border(box, mask.shape) or not is_rectangle(outline):
             continue
         whole = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1, cv2.FILLED)
-        inner = cv2.erode(whole, ones(*[max(3, int(0.04 * side))] * 2))
+        inner = cv2.erode(whole, np.ones([max(3, int(0.04 * side))] * 2, np.uint8))
         marks = cv2.connectedComponentsWithStats(inner * (1 - mask))[2][1:]
         drawn = (marks[:, cv2.CC_STAT_HEIGHT] > max(3, 0.05 * side)).any() and marks[:, -1].sum() < 0.2 * inner.sum()
-        edge = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1) > 0  # sharp, not of light that falls off
-        beyond = cv2.dilate(whole, ones(*[int(0.5 * side)] * 2)) > whole  # of a cell this is the next one
-        if drawn and mask[beyond].mean() < 0.2 and np.quantile(edges[edge], 0.1) >= 12:
-            scale, (x, y, width, height) = max(levels.shape) / max(mask.shape), cv2.boundingRect(inner)
-            left, top, right, bottom = (round(scale * edge) for edge in (x, y, x + width, y + height))
-            part = levels[top:bottom, left:right]
-            inner = cv2.resize(inner[y : y + height, x : x + width], part.shape[::-1], interpolation=cv2.INTER_NEAREST)
-            return np.where(inner, part, np.median(part[inner > 0])).astype(np.float32), (left, top)
+        edge = cv2.drawContours(np.zeros_like(mask), [outline], -1, 1) > 0
+        steps = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, SQUARE)[edge]  # light that falls off has none
+        beyond = cv2.dilate(whole, np.ones([1 + int(0.5 * side)] * 2, np.uint8)) > whole  # of a cell the next one
+        if drawn and mask[beyond].mean() < 0.2 and np.quantile(steps, 0.1) >= 12:
+            inner = cv2.resize(inner, levels.shape[::-1], interpolation=cv2.INTER_NEAREST)
+            x, y, width, height = cv2.boundingRect(inner)
+            part, inner = (each[y : y + height, x : x + width] for each in (levels, inner))
+            return np.where(inner, part, np.median(part[inner > 0])).astype(np.float32), (x, y)
     return levels, (0, 0)
 
 
-def is_rectangle(outline: Any, least: float) -> bool:
-    return bool(cv2.contourArea(outline) >= least * np.prod(cv2.minAreaRect(outline)[1]))
+def is_rectangle(outline: Any) -> bool:
+    return bool(cv2.contourArea(outline) >= 0.89 * np.prod(cv2.minAreaRect(outline)[1]))
 
 
 def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
@@ -112,17 +111,16 @@ def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     small = shrunk(pixels, WORKING_SIZE)
     ink = unruled(unboxed(ink_of(small))[0], closer)
     labels, parts = parts_of(ink, 100)
-    parts = [part for part in parts[:100] if fits(part.box, ink.shape)] or parts[:100]  # noise makes thousands
+    whole = [part for part in parts[:100] if not at_border(part.box, ink.shape, 0.02)]  # noise makes thousands
+    parts = [part for part in whole if max(part.box[2:]) >= 0.05 * max(ink.shape)] or parts[:100]
     if not parts:
         raise UserError("nothing stands out from the background")
     largest = max(part.area * part.box[3] for part in parts)
     digits = united([part for part in parts if part.area * part.box[3] >= 0.1 * largest], np.inf, 0.3)
     main = max(digits, key=lambda part: part.area * part.box[3])
-    near = 3 + 2 * (max(ink.shape) // 100)
-    ink = ink * cv2.dilate(np.isin(labels, main.labels).astype(np.uint8), ones(near, near))
+    ink = ink * cv2.dilate(np.isin(labels, main.labels).astype(np.uint8), np.ones((7, 7), np.uint8))  # with soft edges
     x, y, width, height = cv2.boundingRect(inked(ink, 0.1))
-    others = [part.box[3] for part in digits if part is not main and fits(part.box, ink.shape)]
-    doubt = "more than one digit?" * any(0.6 * height <= other <= 1.7 * height for other in others)
+    doubt = "more than one digit?" * (sum(0.6 * height <= part.box[3] <= 1.7 * height for part in digits) > 1)
     if small is not pixels and 3 * max(width, height) < max(small.shape):  # look again
         scale, margin = max(pixels.shape) / max(small.shape), max(width, height) / 2 + 2
         top, left = (max(0, int((start - margin) * scale)) for start in (y, x))
@@ -133,30 +131,26 @@ def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
 
 def in_form(ink: Pixels) -> Tensor:
     """Scale ink to the box, and set it into 28x28 pixels by its centre of mass."""
-    scale = BOX / max(ink.shape)
-    if scale != 1:
-        if scale < 1:
-            ink = cv2.GaussianBlur(ink, (0, 0), 0.3 / scale)  # as soft as MNIST's
-        ink = resized(ink, BOX)
-        ink = (ink / full_level(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
-    height, width = ink.shape
-    # in all of MNIST's images the centre of mass lies within half a pixel of the middle of pixel 14
-    row, column = (ink.sum(1 - axis) @ np.arange(ink.shape[axis]) / ink.sum() for axis in (0, 1))
-    top = min(max(round(SIDE / 2 - row), 0), SIDE - height)
-    left = min(max(round(SIDE / 2 - column), 0), SIDE - width)
-    sides = (top, SIDE - height - top), (left, SIDE - width - left)
+    if max(ink.shape) > BOX:
+        ink = cv2.GaussianBlur(ink, (0, 0), 0.3 * max(ink.shape) / BOX)  # as soft as MNIST's
+    ink = shrunk(ink, BOX, enlarge=True)
+    ink = (ink / full_level(ink)).clip(max=1)  # a thin line fades when it is reduced; MNIST's pens reach white
+    sides = []
+    for axis, length in enumerate(ink.shape):
+        middle = ink.sum(1 - axis) @ np.arange(length) / ink.sum()
+        # in all of MNIST's images it lies within half a pixel of the middle of pixel 14
+        before = min(max(round(SIDE / 2 - middle), 0), SIDE - length)
+        sides.append((before, SIDE - length - before))
     return torch.from_numpy(np.pad((ink * 255).round().astype(np.uint8), sides)[None])
 
 
-def resized(pixels: Pixels, side: int) -> Pixels:
-    """Scale it until its longer side is SIDE."""
+def shrunk(pixels: Pixels, side: int, enlarge: bool = False) -> Pixels:
+    """Scale it until its longer side is at most SIDE; ENLARGE it to that too."""
     scale = side / max(pixels.shape)
+    if scale == 1 or (scale > 1 and not enlarge):
+        return pixels
     height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-
-
-def shrunk(pixels: Pixels, side: int) -> Pixels:
-    return resized(pixels, side) if max(pixels.shape) > side else pixels
 
 
 def full_level(ink: Pixels) -> float:
@@ -166,22 +160,19 @@ def full_level(ink: Pixels) -> float:
 
 def ink_of(levels: Pixels) -> Pixels:
     """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
-    low, high = float(levels.min()), float(levels.max())
-    eight_bits = ((levels - low) / max(high - low, 0.02) * 255).astype(np.uint8)
-    coarse = shrunk(eight_bits, WORKING_SIZE // 2)
-    edge = 2 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
-    coarse = np.ascontiguousarray(coarse[edge : len(coarse) - edge, edge : coarse.shape[1] - edge])
+    margin = min(levels.shape) // 50 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
+    middle = shrunk(levels[margin : len(levels) - margin, margin : levels.shape[1] - margin], WORKING_SIZE // 2)
+    coarse = cv2.normalize(middle, np.empty(0), 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
     beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
-    edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, ones(3, 3))  # a lamp's reflection has none
+    edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, SQUARE)  # a lamp's reflection has none
     dark = (edges * beyond**3).sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
     window = int(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4)) | 1
-    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, ones(window, window))
+    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, np.ones((window, window), np.uint8))
     ink: Pixels = levels - paper
     if dark:  # ink takes its share of the light
-        least = 0.45 * np.quantile(1 - paper, 0.9)
-        ink = ink / (1 - paper).clip(min=least)
+        ink = ink / (1 - paper).clip(min=0.45 * np.quantile(1 - paper, 0.9))
     lower, quarter = np.quantile(ink, (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
     bias = quarter + 0.674 * noise
@@ -202,19 +193,18 @@ def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
     found = np.zeros_like(faint)
     for turned, target in ((faint, found), (np.ascontiguousarray(faint.T), found.T)):  # nearly level ones, upright ones
         width = turned.shape[1]
-        closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, ones(1, width // 40))
-        runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, ones(1, max(3, width // 12)))
-        strokes = cv2.morphologyEx(runs, cv2.MORPH_OPEN, ones(max(3, width // 25), 1))
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(cv2.subtract(runs, strokes), ones(3, 3)))
+        closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, np.ones((1, 1 + width // 40), np.uint8))
+        runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, np.ones((1, max(3, width // 12)), np.uint8))
+        strokes = cv2.morphologyEx(runs, cv2.MORPH_OPEN, np.ones((max(3, width // 25), 1), np.uint8))
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(cv2.subtract(runs, strokes), SQUARE))
         left, lengths = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_WIDTH]
         ruled |= bool((lengths[1:] > 0.9 * width).sum() > 1)  # one may be a digit's own
         lines = (left <= 2) | (left + lengths >= width - 2)  # a bold stroke may cut them
-        lines[0] = False
-        target |= lines[labels].astype(np.uint8)
+        target |= (lines[labels] & (labels > 0)).astype(np.uint8)
     if not ruled or not found.any():
         return ink
     level = float(np.median(ink[(found & faint) > 0]))
-    crossing = cv2.morphologyEx(inked(ink) * (1 - found), cv2.MORPH_CLOSE, ones(9, 9))
+    crossing = cv2.morphologyEx(inked(ink) * (1 - found), cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
     return np.where((found > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
 
 
@@ -225,27 +215,17 @@ def at_border(box: Any, shape: tuple[int, ...], share: float = 0) -> bool:
     return bool(min(x, right) <= max(1, share * across) or min(y, below) <= max(1, share * down))
 
 
-def fits(box: Any, shape: tuple[int, ...]) -> bool:
-    """Tell whether a box is large enough for a digit, and has paper on all sides."""
-    return not at_border(box, shape, 0.02) and max(box[2:]) >= 0.05 * max(shape)
-
-
-def ones(height: int, width: int) -> Mask:
-    return np.ones((max(1, height), max(1, width)), np.uint8)
-
-
 def parts_of(ink: Pixels, share: int) -> tuple[Any, list[Part]]:
     """Find what hangs together, or nearly, by a SHAREth of the longer side: numbered pixels, and the largest first."""
     side = 1 + max(ink.shape) // share
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), ones(side, side)))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(inked(ink), np.ones((side, side), np.uint8)))
     order = stats[1:, cv2.CC_STAT_AREA].argsort()[::-1].tolist()
     return labels, [Part(tuple(stats[n + 1, :4].tolist()), int(stats[n + 1, 4]), [n + 1]) for n in order]
 
 
 def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
-    """Remove printed cells and drawn boxes, even those that a digit touches, if something of its size is in them."""
+    """Remove (in place) printed cells and drawn boxes, even touched by a digit, with something of its size in them."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(inked(ink, 0.2))
-    ink = ink.copy()
     boxes: list[Box] = []
     for part in (1 + np.flatnonzero(stats[1:, 2:4].min(1) >= 16)).tolist():
         x, y, width, height = stats[part, :4].tolist()
@@ -255,13 +235,13 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
         least = 0.3 if at_border((x, y, width, height), ink.shape) else 0.1  # squared paper is no table
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
-        straight = [cell for cell in cells if is_rectangle(cell, 0.9)]  # the holes of digits are round
+        straight = [cell for cell in cells if is_rectangle(cell)]  # the holes of digits are round
         if sum(map(cv2.contourArea, straight)) < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
             continue
         side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in straight]))
         inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
         cv2.drawContours(inside, cells, -1, 0, max(3, int(0.05 * side)))
-        bare = np.where(cv2.dilate(own, ones(3, 3)) > inside, 0, ink[place])
+        bare = np.where(cv2.dilate(own, SQUARE) > inside, 0, ink[place])
         if max((part.box[3] for part in parts_of(bare, 100)[1]), default=0) >= 0.25 * side:
             ink[place] = bare
             boxes.append((x, y, width, height))
@@ -278,10 +258,8 @@ def split(levels: Pixels) -> list[Found]:
     heights = [part.box[3] for part in parts if not at_border(part.box, ink.shape)] or [part.box[3] for part in parts]
     tallest = max(heights, default=0)
     parts = [part for part in parts if part.box[3] >= 0.1 * tallest and max(part.box[2:]) >= max(ink.shape) / 150]
-    if not parts:
-        raise UserError("nothing stands out from the background")
-    if len(parts) > MAX_PARTS:
-        raise UserError(f"{len(parts)} parts of a digit's size, at most {MAX_PARTS} are read")
+    if not 0 < len(parts) <= MAX_PARTS:
+        raise UserError(f"{len(parts)} parts of a digit's size, from 1 to {MAX_PARTS} are read")
     height = float(np.median([tall for tall in heights if tall >= 0.4 * tallest]))
 
     def problem(part: Part) -> str:
@@ -293,16 +271,12 @@ def split(levels: Pixels) -> list[Found]:
         return "too small" * (tall < 0.4 * height)
 
     strokes = [part for part in parts if problem(part) in ("", "too small")]
-    left_out = [(part, problem(part)) for part in parts if part not in strokes]
-    read: list[tuple[Part, str]] = []
-    for line in in_lines(united(strokes, 1.6 * height, -1)):
-        printed = sum(problem(part) == "too small" for part in line) > 0.5 * len(line)  # with capitals and brackets
-        for part in line:
-            reason = problem(part) or "too small" * (printed and part.box[3] < 0.7 * height)
-            (left_out if reason else read).append((part, reason))
+    ordered = in_order(united(strokes, 1.6 * height, -1), 0.5 * height)
+    ordered += [part for part in parts if part not in strokes]
+    reasons = [*((part, problem(part)) for part in ordered), *((Part(box, 0, []), "a box") for box in boxes)]
     found: list[Found] = []
     scale = max(whole.shape) / max(pixels.shape)
-    for part, reason in [*read, *left_out, *((Part(box, 0, []), "a box") for box in boxes)]:
+    for part, reason in sorted(reasons, key=lambda answer: answer[1] != ""):  # what is left out last
         x, y, width, tall = part.box
         place = slice(y, y + tall), slice(x, x + width)
         seen = None if reason else in_form(ink[place] * np.isin(labels[place], part.labels))
@@ -330,17 +304,17 @@ def united(parts: list[Part], largest: float, beside: float) -> list[Part]:
     return digits
 
 
-def in_lines(parts: list[Part]) -> list[list[Part]]:
-    """Sort into reading order: from left to right each joins the line whose course, fitted to its middles, it meets."""
-    lines: list[tuple[list[Part], float, float, float]] = []  # and the middle's x and y, and the slope of each
-    for part in sorted(parts):
-        x, y, width, height = part.box
-        course = [abs(y + height / 2 - down - slope * (x + width / 2 - across)) for _, across, down, slope in lines]
-        nearest = int(np.argmin(course)) if lines else 0
-        near = lines and course[nearest] < 0.7 * max(height, *(other.box[3] for other in lines[nearest][0]))
-        line = [*(lines.pop(nearest)[0] if near else ()), part]
-        middles = np.array([(x + width / 2, y + height / 2) for x, y, width, height in (part.box for part in line)])
-        x, y = (middles - middles.mean(0)).T
-        lines.append((line, *middles.mean(0), x @ y / (x @ x + height * height)))
-    slope = np.median([line[3] for line in lines for _ in line[0]]) if lines else 0
-    return [line for line, *_ in sorted(lines, key=lambda line: line[2] - slope * line[1])]
+def in_order(parts: list[Part], apart: float) -> list[Part]:
+    """Sort into reading order: lines rise as the steps from digit to digit do, and lie APART, in pixels."""
+    boxes = np.array([part.box for part in parts]).reshape(-1, 4)
+    middles, slopes = boxes[:, :2] + boxes[:, 2:] / 2, []
+    for middle in middles:
+        ahead = middles - middle
+        ahead = ahead[ahead[:, 0] > 2 * np.abs(ahead[:, 1])]
+        if len(ahead):
+            across, down = ahead[ahead[:, 0].argmin()]
+            slopes.append(down / across)
+    course = middles @ (-np.median(slopes or [0]), 1)
+    order = course.argsort()
+    lines = np.split(order, 1 + np.flatnonzero(np.diff(course[order]) > apart))
+    return [part for line in lines for part in sorted(parts[index] for index in line)]
