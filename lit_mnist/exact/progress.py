@@ -145,8 +145,7 @@ def total_steps(trainer: Trainer) -> float:
     schedule, count = callback_of(trainer, GradientAccumulationScheduler), trainer.accumulate_grad_batches
     # a loader whose epochs differ says how long they are
     lengths: list[float] = getattr(trainer.train_dataloader, "epoch_lengths", lambda _: [])(left)
-    if schedule:
-        count = schedule.get_accumulate_grad_batches(trainer.current_epoch)
+    count = schedule.get_accumulate_grad_batches(trainer.current_epoch) if schedule else count
     if schedule or lengths:
         batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
         counts = [schedule.get_accumulate_grad_batches(epoch) if schedule else count for epoch in left]
