@@ -23,7 +23,7 @@ commands:
   test      score a checkpoint on the 10,000 test images
   predict   write a checkpoint's answers for pictures, or for the test images
   demo      serve a page to draw digits on, with a checkpoint's answers
-  export    write a checkpoint's network to an ONNX or PT2 file
+  export    write a checkpoint's network to an ONNX or PT2 file, or a page
   sweep     compare settings over several seeds, by a study file
   runs      list the runs under lightning_logs/
 

@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Refuse another name: a stranger's page could let its own lead here, and read the answers."""
-        own = "localhost", self.connection.getsockname()[0], self.server.socket.getsockname()[0]
+        own = "localhost", "0.0.0.0", self.connection.getsockname()[0]  # the second as a browser writes it
         parsed = super().parse_request()
         if parsed and str(self.headers["Host"]).partition(":")[0] not in own:
             self.send_error(403)
@@ -92,5 +92,5 @@ def demo(args: Sequence[str]) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {options.host} --port {options.port}: cannot listen there ({error})") from error
     with server:
-        print(f"Draw at http://{server.socket.getsockname()[0]}:{server.server_port} (press Ctrl-C to stop)", flush=True)
+        print(f"Draw at http://{options.host}:{server.server_port} (press Ctrl-C to stop)", flush=True)
         server.serve_forever()

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def runs(args: Sequence[str]) -> None:
         print(table.to_csv(index=False), end="")
     else:
         width = shutil.get_terminal_size((10**9, 0)).columns  # a file has no width
-        print(table.fillna(nan).to_string(index=False, na_rep="-", line_width=width, formatters=FORMS))
+        print(table.fillna(float("nan")).to_string(index=False, na_rep="-", line_width=width, formatters=FORMS))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

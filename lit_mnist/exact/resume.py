@@ -189,8 +189,7 @@ class ExactResume(Callback):
             trainer.fit_loop.restarting = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # first: other callbacks may change the weights in their on_train_end, as WeightAveraging does, and a run that
-        # is trained longer continues without that
+        # first: a run that is trained longer continues without what WeightAveraging does to the weights at the end
         if progress := callback_of(trainer, Progress):
             progress.on_train_end(trainer, pl_module)
         if keeper := callback_of(trainer, CheckpointKeeper):

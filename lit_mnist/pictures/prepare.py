@@ -235,11 +235,14 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         holes = [cv2.convexHull(outline) for outline, (*_, outer) in zip(outlines, tree, strict=True) if outer >= 0]
         least = 0.3 if at_border((x, y, width, height), ink.shape) else 0.1  # squared paper is no table
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
-        straight = [cell for cell in cells if is_rectangle(cell)]  # the holes of digits are round
-        if sum(map(cv2.contourArea, straight)) < 0.5 * np.prod(cv2.minAreaRect(cv2.findNonZero(own))[1]):
+        straight = [cell for cell in cells if is_rectangle(cell)]
+        hull = cv2.convexHull(cv2.findNonZero(own))
+        # or one ring, as around a digit, or a drawn box that is open: a digit's own has nothing in it
+        found = straight or (cells or [hull] * is_rectangle(hull)) * (len(cells) < 2)
+        if sum(map(cv2.contourArea, found)) < 0.5 * np.prod(cv2.minAreaRect(hull)[1]):
             continue
-        side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in straight]))
-        inside = cv2.drawContours(np.zeros_like(own), cells, -1, 1, cv2.FILLED)
+        side = float(np.median([min(cv2.minAreaRect(cell)[1]) for cell in found]))
+        inside = cv2.drawContours(np.zeros_like(own), straight and cells, -1, 1, cv2.FILLED)
         cv2.drawContours(inside, cells, -1, 0, max(3, int(0.05 * side)))
         bare = np.where(cv2.dilate(own, SQUARE) > inside, 0, ink[place])
         if max((part.box[3] for part in parts_of(bare, 100)[1]), default=0) >= 0.25 * side:
