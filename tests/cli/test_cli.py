@@ -126,6 +126,7 @@ BAD = """\
 --trainer.callbacks LearningRateFinder        | LearningRateFinder.*the learning rate
 --trainer.callbacks LearningRateMonitor --trainer.logger false | LearningRateMonitor
 --trainer.val_check_interval 99               | val_check_interval.*99
+--data.shares [1,0.5] --trainer.val_check_interval 5 | data.shares: 4 batches.*val_check_interval
 --trainer.strategy ddp_notebook               | trainer.strategy.*auto or ddp.*ddp_notebook
 --trainer.limit_train_batches 0               | limit_train_batches
 --trainer.callbacks EarlyStoping              | trainer.callbacks: no such class: EarlyStoping

@@ -95,6 +95,8 @@ OTHERWISE = [
     "--data.val_size 0",
     "--trainer.val_check_interval 0.5",
     "--trainer.accumulate_grad_batches 2",
+    "--trainer.accumulate_grad_batches 3 --trainer.val_check_interval 0.4",  # validates between two steps
+    '--trainer.callbacks+=GradientAccumulationScheduler --trainer.callbacks.scheduling={"0":2,"1":3}',
     "--trainer.max_steps 10",
     "--trainer.check_val_every_n_epoch 2 --model.ema_decay 0 --model.optimizer adamw",
     "--checkpoint.every_n_steps 3",
