@@ -118,7 +118,7 @@ def database() -> Iterator[list[str]]:
         (STUDY, 1, (5, 12), nullcontext([])),
         (TPE, 1, (5, 12), nullcontext([])),
         (STUDY.replace("heartbeat: 1", "heartbeat: 4"), 2, (STEPS // 2,), nullcontext([])),  # a busy machine is slow
-        (STUDY.replace("0.2]", ".1, .2, .3, .4]").replace("heartbeat: 1", "heartbeat: 4"), 3, (STEPS // 2,), database()),
+        (STUDY.replace("0.2]", ".1,.2,.3,.4]").replace("heartbeat: 1", "heartbeat: 4"), 3, (STEPS // 2,), database()),
     ],
     ids=["grid", "tpe", "workers", "database"],
 )
