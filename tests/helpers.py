@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -202,7 +203,7 @@ def _enter(folder: Path, rank: int, variables: dict[str, str], target: Callable[
 class Death(NamedTuple):
     """A process that ends in front of a training step (of all, counted from 1), or is held there."""
 
-    rank: int
+    rank: int  # -1 for the first to get there
     step: int
     signum: int = signal.SIGKILL
 
@@ -220,11 +221,17 @@ def _command(rank: int, flags: list[str], files: Any, death: Death | None) -> in
     datamodule.EVALUATION_BATCH_SIZE = 11  # several batches a validation, and parts of different sizes
     if rank and os.environ.keys() & {"LOCAL_RANK", "SLURM_LOCALID"}:
         datasets.prepare = partial(fail, AssertionError("only the first process prepares the data"))
-    if death and death.rank == rank:
-        kill_before(death.step, LitMNIST, death.signum)
+    if death and death.rank in (rank, -1):
+        kill_before(death.step, LitMNIST, death.signum, once=death.rank < 0)
     return main(flags)
 
 
-def kill_before(step: int, module: type[LightningModule], signum: int = signal.SIGKILL) -> None:
-    """End this process by a signal before a training step, counted from 1; 0 for never."""
-    at_call(step, lambda: os.kill(os.getpid(), signum), module, "training_step").start()
+def kill_before(step: int, module: type[LightningModule], signum: int = signal.SIGKILL, once: bool = False) -> None:
+    """End this process by a signal before a training step, counted from 1; 0 for never. `once`: of all, only one."""
+
+    def die() -> None:
+        with suppress(FileExistsError):
+            Path(f".died-{step}").touch(exist_ok=not once)
+            os.kill(os.getpid(), signum)
+
+    at_call(step, die, module, "training_step").start()

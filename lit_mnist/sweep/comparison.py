@@ -91,7 +91,6 @@ def report(plan: Study, study: optuna.Study, folder: Path, settled: bool) -> pd.
     forms = {"float_format": "{:.4g}".format, "formatters": dict.fromkeys(VALUES, partial(shown_value, plan.compare))}
     lines = printed.rename(columns=lambda name: name.rpartition(".")[2]).to_string(index=False, na_rep="-", **forms)
     print(f"\n{study.study_name}: {plan.compare}{percent} of the {of}, {runs}\n", lines, "", *words, sep="\n")
-    folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / "settings.csv") as file:
         found.drop(columns=["sample", "trials"]).to_csv(file, index=False)
     results = study.user_attrs["study"] | {"study": study.study_name, "settled": settled, "difference": apart}

@@ -203,7 +203,7 @@ def sweep(args: list[str]) -> None:
         raise KeyboardInterrupt(signum)
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         # by Optuna 4.6 to 5 and, of plots with one value, matplotlib
         warnings.filterwarnings("ignore", "(?s).*(experimental|deprecated|identical low)")
@@ -215,6 +215,8 @@ def sweep(args: list[str]) -> None:
     except optuna.exceptions.StorageInternalError as error:
         reason = one_line(error.__cause__ or error)
         raise TrainingFailed(f"the database failed ({reason}); run the same command to continue the sweep") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(plan: Study, options: Any, args: list[str]) -> None:

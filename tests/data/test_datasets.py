@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,8 @@ def test_the_registry_brings_the_same_bytes_or_none(
 
 def test_programs_that_start_together_fetch_once(empty: Path, contents: Contents, mirror: Mirror) -> None:
     mirror.pause = 0.05
-    with FORK.Pool(8) as pool:
-        pool.map_async(datasets.prepare, [empty.parent.parent] * 8, chunksize=1).get(60)
+    with ProcessPoolExecutor(8, FORK) as pool:
+        list(pool.map(datasets.prepare, [empty.parent.parent] * 8, timeout=60))
     assert sorted(mirror.asked) == sorted(f"/{name}.gz" for name in NAMES)
     assert held(empty) == contents
 
