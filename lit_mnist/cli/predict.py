@@ -1,19 +1,28 @@
 """predict: a checkpoint's answers for pictures, or for its test set. Nothing here imports Lightning."""
 
+import csv
 import itertools
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from torch import Tensor, nn
 
 from lit_mnist.cli.console import OneLineParser
 from lit_mnist.data import datasets
-from lit_mnist.exact.console import UserError, shown
-from lit_mnist.exact.runs import checkpoint_lines, find_checkpoint, read_checkpoint, run_folder
+from lit_mnist.exact.console import UserError, shortened, shown
+from lit_mnist.exact.runs import checkpoint_lines, find_checkpoint, read_checkpoint, replaced, run_folder
 from lit_mnist.network import DIGITS, load_network
-from lit_mnist.pictures import report
+from lit_mnist.pictures.prepare import NO_PICTURE
+from lit_mnist.pictures.report import Picture, classify, columns, contact_sheet, read
+
+SHEET_LIMIT = 400  # pictures on a contact sheet
 
 
 def checkpoint_parser(command: str, description: str) -> OneLineParser:
@@ -58,6 +67,73 @@ def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None
         raise UserError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
+def find_pictures(names: Sequence[str], several: bool = False) -> dict[Path, str]:
+    """Map files, and those below folders but for hidden ones and runs, to labels; UserError for a name without any."""
+    # the digit, or the number of several, that a subfolder's or the file's name begins with
+    label = re.compile(r"\d+" if several else r"\d(?!\d)")
+    found: dict[Path, str] = {}
+    for name in names:
+        path = Path(name)
+        files: dict[Path, tuple[str, ...]] = {path: (path.name,)} if path.is_file() else {}
+        for file in sorted(path.rglob("*")) if name else []:
+            parts = file.relative_to(path).parts
+            if file.is_file() and not any(part.startswith((".", "lightning_logs")) for part in parts):
+                files[file] = parts
+        if not files:
+            raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
+        for file, parts in files.items():
+            found.setdefault(file, next((match[0] for part in parts if (match := label.match(part))), ""))
+    return found
+
+
+def print_answers(paths: Sequence[Path], several: bool, network: nn.Module, smoothing: float) -> list[Picture]:
+    """Print and return a network's answers for files; raise UserError if none shows a digit."""
+    tracked = track(paths, "reading pictures", disable=not sys.stdout.isatty())
+    pictures = [picture for path in tracked for picture in read(network, path, several, smoothing)]
+    longest = max((picture.row for picture in pictures), key=len)
+    names = [name for name in longest if not name[1:].isdecimal()]  # without p0, p1, ...
+    table = Table(*names, box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for picture in pictures:
+        table.add_row(*(shortened(str(picture.row.get(name, "-"))) for name in names))
+    # a pipe has no width, and would cut the lines
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    if not any(picture.probabilities for picture in pictures):
+        raise UserError("none of the files shows a digit")
+    return pictures
+
+
+def print_score(pictures: Sequence[Picture], labels: dict[Path, str]) -> None:
+    """Print the share of files that are answered as labelled, and of single digits which is answered for which."""
+    from pandas import DataFrame, crosstab  # here, for predict does without it
+
+    answers = dict.fromkeys(labels, "")
+    for picture in pictures:
+        answers[picture.row["file"]] += str(picture.row.get("digit", ""))
+    table = DataFrame({"label": labels, "answer": answers})
+    right = table["label"] == table["answer"]
+    print(f"Accuracy: {right.mean():.1%} ({right.sum()} of {len(right)})")
+    if not any("box" in picture.row for picture in pictures):
+        print(crosstab(table["label"], table["answer"].replace("", "none")).to_string())
+
+
+def write_answers(pictures: Sequence[Picture], output: Path) -> None:
+    """Write answers: OUTPUT is the CSV, the `.png` beside it the sheet."""
+    write_csv(output, [picture.row for picture in pictures])
+    drawn = [picture for picture in pictures if picture.row["problem"] != NO_PICTURE][:SHEET_LIMIT]
+    with replaced(sheet := output.with_suffix(".png")) as partial:
+        contact_sheet(drawn).save(partial, format="PNG")
+    print(f"Probabilities: {shown(output)}\nContact sheet: {shown(sheet)} ({len(drawn)} of {len(pictures)})")
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of which the longest has all columns."""
+    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, max(rows, key=len))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def predict(args: Sequence[str]) -> None:
     """Run the command with the flags after its name; UserError if they cannot be used, or no picture shows a digit."""
     parser = checkpoint_parser("predict", "Write a checkpoint's answers for pictures, or for the test images.")
@@ -70,7 +146,7 @@ def predict(args: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(args)
     if (options.split or options.labels) and not options.pictures:
         raise UserError("--split and --labels need pictures")
-    output, files = options.output, report.find(options.pictures, options.split)
+    output, files = options.output, find_pictures(options.pictures, options.split)
     if options.labels and (unlabelled := next((path for path, label in files.items() if not label), None)):
         raise UserError(f"--labels {unlabelled}: no digit begins its name or folder, as in 7_mine.png or 7/mine.png")
     for file in [output, output.with_suffix(".png")][: 1 + bool(files)] if output else []:
@@ -85,12 +161,12 @@ def predict(args: Sequence[str]) -> None:
         output = folder / f"{next(each for each in names if each not in taken)}.csv"
     smoothing = checkpoint["hyper_parameters"].get("label_smoothing", 0.0)
     if files:
-        pictures = report.answer(list(files), options.split, network, smoothing)
+        pictures = print_answers(list(files), options.split, network, smoothing)
         if options.labels:
-            report.score(pictures, files)
-        report.write(pictures, output)
+            print_score(pictures, files)
+        write_answers(pictures, output)
     else:
         _, images, _ = load_test_set(checkpoint, options.root)
-        answers = report.classify(network, images).tolist()
-        report.write_csv(output, [{"index": index} | report.columns(p, smoothing) for index, p in enumerate(answers)])
+        answers = classify(network, images).tolist()
+        write_csv(output, [{"index": index} | columns(p, smoothing) for index, p in enumerate(answers)])
         print(f"Predictions of {len(images)} images: {shown(output)}")

@@ -1,8 +1,5 @@
-"""Reads a user's own pictures, asks a network, and shows its answers: a table, a CSV and a contact sheet."""
+"""Reads a user's own pictures, asks a network, and draws a contact sheet of its answers."""
 
-import csv
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -10,17 +7,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import UserError, shortened, shown
-from lit_mnist.exact.runs import replaced
-from lit_mnist.pictures.prepare import NO_PICTURE, find_one, grey_levels, split
+from lit_mnist.exact.console import UserError
+from lit_mnist.pictures.prepare import find_one, grey_levels, split
 
 CELL, MARGIN, COLUMNS = 112, 12, 4  # of the contact sheet, in pixels and pairs of pictures
-SHEET_LIMIT = 400  # pictures on a sheet
 UNSURE = 0.64  # see most_spread: of MNIST's test set 1 % lies above, and half of the letters (benchmarks/pictures.py)
 
 
@@ -31,25 +23,6 @@ class Picture(NamedTuple):
     digit: Tensor | None = None  # what the network sees, uint8 (1, 28, 28)
     probabilities: Sequence[float] = ()  # of the classes
     thumbnail: Image.Image = Image.new("L", (CELL, CELL), "white")  # what it was found in, grey
-
-
-def find(names: Sequence[str], several: bool = False) -> dict[Path, str]:
-    """Map files, and those below folders but for hidden ones and runs, to labels; UserError for a name without any."""
-    # the digit, or the number of several, that a subfolder's or the file's name begins with
-    label = re.compile(r"\d+" if several else r"\d(?!\d)")
-    found: dict[Path, str] = {}
-    for name in names:
-        path = Path(name)
-        files: dict[Path, tuple[str, ...]] = {path: (path.name,)} if path.is_file() else {}
-        for file in sorted(path.rglob("*")) if name else []:
-            parts = file.relative_to(path).parts
-            if file.is_file() and not any(part.startswith((".", "lightning_logs")) for part in parts):
-                files[file] = parts
-        if not files:
-            raise UserError(f"{shortened(name)!r} is neither a file nor a folder with files in it")
-        for file, parts in files.items():
-            found.setdefault(file, next((match[0] for part in parts if (match := label.match(part))), ""))
-    return found
 
 
 def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoothing: float = 0) -> list[Picture]:
@@ -75,46 +48,6 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoot
     return pictures
 
 
-def answer(paths: Sequence[Path], several: bool, network: nn.Module, smoothing: float) -> list[Picture]:
-    """Print and return a network's answers for files; raise UserError if none shows a digit."""
-    tracked = track(paths, "reading pictures", disable=not sys.stdout.isatty())
-    pictures = [picture for path in tracked for picture in read(network, path, several, smoothing)]
-    longest = max((picture.row for picture in pictures), key=len)
-    names = [name for name in longest if not name[1:].isdecimal()]  # without p0, p1, ...
-    table = Table(*names, box=None, pad_edge=False)
-    table.columns[0].overflow = "fold"
-    for picture in pictures:
-        table.add_row(*(shortened(str(picture.row.get(name, "-"))) for name in names))
-    # a pipe has no width, and would cut the lines
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
-    if not any(picture.probabilities for picture in pictures):
-        raise UserError("none of the files shows a digit")
-    return pictures
-
-
-def score(pictures: Sequence[Picture], labels: dict[Path, str]) -> None:
-    """Print the share of files that are answered as labelled, and of single digits which is answered for which."""
-    from pandas import DataFrame, crosstab  # here, for predict does without it
-
-    answers = dict.fromkeys(labels, "")
-    for picture in pictures:
-        answers[picture.row["file"]] += str(picture.row.get("digit", ""))
-    table = DataFrame({"label": labels, "answer": answers})
-    right = table["label"] == table["answer"]
-    print(f"Accuracy: {right.mean():.1%} ({right.sum()} of {len(right)})")
-    if not any("box" in picture.row for picture in pictures):
-        print(crosstab(table["label"], table["answer"].replace("", "none")).to_string())
-
-
-def write(pictures: Sequence[Picture], output: Path) -> None:
-    """Write answers: OUTPUT is the CSV, the `.png` beside it the sheet."""
-    write_csv(output, [picture.row for picture in pictures])
-    drawn = [picture for picture in pictures if picture.row["problem"] != NO_PICTURE][:SHEET_LIMIT]
-    with replaced(sheet := output.with_suffix(".png")) as partial:
-        contact_sheet(drawn).save(partial, format="PNG")
-    print(f"Probabilities: {shown(output)}\nContact sheet: {shown(sheet)} ({len(drawn)} of {len(pictures)})")
-
-
 @torch.inference_mode()
 def classify(network: nn.Module, images: Tensor) -> Tensor:
     """Map raw images, uint8 (N, 1, 28, 28), to probabilities, float (N, C)."""
@@ -133,14 +66,6 @@ def columns(probabilities: Sequence[float], smoothing: float = 0) -> dict[str, A
     unsure = "unsure" if spread > most_spread(len(probabilities), smoothing) else ""
     each = {f"p{label}": f"{p:.6f}" for label, p in enumerate(probabilities)}
     return {"digit": probabilities.index(best), "confidence": f"{best:.6f}", "unsure": unsure} | each
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of which the longest has all columns."""
-    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, max(rows, key=len))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:

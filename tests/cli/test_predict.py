@@ -12,7 +12,9 @@ from torch import nn
 
 from lit_mnist.__main__ import main
 from lit_mnist.cli import export
+from lit_mnist.cli.predict import find_pictures
 from lit_mnist.data import datasets
+from lit_mnist.exact.console import UserError
 from lit_mnist.module import LitMNIST
 from lit_mnist.pictures.prepare import NO_PICTURE
 
@@ -48,6 +50,20 @@ def test_the_test_set(command: Command, tiny_root: Path) -> None:
     assert [int(row["digit"]) for row in rows] == expected.argmax(1).tolist()
     found = torch.tensor([[float(row[f"p{label}"]) for label in range(10)] for row in rows])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_find_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    passed_over = (".DS_Store", ".cache/d.png", "lightning_logs/version_0/pictures-best.png")
+    for name in ("b.png", "a.JPG", "notes.txt", "inner/c.tiff", "photo.HEIC", *passed_over):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    found = find_pictures([str(folder / ".DS_Store"), str(folder)])  # a file that is named is read
+    assert [path.name for path in found] == [".DS_Store", "a.JPG", "b.png", "c.tiff", "notes.txt", "photo.HEIC"]
+    (tmp_path / "none").mkdir()
+    for name in (str(tmp_path / "none"), "nowhere.png", ""):
+        with pytest.raises(UserError, match="is neither a file nor a folder with"):
+            find_pictures([name])
 
 
 def test_pictures(network: nn.Module, capsys: Capsys) -> None:

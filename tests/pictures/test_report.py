@@ -6,22 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lit_mnist.exact.console import UserError
-from lit_mnist.pictures.report import CELL, MARGIN, Picture, columns, contact_sheet, find, read
-
-
-def test_find(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    passed_over = (".DS_Store", ".cache/d.png", "lightning_logs/version_0/pictures-best.png")
-    for name in ("b.png", "a.JPG", "notes.txt", "inner/c.tiff", "photo.HEIC", *passed_over):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-    found = find([str(folder / ".DS_Store"), str(folder)])  # a file that is named is read
-    assert [path.name for path in found] == [".DS_Store", "a.JPG", "b.png", "c.tiff", "notes.txt", "photo.HEIC"]
-    (tmp_path / "none").mkdir()
-    for name in (str(tmp_path / "none"), "nowhere.png", ""):
-        with pytest.raises(UserError, match="is neither a file nor a folder with"):
-            find([name])
+from lit_mnist.pictures.report import CELL, MARGIN, Picture, columns, contact_sheet, read
 
 
 class Mean(nn.Module):
