@@ -165,18 +165,28 @@ def ink_of(levels: Pixels) -> Pixels:
     coarse = cv2.normalize(middle, np.empty(0), 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
     beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
     edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, SQUARE)  # a lamp's reflection has none
-    dark = (edges * beyond**3).sum() < 0  # ink is the smaller part, and differs more
+    push = edges * beyond**3
+    for mask in (beyond > 20, beyond < -20):
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        aside = [at_border(part, mask.shape) and min(part[2:] / mask.shape[::-1]) < 0.5 for part in stats[:, :4]]
+        push[np.array(aside)[labels]] /= 4  # a shadow's edge, or what lies beside a sheet
+    dark = push.sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
     window = int(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4)) | 1
     paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, np.ones((window, window), np.uint8))
     ink: Pixels = levels - paper
+    # the same, except that what lies along the border counts as paper: light may fall off towards it
+    wide = cv2.copyMakeBorder(smooth, window, window, window, window, cv2.BORDER_REPLICATE)
+    beyond = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((window, window), np.uint8))[window:-window, window:-window]
+    inner: Pixels = levels - beyond
     if dark:  # ink takes its share of the light
-        ink = ink / (1 - paper).clip(min=0.45 * np.quantile(1 - paper, 0.9))
-    lower, quarter = np.quantile(ink, (0.1, 0.25))  # both of paper, even if there is more ink than paper
+        least = 0.45 * np.quantile(1 - paper, 0.9)
+        ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - beyond).clip(min=least)
+    lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
     bias = quarter + 0.674 * noise
-    full = full_level((ink - bias).clip(min=0))
+    full = full_level((inner - bias).clip(min=0))
     if not full > max(0.04, 5 * noise):
         raise UserError("nothing stands out from the background")
     ink = ((ink - bias) / full).clip(0, 1)
