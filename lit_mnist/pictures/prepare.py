@@ -27,6 +27,7 @@ NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mni
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this, and at least this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
+TILTS = [0.0, *(sign * degrees / 2 for degrees in range(3, 31) for sign in (1, -1))]  # of lined paper
 SQUARE = np.ones((3, 3), np.uint8)  # a pixel and those around it
 MAX_PARTS = 400  # of a digit's size, in a picture of several
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded they take four bytes each
@@ -173,16 +174,17 @@ def ink_of(levels: Pixels) -> Pixels:
     dark = push.sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
-    window = int(min(max(12, max(levels.shape) * 0.3), WORKING_SIZE * 0.4)) | 1
-    paper = cv2.morphologyEx(smooth, cv2.MORPH_OPEN, np.ones((window, window), np.uint8))
-    ink: Pixels = levels - paper
-    # the same, except that what lies along the border counts as paper: light may fall off towards it
-    wide = cv2.copyMakeBorder(smooth, window, window, window, window, cv2.BORDER_REPLICATE)
-    beyond = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((window, window), np.uint8))[window:-window, window:-window]
-    inner: Pixels = levels - beyond
+    coarse, side = shrunk(smooth, FINE_SIZE // 2), max(levels.shape)
+    reach = int(min(max(6, 0.15 * side), 0.2 * WORKING_SIZE) * max(coarse.shape) / side)  # more than half a stroke
+    kernel, inside = np.ones([2 * reach + 1] * 2, np.uint8), (slice(reach, -reach),) * 2
+    wide = cv2.erode(np.pad(coarse, reach, "edge"), kernel)
+    opened = cv2.dilate(wide[inside], kernel), cv2.dilate(wide, kernel)[inside]
+    # of the second what lies along the border is paper, too: light may fall off towards it
+    paper, outer = (cv2.resize(each, levels.shape[::-1]) for each in opened)
+    ink, inner = levels - paper, levels - outer
     if dark:  # ink takes its share of the light
-        least = 0.45 * np.quantile(1 - paper, 0.9)
-        ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - beyond).clip(min=least)
+        least = 0.45 * np.quantile(1 - paper[::3, ::3], 0.9)
+        ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - outer).clip(min=least)
     lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
     bias = quarter + 0.674 * noise
@@ -197,25 +199,46 @@ def inked(ink: Pixels, share: float = 0.3) -> Mask:
     return (ink > share).astype(np.uint8)
 
 
+def rotated(mask: Mask, degrees: float) -> Mask:
+    if not degrees:
+        return mask
+    turn = cv2.getRotationMatrix2D((mask.shape[1] / 2, mask.shape[0] / 2), degrees, 1)
+    return cv2.warpAffine(mask, turn, mask.shape[::-1], flags=cv2.INTER_NEAREST)
+
+
+def tilt_of(mask: Mask) -> float:
+    """Return the angle in degrees by which the lines of a mask have to be rotated to be level and upright."""
+    small = shrunk(mask * np.float32(1), 128)
+    turns = [rotated(small, tilt) for tilt in TILTS]
+    peaks = [np.square(turned.sum(0)).sum() + np.square(turned.sum(1)).sum() for turned in turns]
+    return TILTS[int(np.argmax(peaks))]
+
+
 def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
     """Remove straight thin lines, but where strokes cross them, if RULED or if two run from border to border."""
     faint = inked(ink, 0.15)
-    found = np.zeros_like(faint)
-    for turned, target in ((faint, found), (np.ascontiguousarray(faint.T), found.T)):  # nearly level ones, upright ones
-        width = turned.shape[1]
+    rim = np.pad(np.zeros_like(faint)[3:-3, 3:-3], 3, constant_values=1)
+    if not (faint & rim).any():
+        return ink
+    tilt = tilt_of(faint)
+    margin = int(0.3 * max(ink.shape)) if tilt else 0  # for the corners
+    level, rim = (rotated(np.pad(mask, margin), tilt) for mask in (faint, rim))
+    found = np.zeros_like(level)
+    for turned, target, ends in ((level, found, rim), (np.ascontiguousarray(level.T), found.T, rim.T)):
+        width = ink.shape[turned is level]
         closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, np.ones((1, 1 + width // 40), np.uint8))
         runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, np.ones((1, max(3, width // 12)), np.uint8))
         strokes = cv2.morphologyEx(runs, cv2.MORPH_OPEN, np.ones((max(3, width // 25), 1), np.uint8))
         _, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.dilate(cv2.subtract(runs, strokes), SQUARE))
-        left, lengths = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_WIDTH]
-        ruled |= bool((lengths[1:] > 0.9 * width).sum() > 1)  # one may be a digit's own
-        lines = (left <= 2) | (left + lengths >= width - 2)  # a bold stroke may cut them
+        ruled |= bool((stats[1:, cv2.CC_STAT_WIDTH] > 0.9 * width).sum() > 1)  # one may be a digit's own
+        lines = np.bincount(labels[ends > 0], minlength=len(stats)) > 0  # a bold stroke may cut them
         target |= (lines[labels] & (labels > 0)).astype(np.uint8)
-    if not ruled or not found.any():
+    found = rotated(found, -tilt)[margin : margin + len(ink), margin : margin + ink.shape[1]]
+    if not ruled or not (found & faint).any():
         return ink
-    level = float(np.median(ink[(found & faint) > 0]))
+    usual = float(np.median(ink[(found & faint) > 0]))
     crossing = cv2.morphologyEx(inked(ink) * (1 - found), cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
-    return np.where((found > 0) & (crossing == 0) & (ink < level + 0.25), 0, ink).astype(np.float32)
+    return np.where((found > 0) & (crossing == 0) & (ink < usual + 0.25), 0, ink).astype(np.float32)
 
 
 def at_border(box: Any, shape: tuple[int, ...], share: float = 0) -> bool:
@@ -247,6 +270,8 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
         straight = [cell for cell in cells if is_rectangle(cell)]
         hull = cv2.convexHull(cv2.findNonZero(own))
+        if min(cv2.minAreaRect(hull)[1]) < 16:
+            continue
         # or one ring, as around a digit, or a drawn box that is open: a digit's own has nothing in it
         found = straight or (cells or [hull] * is_rectangle(hull)) * (len(cells) < 2)
         if sum(map(cv2.contourArea, found)) < 0.5 * np.prod(cv2.minAreaRect(hull)[1]):
