@@ -27,7 +27,7 @@ NO_PICTURE = "no picture that Pillow reads" + "; HEIC needs pip install 'lit_mni
 FINE_SIZE = 1024  # large pictures are decoded to less than twice this, and at least this
 WORKING_SIZE = 256  # the size at which their digit is looked for
 BOX, SIDE = 20, 28
-TILTS = [0.0, *(sign * degrees / 2 for degrees in range(3, 31) for sign in (1, -1))]  # of lined paper
+TILTS = [0, *range(-15, -1), *range(2, 16)]  # of lined paper, in degrees
 SQUARE = np.ones((3, 3), np.uint8)  # a pixel and those around it
 MAX_PARTS = 400  # of a digit's size, in a picture of several
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded they take four bytes each
@@ -185,7 +185,7 @@ def ink_of(levels: Pixels) -> Pixels:
     if dark:  # ink takes its share of the light
         least = 0.45 * np.quantile(1 - paper[::3, ::3], 0.9)
         ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - outer).clip(min=least)
-    lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, even if there is more ink than paper
+    lower, quarter = np.quantile(inner[::2, ::2], (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
     bias = quarter + 0.674 * noise
     full = full_level((inner - bias).clip(min=0))
