@@ -5,6 +5,7 @@ pixels with its proportions and its grey levels kept, and set into 28x28 pixels 
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +36,7 @@ Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many; decoded the
 Pixels = NDArray[Any]  # float32 (H, W); cv2's types only say that its results are arrays
 Mask = NDArray[Any]  # uint8 (H, W), 0 or 1
 Box = tuple[int, ...]  # x, y, width, height
+Classify = Callable[[Tensor], Tensor]
 Found = tuple[Box, Tensor | None, str]  # where, in MNIST's form unless it was left out, and why or what is doubtful
 
 
@@ -286,8 +288,31 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
     return ink, boxes
 
 
-def split(levels: Pixels) -> list[Found]:
-    """Find the digits line by line, then what was left out; UserError if nothing, or too much, is ink."""
+def pieces(ink: Pixels, classify: Classify | None) -> list[tuple[Box, Tensor]]:
+    """Return the box within a part's ink and the digit; of two that touch each one's, if a network is surer of both."""
+
+    def piece(left: int, right: int) -> tuple[Box, Tensor]:
+        x, y, width, height = cv2.boundingRect(inked(ink[:, left:right], 0.1))
+        return (left + x, y, width, height), in_form(ink[y : y + height, left + x : left + x + width])
+
+    height, width = ink.shape
+    found: list[tuple[Box, Tensor]] = [((0, 0, width, height), in_form(ink))]
+    if classify and width > max(0.9 * height, 20):
+        for cut in np.linspace(0.25 * width, 0.75 * width, 13).astype(int).tolist():
+            found += [piece(0, cut), piece(cut, width)]
+        sure = classify(torch.stack([seen for _, seen in found])).amax(1)
+        both = sure[1:].view(-1, 2).amin(1)
+        if both.max() > sure[0] + 0.05:
+            first = 1 + 2 * int(both.argmax())
+            return found[first : first + 2]
+    return found[:1]
+
+
+def split(levels: Pixels, classify: Classify | None = None) -> list[Found]:
+    """Find the digits line by line, then what was left out; UserError if nothing, or too much, is ink.
+
+    CLASSIFY maps digits, uint8 (N, 1, 28, 28), to probabilities, float (N, C): it decides whether two touch.
+    """
     whole, corner = sheet(levels)
     pixels = shrunk(whole, FINE_SIZE)
     ink, boxes = unboxed(ink_of(pixels))
@@ -317,10 +342,12 @@ def split(levels: Pixels) -> list[Found]:
     for part, reason in sorted(reasons, key=lambda answer: answer[1] != ""):  # what is left out last
         x, y, width, tall = part.box
         place = slice(y, y + tall), slice(x, x + width)
-        seen = None if reason else in_form(ink[place] * np.isin(labels[place], part.labels))
-        left, top, *size = (round(scale * side) for side in part.box)
+        own = ink[place] * np.isin(labels[place], part.labels)
         doubt = "touches the border" * at_border(part.box, ink.shape)
-        found.append(((left + corner[0], top + corner[1], *size), seen, reason or doubt))
+        digits = [((0, 0, width, tall), None)] if reason else pieces(own, classify)
+        for (left, top, *size), seen in digits:
+            left, top, *size = (round(scale * side) for side in (x + left, y + top, *size))
+            found.append(((left + corner[0], top + corner[1], *size), seen, reason or doubt))
     return found
 
 

@@ -1,6 +1,7 @@
 """Reads a user's own pictures, asks a network, and draws a contact sheet of its answers."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,9 +28,10 @@ class Picture(NamedTuple):
 
 def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoothing: float = 0) -> list[Picture]:
     """Answer the digits of one file, and say what was left out or why it has none; SMOOTHING is as in `most_spread`."""
+    ask = partial(classify, network)
     try:
         levels = grey_levels(file)
-        found = split(levels) if several else [((0, 0, *levels.shape[::-1]), *find_one(levels))]
+        found = split(levels, ask) if several else [((0, 0, *levels.shape[::-1]), *find_one(levels))]
     except UserError as error:
         return [Picture({"file": file, "problem": str(error)})]
     with Image.open(file) as opened:
@@ -40,7 +42,7 @@ def read(network: nn.Module, file: Path | BinaryIO, several: bool = False, smoot
         part = levels[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
         whole = Image.fromarray((part.clip(0, 1) * 255).astype(np.uint8))
         thumbnail = ImageOps.pad(whole, (CELL, CELL), Image.Resampling.BOX, "white")
-        p = classify(network, seen[None])[0].tolist() if seen is not None else []
+        p = ask(seen[None])[0].tolist() if seen is not None else []
         place = (number if p else "", *(round(scale * side) for side in box)) if several else ()
         row: dict[str, Any] = {"file": file, **dict(zip(("box", "x", "y", "width", "height"), place, strict=False))}
         row |= columns(p, smoothing) if p else {}
