@@ -79,9 +79,12 @@ def mixed(colours: Pixels) -> Pixels:
     return np.asarray(colours @ mixture - mixture.clip(max=0).sum())
 
 
-def sheet(levels: Pixels) -> tuple[Pixels, tuple[int, int]]:
-    """Cut out a note, a sheet or a screen's canvas that lies within the picture, if it has ink; and where it begins."""
-    small = cv2.medianBlur((shrunk(levels, WORKING_SIZE) * 255).clip(0, 255).astype(np.uint8), 3)
+def sheet(levels: Pixels, small: Pixels) -> tuple[Pixels, tuple[int, int]]:
+    """Cut out a note, a sheet or a screen's canvas that lies within the picture, if it has ink; and where it begins.
+
+    SMALL is the same picture at the working size.
+    """
+    small = cv2.medianBlur((small * 255).clip(0, 255).astype(np.uint8), 3)
     _, light = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     for mask in (light, 1 - light):
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
@@ -110,9 +113,10 @@ def is_rectangle(outline: Any) -> bool:
 
 def find_one(levels: Pixels, closer: bool = False) -> tuple[Tensor, str]:
     """Bring the one digit into MNIST's form, uint8 (1, 28, 28), and say what is doubtful; UserError for none."""
-    pixels = levels if closer else sheet(levels)[0]
-    small = shrunk(pixels, WORKING_SIZE)
-    ink = unruled(unboxed(ink_of(small))[0], closer)
+    pixels, small = levels, shrunk(levels, WORKING_SIZE)
+    if not closer and (pixels := sheet(levels, small)[0]) is not levels:
+        small = shrunk(pixels, WORKING_SIZE)
+    ink = unruled(unboxed(ink_of(small, small is not pixels))[0], closer)
     labels, parts = parts_of(ink, 100)
     whole = [part for part in parts[:100] if not at_border(part.box, ink.shape, 0.02)]  # noise makes thousands
     parts = [part for part in whole if max(part.box[2:]) >= 0.05 * max(ink.shape)] or parts[:100]
@@ -161,18 +165,24 @@ def full_level(ink: Pixels) -> float:
     return float(np.quantile(ink[ink >= 0.5 * ink.max()], 0.9))
 
 
-def ink_of(levels: Pixels) -> Pixels:
-    """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out."""
-    margin = min(levels.shape) // 50 * (max(levels.shape) > WORKING_SIZE)  # of a page, where the sheet may end
+def ink_of(levels: Pixels, page: bool) -> Pixels:
+    """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out.
+
+    A PAGE has paper all around its ink, and its sheet may end within the picture; else a digit may fill it.
+    """
+    margin = min(levels.shape) // 50 * page
     middle = shrunk(levels[margin : len(levels) - margin, margin : levels.shape[1] - margin], WORKING_SIZE // 2)
     coarse = cv2.normalize(middle, np.empty(0), 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
-    beyond = coarse - cv2.medianBlur(coarse, max(3, max(coarse.shape) // 2 | 1)).astype(np.float32)
+    around = max(1, max(coarse.shape) // 4)
+    wide = cv2.medianBlur(np.pad(coarse, around, "symmetric" if page else "edge"), 2 * around + 1)
+    beyond = coarse - wide[around:-around, around:-around].astype(np.float32)
     edges = cv2.morphologyEx(coarse, cv2.MORPH_GRADIENT, SQUARE)  # a lamp's reflection has none
     push = edges * beyond**3
     for mask in (beyond > 20, beyond < -20):
         _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-        aside = [at_border(part, mask.shape) and min(part[2:] / mask.shape[::-1]) < 0.5 for part in stats[:, :4]]
-        push[np.array(aside)[labels]] /= 4  # a shadow's edge, or what lies beside a sheet
+        rim = np.bincount(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]), minlength=len(stats))
+        aside = (rim > 0) & ((stats[:, 2:4] / mask.shape[::-1]).min(1) < 0.5)
+        push[aside[labels]] /= 4  # a shadow's edge, or what lies beside a sheet
     dark = push.sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
@@ -187,7 +197,7 @@ def ink_of(levels: Pixels) -> Pixels:
     if dark:  # ink takes its share of the light
         least = 0.45 * np.quantile(1 - paper[::3, ::3], 0.9)
         ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - outer).clip(min=least)
-    lower, quarter = np.quantile(inner[::2, ::2], (0.1, 0.25))  # both of paper, even if there is more ink than paper
+    lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
     bias = quarter + 0.674 * noise
     full = full_level((inner - bias).clip(min=0))
@@ -313,9 +323,9 @@ def split(levels: Pixels, classify: Classify | None = None) -> list[Found]:
 
     CLASSIFY maps digits, uint8 (N, 1, 28, 28), to probabilities, float (N, C): it decides whether two touch.
     """
-    whole, corner = sheet(levels)
+    whole, corner = sheet(levels, shrunk(levels, WORKING_SIZE))
     pixels = shrunk(whole, FINE_SIZE)
-    ink, boxes = unboxed(ink_of(pixels))
+    ink, boxes = unboxed(ink_of(pixels, max(pixels.shape) > WORKING_SIZE))
     ink = unruled(ink)
     labels, parts = parts_of(ink, 500)
     heights = [part.box[3] for part in parts if not at_border(part.box, ink.shape)] or [part.box[3] for part in parts]
