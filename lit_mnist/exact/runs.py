@@ -1,4 +1,4 @@
-"""The folders of runs: claiming one for a new run, finding an old one, reading its checkpoints and its results."""
+"""The folders of runs: holding one, finding one, reading its checkpoints and its results."""
 
 import json
 import os
@@ -18,8 +18,8 @@ LOCK = ".lock"  # in a run's folder: held by the process that trains it
 FORMAT = 3  # goes up when a resumed run needs other entries
 FORMAT_ENTRY = f"{PROGRAM}_format"
 # what scoring reads
-ENTRIES = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "epoch", "global_step")
-ENTRIES += ("pytorch-lightning_version",)
+ENTRIES = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "epoch", "global_step"}
+ENTRIES |= {"pytorch-lightning_version"}
 
 
 def is_run(folder: Path) -> bool:
