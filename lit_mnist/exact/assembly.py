@@ -1,6 +1,5 @@
 """The parts that a Trainer needs for a run: callbacks, plugins and loggers."""
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 from .batchnorm import SynchronizedBatchNorm
 from .checkpoint_io import DurableCheckpointIO, translate_restoring
 from .checkpoints import BestSettings, CheckpointKeeper, Run, SaveSettings, callback_of
-from .console import Interrupted, UserError
+from .console import UserError
 from .loggers import OURS, RunLogger
 from .progress import Progress
 from .results import Results
@@ -57,12 +56,7 @@ def hold(run: Run, trainer: Trainer) -> Iterator[None]:
             held.enter_context(keeper.changes)
             keeper.handle_signals()
         held.enter_context(translate_restoring(run.checkpoint))
-        try:
-            yield
-        except SystemExit as stopped:
-            if keeper and isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning 2.6 made it exit status 1
-                raise Interrupted(signal.SIGINT, keeper.last_path) from None
-            raise
+        yield
 
 
 def make_plugins(run: Run, sync_batchnorm: bool = True) -> list[Any]:

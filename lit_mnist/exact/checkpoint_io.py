@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from .console import TrainingFailed, UserError, shortened
+from .console import Interrupted, UserError, shortened
 from .ddp import lost
 from .runs import replaced
 
@@ -40,17 +40,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 (kind, *_) = re.findall(r"GLOBAL (\S+)", str(error)) or ["Python object"]
                 raise UserError(f"checkpoints may hold tensors, numbers, strings and booleans, not a {kind}") from error
             self._readable = True
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(path) as partial, partial.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
-            os.close(folder)
-        except OSError as error:
-            raise TrainingFailed(f"training stopped: {error}; earlier checkpoints are intact") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial, partial.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, is on the disk before an older checkpoint is removed
+        os.close(folder)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         known = self.loaded.get(str(path))
@@ -63,7 +60,8 @@ def translate_restoring(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        other = isinstance(error, (UserError, NameError, ImportError, torch.OutOfMemoryError))  # no checkpoint's fault
+        # no checkpoint's fault
+        other = isinstance(error, (Interrupted, UserError, NameError, ImportError, torch.OutOfMemoryError))
         functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
         if not checkpoint or other or functions.isdisjoint(RESTORING) or lost(error):
             raise

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf, isnan
+from itertools import count
+from math import inf, isnan, nan
 from pathlib import Path
 from time import monotonic, time
 from types import FrameType
@@ -20,7 +21,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
-from .runs import FORMAT, FORMAT_ENTRY, claim_folder, own_checkpoints, replaced, run_folder
+from .runs import FORMAT, FORMAT_ENTRY, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
 AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop
@@ -31,8 +32,9 @@ def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
     return next((part for part in trainer.callbacks if isinstance(part, kind)), None)  # type: ignore[attr-defined]
 
 
-def has_finite_weights(module: LightningModule) -> bool:
-    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+def diverged(trainer: Trainer, name: str, value: float) -> TrainingFailed:
+    where = f"training failed at step {trainer.global_step} of epoch {trainer.current_epoch}: {name} is {value}"
+    return TrainingFailed(f"{where}; try a smaller learning rate (checkpoints written before are kept)")
 
 
 @dataclass
@@ -53,20 +55,27 @@ class Run:
 
     def claim(self, runs: Path, name: str | None = None) -> "Run":
         """Make a new folder for this run, `version_N` without a name, which only the first process does."""
-        if is_first():
-            missing = [path for path in (runs.absolute(), *runs.absolute().parents) if not path.exists()]
-            self.folder = claim_folder(runs.absolute(), name)
-            self.claimed = [self.folder, *missing]
+        runs = runs.absolute()
+        missing = [path for path in (runs, *runs.parents) if not path.exists()]
+        taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
+        numbers = count(max((int(number) for number in taken if number.isdecimal()), default=-1) + 1)
+        while is_first() and not self.folder:
+            folder = runs / (name or f"version_{next(numbers)}")
+            try:
+                folder.mkdir(parents=True)
+                self.folder, self.claimed = folder, [folder, *missing]
+            except FileExistsError:  # another program that started at the same time was quicker
+                if name:
+                    raise
         return self
 
     @classmethod
     def resumed(cls, checkpoint: Path, loaded: Mapping[str, Any]) -> "Run":
         """Return the run that a checkpoint belongs to, in its own folder; UserError if it cannot be resumed."""
-        if not {"loops", "callbacks", "optimizer_states", "lr_schedulers", "processes"} <= loaded.keys():
-            raise UserError(f"{checkpoint}: it holds weights alone, no state to resume")
         if (version := loaded.get(FORMAT_ENTRY)) != FORMAT:
             advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
-            raise UserError(f"{checkpoint}: that checkpoint has the format {version}: {advice}")
+            what = f"that checkpoint has the format {version}: {advice}" if version else "it holds weights alone"
+            raise UserError(f"{checkpoint}: {what}")
         folder = run_folder(checkpoint)
         return cls(folder, checkpoint, loaded, folder)
 
@@ -126,18 +135,17 @@ class CheckpointKeeper(Checkpoint):
         self.changes = ExitStack()  # puts back the signal handlers, and what is replaced in Lightning; `hold` does so
         self._save = save
         self._signal = 0  # what this process has got: save after this step, then stop
-        self._suffix = ""  # of a file's name: the latest score of this epoch
         self._agreed_step = 0
         self._saved_at = monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         # a name without its folder: a run may be moved, and its checkpoints are the same wherever it lies
         best = {"name": self.best_path and self.best_path.name, "values": self.best_values}
-        return {"suffix": self._suffix, "by": self.best and [self.best.monitor, self.best.mode], "best": best}
+        return {"by": self.best and [self.best.monitor, self.best.mode], "best": best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._suffix, best = state_dict.get("suffix", ""), state_dict["best"]  # an older version saved none
-        name, by = Path(best["name"] or "").name, self.best and [self.best.monitor, self.best.mode]
+        best, by = state_dict["best"], self.best and [self.best.monitor, self.best.mode]
+        name = Path(best["name"] or "").name
         before = self.run.origin and self.run.origin / "checkpoints" / name
         # without its file there is no best; of several machines' folders that of the first process decides
         if name and by == state_dict["by"] and gather_all(before is not None and before.is_file())[0]:
@@ -187,9 +195,6 @@ class CheckpointKeeper(Checkpoint):
             with replaced(self.best_path) as partial:
                 shutil.copyfile(self.run.origin / "checkpoints" / self.best_path.name, partial)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._suffix = ""
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # not where gradients accumulate, nor before a validation or an epoch's end: Lightning 2.6 resumes after them
         loop: Any = trainer.fit_loop
@@ -220,14 +225,15 @@ class CheckpointKeeper(Checkpoint):
             raise Interrupted(signum, self.last_path)
 
     def save(self, trainer: Trainer) -> None:
-        """Write the state of this moment, as the best too where a validation has just found it so."""
-        if not has_finite_weights(trainer.lightning_module):  # Progress stops it soon, and its last sound state stays
-            return
+        """Write the state of this moment, as the best too where a validation found it so; one that diverged is none."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
+            raise diverged(trainer, "a weight", nan)
         if trainer.validating and self.best and self._is_best(trainer, self.best):
-            self.best_path = self._folder / f"best-epoch={trainer.current_epoch:02d}{self._suffix}.ckpt"
+            score = f"{self.best.monitor.rpartition('/')[2]}={self.best_values[self.best.monitor]:.4f}"
+            self.best_path = self._folder / f"best-epoch={trainer.current_epoch:02d}-{score}.ckpt"
             trainer.save_checkpoint(self.best_path)
         epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the latest that has begun
-        path = self._folder / f"last-epoch={epoch:02d}-step={trainer.global_step:06d}{self._suffix}.ckpt"
+        path = self._folder / f"last-epoch={epoch:02d}-step={trainer.global_step:06d}.ckpt"
         trainer.save_checkpoint(path)
         self.last_path = path
         if trainer.is_global_zero:  # now that the newest state names no other best
@@ -247,7 +253,6 @@ class CheckpointKeeper(Checkpoint):
         # those of the first process: a module may log what each process has found alone
         values = gather_all(values | {"step": trainer.global_step})[0]
         score, sign = values[best.monitor], 1 if best.mode == "max" else -1
-        self._suffix = f"-{best.monitor.rpartition('/')[2]}={score:.4f}"
         ranks = [(sign * one[best.monitor], -one.get(best.loss, inf)) for one in (values, self.best_values) if one]
         better = not isnan(score) and (len(ranks) == 1 or ranks[0] > ranks[1])
         self.best_values = values if better else self.best_values
@@ -257,8 +262,9 @@ class CheckpointKeeper(Checkpoint):
         """Let SIGTERM and Ctrl-C end the training after a step, a second Ctrl-C at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
+            if self._signal and signum == signal.SIGINT:
+                raise Interrupted(signum, self.last_path)
             self._signal = signum
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.changes.callback(signal.signal, signum, signal.signal(signum, note))

@@ -127,14 +127,10 @@ def compute_schedule(scheduler: Any, fresh: list[dict[str, Any]], state: dict[st
     while not hasattr(counter, "last_epoch"):  # ChainedScheduler does not count
         counter = counter._schedulers[0]
     steps, configured = counter.last_epoch, optimizer.param_groups[: len(fresh)]
-    try:
-        with patch.object(optimizer, "param_groups", configured), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the optimizer has made no step yet
-            for group, own in zip(configured, fresh, strict=True):
-                group |= {key: own[key] for key in scheduled_keys(optimizer, own)}
-            scheduler.load_state_dict(state)
-            for _ in range(steps - counter.last_epoch):  # torch 2.15 computes most rates from the one before
-                scheduler.step()
-    except Exception as error:
-        what = f"{type(scheduler).__name__} with other settings than before cannot be computed for step {steps}"
-        raise UserError(f"{what} ({error}): configure it as it was, or longer") from error
+    with patch.object(optimizer, "param_groups", configured), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer has made no step yet
+        for group, own in zip(configured, fresh, strict=True):
+            group |= {key: own[key] for key in scheduled_keys(optimizer, own)}
+        scheduler.load_state_dict(state)
+        for _ in range(steps - counter.last_epoch):  # torch 2.15 computes most rates from the one before
+            scheduler.step()

@@ -6,25 +6,26 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 
-from .checkpoints import CheckpointKeeper, callback_of, has_finite_weights
-from .console import TrainingFailed
+from .checkpoints import CheckpointKeeper, callback_of, diverged
 from .ddp import gather_all, part_of_batch
+
+print_once = rank_zero_only(Trainer.print)  # which by itself, in Lightning 2.6, prints on each machine
 
 
 class Progress(Callback):
     """Times a run over all its parts, logs its steps, prints epochs and evaluations, and stops it where it diverges."""
 
-    samples = 0  # of an evaluation: of this process, and once it has ended, of all
-
     def __init__(self) -> None:
         self.train_seconds = self.validation_seconds = self._started = self._lr = 0.0
         self.epoch_seconds = 0.0  # of training and validation, in this process
         self.samples_seen = 0
+        self.samples = 0  # of an evaluation: of this process, and once it has ended, of all
         self.loss: Tensor | None = None  # of the latest step, in this process, on its device
         self._ended = False  # an epoch, whose line is not printed yet
         self.validated = 0  # the step of this epoch's latest validation
@@ -38,7 +39,7 @@ class Progress(Callback):
         vars(self).update(state_dict)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print_epoch(trainer)
+        self.print_epoch(trainer)
         self.epoch_seconds, self.validated = 0.0, 0
         self._start_timer()
 
@@ -60,9 +61,8 @@ class Progress(Callback):
         if trainer.optimizers:
             self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])  # after the batch it is the next step's
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        outputs, batch, batch_idx = args
         self.samples_seen += part_of_batch(trainer, batch_idx, extract_batch_size(batch))[2]
         self.loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -98,7 +98,9 @@ class Progress(Callback):
                 where = f"Epoch {trainer.current_epoch}, step {trainer.global_step}"
                 print_once(trainer, f"{where}: {', '.join(words(values))}")
             self.validation_seconds += self._stop_timer(pl_module)
-            check_losses(trainer)
+            for name, value in epoch_metrics(trainer).items():
+                if name.endswith("loss") and not math.isfinite(value):
+                    raise diverged(trainer, name, value)
 
     on_test_end = on_validation_end
 
@@ -107,13 +109,8 @@ class Progress(Callback):
         self._check_finite(trainer)
         self._ended = True  # the module has its turn after the callbacks, and then the metrics are there
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print_epoch(trainer)
-        check_losses(trainer)  # Lightning 2.6 logs the metrics of the last epoch just before this hook
-        if not has_finite_weights(pl_module):
-            raise diverged(trainer, "a weight", math.nan)
-
-    def _print_epoch(self, trainer: Trainer) -> None:
+    def print_epoch(self, trainer: Trainer) -> None:
+        """Print the line of the latest epoch, if it is not printed yet."""
         if self._ended:
             # without a validation Lightning 2.6 still has the values of the one before
             found, keeper = epoch_metrics(trainer), callback_of(trainer, CheckpointKeeper)
@@ -143,30 +140,18 @@ def total_steps(trainer: Trainer) -> float:
         return most
     left, limit = range(trainer.current_epoch, epochs), trainer.limit_train_batches
     schedule, count = callback_of(trainer, GradientAccumulationScheduler), trainer.accumulate_grad_batches
+    count = schedule.get_accumulate_grad_batches(trainer.current_epoch) if schedule else count
+    remaining = math.ceil(trainer.num_training_batches / count) * len(left)
     # a loader whose epochs differ says how long they are
     lengths: list[float] = getattr(trainer.train_dataloader, "epoch_lengths", lambda _: [])(left)
-    count = schedule.get_accumulate_grad_batches(trainer.current_epoch) if schedule else count
     if schedule or lengths:
         batches = [min(length, limit) if isinstance(limit, int) else int(length * limit) for length in lengths]
         counts = [schedule.get_accumulate_grad_batches(epoch) if schedule else count for epoch in left]
         pairs = zip(batches or [trainer.num_training_batches] * len(left), counts, strict=True)
         remaining = sum(math.ceil(number / accumulated) for number, accumulated in pairs)
-    else:
-        remaining = math.ceil(trainer.num_training_batches / count) * len(left)
     ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     done = math.ceil(ready / count) if trainer.is_last_batch else ready // count  # gradients may still accumulate
     return min(most, trainer.global_step - done + remaining)
-
-
-def check_losses(trainer: Trainer) -> None:
-    for name, value in epoch_metrics(trainer).items():
-        if name.endswith("loss") and not math.isfinite(value):
-            raise diverged(trainer, name, value)
-
-
-def diverged(trainer: Trainer, name: str, value: float) -> TrainingFailed:
-    where = f"training failed at step {trainer.global_step} of epoch {trainer.current_epoch}: {name} is {value}"
-    return TrainingFailed(f"{where}; try a smaller learning rate (checkpoints written before are kept)")
 
 
 def epoch_metrics(trainer: Trainer) -> dict[str, float]:
@@ -190,9 +175,3 @@ def words(metrics: Mapping[str, float], samples: int = 0) -> list[str]:
         title = "average loss" if samples and title == "loss" else title
         texts.append(f"{'' if samples else stage} {title} {number}".strip())
     return texts
-
-
-def print_once(trainer: Trainer, line: str) -> None:
-    """Print a line once; `Trainer.print` of Lightning 2.6 does so on each machine."""
-    if trainer.is_global_zero:
-        trainer.print(line)

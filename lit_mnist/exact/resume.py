@@ -98,21 +98,18 @@ class ExactResume(Callback):
                 trainer.should_stop = True  # a callback had ended this run, and no setting says to train it longer
             elif changed and (step := trainer.global_step) and rates and not any(rates) and not trainer.is_last_batch:
                 raise UserError(f"the learning rate is 0 after step {step}: configure a longer schedule")
-        if problem := next(filter(None, gather_all(self._open(trainer))), None):
-            raise problem  # in all processes: none waits for another
-        # Lightning 2.6 calls this last of all hooks of a start
-        trainer.strategy.on_train_start = partial(self._begin, trainer, pl_module)  # type: ignore[method-assign]
-
-    def _open(self, trainer: Trainer) -> OSError | UserError | None:
-        """Begin to write to the run's folder and loggers, and return why it cannot be done."""
+        problem: OSError | UserError | None = None
         try:
             open_loggers(trainer, self.run)
             if trainer.is_global_zero and self.run.folder and self.run.config:  # SaveConfigCallback 2.6 is too early
                 with replaced(self.run.folder / "config.yaml") as unfinished:
                     unfinished.write_text(self.run.config)
         except (OSError, UserError) as error:
-            return error
-        return None
+            problem = error
+        for found in filter(None, gather_all(problem)):
+            raise found  # in all processes: none waits for another
+        # Lightning 2.6 calls this last of all hooks of a start
+        trainer.strategy.on_train_start = partial(self._begin, trainer, pl_module)  # type: ignore[method-assign]
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undo what the hooks of a resumed run's start have changed, and save: never is there nothing to resume."""
@@ -129,11 +126,12 @@ class ExactResume(Callback):
         """Restore what Lightning does not; return whether settings of optimizers and schedules have changed."""
         loaded, device = self.run.loaded, pl_module.device
         loop: Any = trainer.fit_loop
+        loop._restarting = False  # or Lightning 2.6, which keeps no metrics, would leave ReduceLROnPlateau out
         epoch, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
         if epoch.current.started == epoch.current.processed:  # the next epoch is whole, also after one that was cut
             epoch.current.completed, epoch.total.completed = epoch.current.processed, epoch.total.processed
             # with `max_steps` Lightning 2.6 would take an ended epoch, whose counters are full, for an unfinished one
-            loop._restarting = loop.epoch_loop.restarting = False
+            loop.epoch_loop.restarting = False
             loop.reset_restart_stage()
             batches.reset_on_run()
         elif not batches.is_last_batch:
@@ -184,14 +182,11 @@ class ExactResume(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total: Any = trainer.fit_loop.epoch_loop.batch_progress.total  # not even where a hook has ended the epoch
         vars(total).update(dict.fromkeys(("ready", "started", "processed"), total.completed))
-        if trainer.fit_loop.restarting and trainer.max_steps == -1:
-            # Lightning 2.6, which keeps no metrics, would leave ReduceLROnPlateau out
-            trainer.fit_loop.restarting = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # first: a run that is trained longer continues without what WeightAveraging does to the weights at the end
         if progress := callback_of(trainer, Progress):
-            progress.on_train_end(trainer, pl_module)
+            progress.print_epoch(trainer)
         if keeper := callback_of(trainer, CheckpointKeeper):
             keeper.save(trainer)
 

@@ -1,11 +1,10 @@
-"""The folders of runs: claiming one for a new run, finding an old one, reading its checkpoints and its results."""
+"""The folders of runs: holding one, finding one, reading its checkpoints and its results."""
 
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ LOCK = ".lock"  # in a run's folder: held by the process that trains it
 FORMAT = 3  # goes up when a resumed run needs other entries
 FORMAT_ENTRY = f"{PROGRAM}_format"
 # what scoring reads
-ENTRIES: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
-ENTRIES |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
+ENTRIES = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "epoch", "global_step"}
+ENTRIES |= {"pytorch-lightning_version"}
 
 
 def is_run(folder: Path) -> bool:
@@ -47,20 +46,6 @@ def replaced(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
-
-
-def claim_folder(runs: Path, name: str | None = None) -> Path:
-    """Make a new folder, of this name or the next `version_N`, that no other process has."""
-    taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
-    numbers = count(max((int(number) for number in taken if number.isdecimal()), default=-1) + 1)
-    while True:
-        folder = runs / (name or f"version_{next(numbers)}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # another program that started at the same time was quicker
-            if name:
-                raise
 
 
 def only_process(run: Path) -> AbstractContextManager[object]:
@@ -136,11 +121,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     # a Trainer without this package writes no format; those of 2 can be scored
     if (found := checkpoint.get(FORMAT_ENTRY)) not in (2, FORMAT, None):
         raise UserError(f"{path}: that checkpoint has the format {found!r:.40}, and this version reads 2 and {FORMAT}")
-    checkpoint = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
-    for name, kind in ENTRIES.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: that file is not an intact checkpoint ({name} is missing or no {kind.__name__})")
-    return checkpoint
+    return {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, **checkpoint}  # some modules save none
 
 
 def evaluations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.save(checkpoint(weight=torch.zeros(1000)), "whole.ckpt")
     assert read_checkpoint(Path("whole.ckpt"))["hyper_parameters"] == {}
     contents = {"empty": b"", "pickle": pickle.dumps(Hostile()), "list": [1], "other": {"state_dict": {}}}
-    contents |= {"truncated": Path("whole.ckpt").read_bytes()[:-200], "newer": checkpoint(lit_mnist_format=4)}
-    contents |= {"hostile": checkpoint(callbacks=Hostile()), "weights": checkpoint(state_dict=[])}
+    contents |= {"newer": checkpoint(lit_mnist_format=4), "hostile": checkpoint(callbacks=Hostile())}
+    contents["truncated"] = Path("whole.ckpt").read_bytes()[:-200]
     for name, content in contents.items():
         path = Path(f"{name}.ckpt")
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -72,7 +73,8 @@ def names_kept(run: Path, scores: Scores, best: BestSettings) -> list[str]:
     settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0}
     settings |= {"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": len(scores)}
     (module := Scored()).scores = scores
-    Trainer(callbacks=[keeper], limit_train_batches=2, **settings).fit(module)
+    with pytest.raises(TrainingFailed, match="a weight is nan") if len(scores[-1]) > 2 else nullcontext():
+        Trainer(callbacks=[keeper], limit_train_batches=2, **settings).fit(module)
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
@@ -86,7 +88,7 @@ def names_kept(run: Path, scores: Scores, best: BestSettings) -> list[str]:
     ],
 )
 def test_the_best_of_scores(tmp_path: Path, scores: Scores, mode: Any, expected: str, last_epoch: int) -> None:
-    last = f"last-epoch=0{last_epoch}-step={2 * last_epoch + 2:06d}-accuracy={scores[last_epoch][0]:.4f}.ckpt"
+    last = f"last-epoch=0{last_epoch}-step={2 * last_epoch + 2:06d}.ckpt"
     assert names_kept(tmp_path, scores, BestSettings(mode=mode)) == [f"best-epoch=0{expected}.ckpt", last]
 
 

@@ -147,7 +147,7 @@ def test_an_earlier_checkpoint_begins_a_new_run(lab: Lab, capsys: Capsys) -> Non
     before, new = lab.copy(), Path("lightning_logs/version_1")
     (best,) = RUN.glob("checkpoints/best-epoch=00-*")  # there is a second epoch after it
     lab.kill(["--ckpt_path", str(best)], 1)
-    assert last_path(new).name.startswith("last-epoch=00-step=000007-loss=")
+    assert last_path(new).name == "last-epoch=00-step=000007.ckpt"
     assert lab.fit("--ckpt_path", "last") == 0  # that of the newest run
     assert "A new run: " in capsys.readouterr().out
     assert contents(RUN) == before
@@ -185,11 +185,10 @@ def test_a_signal_stops_after_a_step(lab: Lab, signum: int, hook: str, call: int
     assert lab.signal(signum, hook, call, *rarely) == 128 + signum
     error = lab.capsys.readouterr().err
     assert results()["fit"]["state"] == "interrupted"
-    resume = re.search(r"--ckpt_path (\S+)", error)
-    assert resume
-    assert f"step={step:06d}" in resume[1]
+    (checkpoint,) = re.findall(r"--ckpt_path (\S+)", error)
+    assert f"step={step:06d}" in checkpoint
     assert error.count("\n") == 1
-    lab.resume_and_compare(uninterrupted, resume[1])
+    lab.resume_and_compare(uninterrupted, checkpoint)
 
 
 @pytest.mark.parametrize("extra", ["--data.val_size=0", "--trainer.accumulate_grad_batches=4"])
@@ -207,12 +206,10 @@ def test_a_second_interrupt_stops_at_once(lab: Lab, monkeypatch: Patch) -> None:
         pytest.fail("went on")
 
     monkeypatch.setattr(LitMNIST, "training_step", twice)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
-    try:
-        assert lab.fit(*SETTINGS) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    before = signal.getsignal(signal.SIGINT)
+    assert lab.fit(*SETTINGS) == 130
+    assert f"--ckpt_path {last_path()}" in lab.capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_the_user_sets_wins_and_is_printed(lab: Lab, capsys: Capsys) -> None:
@@ -272,7 +269,7 @@ def test_what_could_not_be_read_again(lab: Lab, monkeypatch: Patch, capsys: Caps
         (lambda c: c.pop("averaging_state"), "averaging_state"),
         (lambda c: c["configured"]["parameters"][0].reverse(), "in another order"),
         (lambda c: c["processes"][0]["metrics"]["train_metrics.loss"].pop("weight"), "train_metrics.loss"),
-        (lambda c: (c.pop("loops"), c.pop("optimizer_states")), "weights alone"),
+        (lambda c: c.pop("lit_mnist_format"), "weights alone"),  # which a callback of Lightning may save
         (lambda c: c["state_dict"].update({"network.head.weight": torch.zeros(10, 5)}), "network.head.weight"),
     ],
 )
