@@ -159,6 +159,10 @@ class MNISTDataModule(LightningDataModule):
             options |= {"rank": self.trainer.global_rank, "processes": self.trainer.world_size}
         return TensorBatches(*self.sets[whole], batch_size, part_of=self.parts.get(name), **options)
 
+    def plot(self, batch: Batch) -> Tensor:
+        """Return the pictures of a batch that the board shows, (B, 1 or 3, H, W) on the scale 0..255."""
+        return batch[0]
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.augment(*batch) if self.trainer and self.trainer.training else batch
 
