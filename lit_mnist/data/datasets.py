@@ -10,7 +10,6 @@ import struct
 import sys
 import zipfile
 import zlib
-from io import BytesIO
 from pathlib import Path
 from string import ascii_uppercase, digits
 from tempfile import TemporaryDirectory
@@ -66,8 +65,6 @@ SCRATCH = ".lit-mnist-tmp-"  # folders that only the holder of the lock makes: o
 
 def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> None:
     """Fetch what is missing or wrong of a data set, under a lock, into its folder under ROOT, or raise UserError."""
-    if name == "idx":  # a user's own, of which only the form is known
-        load(root, False, name)  # nobody likes to hear of it after the training
     raw, known, reasons = _folder(root, name), _known(name), [] if download else ["data.download is false"]
     try:
         wrong = _find_wrong(raw, known)
@@ -155,17 +152,16 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     types, sides, allowed = ("u", (28, 28), "uint8 (N, 28, 28)") if "-images-" in file else labels
     try:
         with _open(paths[0], file) as content:
-            shutil.copyfileobj(content, whole := BytesIO())
-        data = whole.getbuffer()  # the one copy in memory
-        if len(data) < 4 or bytes(data[:2]) != b"\0\0" or data[2] not in KINDS or not data[3]:
-            raise ValueError(f"it starts with {bytes(data[:4])!r}, not with two zeros, a type and how many dimensions")
+            data = content.read()
+        if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in KINDS or not data[3]:
+            raise ValueError(f"it starts with {data[:4]!r}, not with two zeros, a type and how many dimensions")
         dtype, start = np.dtype(KINDS[data[2]]), 4 + 4 * data[3]
         shape = struct.unpack_from(f">{data[3]}I", data, 4)
         complete = shape[0] > 0 and len(data) == start + dtype.itemsize * math.prod(shape)
         if not complete or shape[1:] != sides or dtype.kind not in types:
             found = f"{dtype.name} {shortened(str(shape))} in {len(data):,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        return np.frombuffer(data, dtype, offset=start).reshape(shape)
+        return np.frombuffer(data, dtype, offset=start).reshape(shape).copy()  # bytes could not be changed
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, MemoryError) as error:
         raise UserError(f"data.root: cannot read {paths[0]} as an IDX file: {error}") from None
 
