@@ -42,10 +42,8 @@ from lit_mnist.exact.results import Results
 from lit_mnist.module import LitMNIST
 
 MEANT = (  # warnings about what is meant here, or that a user can do nothing about
-    "does not have many workers",  # batches come from memory
     "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
     "callbacks used to create the checkpoint need to be provided",  # only fit writes checkpoints
-    "Total length of `.*` across ranks is zero",  # data.val_size is 0
     "smaller than the logging interval|You requested to overfit but",  # every epoch has the order of the first
     "is not supported by the model summary",
     "isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
