@@ -134,12 +134,6 @@ def _find_wrong(raw: Path, known: dict[str, str]) -> list[str]:
     return [file for file in known if not any(_verifies(path, known[file]) for path in _places(raw, file))]
 
 
-def _open(path: Path, file: str) -> Any:
-    if path.suffix == ".zip":
-        return gzip.open(zipfile.ZipFile(path).open(f"gzip/{file}.gz"))
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-
-
 def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     """Read an IDX file, verified unless it is a user's own; UserError if it is missing or damaged."""
     known = _known(name)
@@ -151,8 +145,11 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     labels = "iu", (8,) * (name == "qmnist"), "integers (N,)"  # their types and sizes
     types, sides, allowed = ("u", (28, 28), "uint8 (N, 28, 28)") if "-images-" in file else labels
     try:
-        with _open(paths[0], file) as content:
-            data = content.read()
+        if paths[0].suffix == ".zip":
+            with zipfile.ZipFile(paths[0]) as archive:
+                data = gzip.decompress(archive.read(f"gzip/{file}.gz"))
+        else:
+            data = gzip.decompress(paths[0].read_bytes()) if paths[0].suffix == ".gz" else paths[0].read_bytes()
         if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in KINDS or not data[3]:
             raise ValueError(f"it starts with {data[:4]!r}, not with two zeros, a type and how many dimensions")
         dtype, start = np.dtype(KINDS[data[2]]), 4 + 4 * data[3]
