@@ -220,8 +220,6 @@ class MNISTCLI(SettingsCLI):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
             raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
-        if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
-            raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
 
     def announce(self, trainer: Trainer, module: LightningModule) -> None:
         """Print what is trained, on which device and where to."""

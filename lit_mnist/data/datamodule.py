@@ -111,8 +111,9 @@ class MNISTDataModule(LightningDataModule):
             self.sets["train"] = images, targets = self._load(train=True)
             if not 0 <= hp.val_size < len(images):
                 raise UserError(f"data.val_size must be in 0..{len(images) - 1}, got {hp.val_size}")
-            if not 1 <= hp.batch_size <= len(images) - hp.val_size:
-                raise UserError(f"data.batch_size must be in 1..{len(images) - hp.val_size}, got {hp.batch_size}")
+            least, most = self.trainer.world_size if self.trainer else 1, len(images) - hp.val_size
+            if not least <= hp.batch_size <= most:  # an image for each process
+                raise UserError(f"data.batch_size must be in {least}..{most}, got {hp.batch_size}")
             # validate must score the same images that fit held out, so both stages split alike
             self.parts = dict(zip(("train", "val"), stratified_split(targets, hp.val_size, hp.split_seed), strict=True))
         self.train_batches = None  # whose losses are of another fit
