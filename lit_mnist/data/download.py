@@ -27,8 +27,8 @@ def published(folder: str) -> tuple[list[str], dict[str, str]]:
     """Look up in torchvision's class of that name the mirrors of a data set, and its archives with their MD5s."""
     from torchvision import datasets  # takes seconds, and MNIST that is in place does not need it
 
-    kind: Any = getattr(datasets, folder)
-    archives = [(kind.url, kind.md5)] if folder == "EMNIST" else kind.resources
+    kind = getattr(datasets, folder)
+    archives: Any = [(kind.url, kind.md5)] if folder == "EMNIST" else kind.resources
     if folder == "QMNIST":
         archives = [*archives["train"], *archives["test"]]
     address = archives[0][0]  # or only a name, to put behind that of a mirror
