@@ -77,13 +77,10 @@ class MNISTDataModule(LightningDataModule):
         self.sets: dict[str, Batch] = {}
         self.parts: dict[str, Tensor] = {}  # which images of the training set are trained on, and which held out
         self.train_batches: TensorBatches | None = None
-        beyond = {key: most for key, most in MOST.items() if not 0 <= self.hparams[key] <= most}
-        wrong = [f"data.{key} must be in 0..{most}, got {self.hparams[key]}" for key, most in beyond.items()]
-        if name not in datasets.SETS:
-            wrong.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
-        if not all(0 < share <= 1 for share in shares or []):
-            wrong.append(f"data.shares must be numbers over 0 and up to 1, got {shares}")
-        if wrong:
+        checks = [(key, f"in 0..{most}", 0 <= self.hparams[key] <= most) for key, most in MOST.items()]
+        checks.append(("name", f"one of {', '.join(datasets.SETS)}", name in datasets.SETS))
+        checks.append(("shares", "numbers over 0 and up to 1", all(0 < share <= 1 for share in shares or [])))
+        if wrong := [f"data.{key} must be {allowed}, got {self.hparams[key]}" for key, allowed, ok in checks if not ok]:
             raise UserError("; ".join(wrong))
 
     @cached_property
