@@ -104,17 +104,13 @@ class LitMNIST(LightningModule):
         self.test_metrics.update(self(images), targets)
 
     def on_train_epoch_end(self) -> None:
-        self._log_and_reset(self.train_metrics)
+        self.log_dict(self.train_metrics)  # which Lightning resets once they are logged
 
     def on_validation_epoch_end(self) -> None:
-        self._log_and_reset(self.val_metrics)
+        self.log_dict(self.val_metrics, prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        self._log_and_reset(self.test_metrics)
-
-    def _log_and_reset(self, metrics: MetricCollection) -> None:
-        self.log_dict(metrics.compute(), prog_bar=metrics is self.val_metrics)
-        metrics.reset()
+        self.log_dict(self.test_metrics)
 
     def configure_callbacks(self) -> list[Callback]:
         return [MovingAverage(self.hparams["ema_decay"])] if self.hparams["ema_decay"] else []

@@ -65,9 +65,7 @@ class DigitNet(nn.Module):
     Then come global average pooling and a linear layer. ValueError for other words, or if the image is pooled away.
     """
 
-    def __init__(
-        self, layers: str, dropout: float = 0, activation: Activation = "relu", classes: int = 10, shape: Shape = DIGITS
-    ) -> None:
+    def __init__(self, layers: str, dropout: float, activation: Activation, classes: int, shape: Shape) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         channels, size = shape[0], min(shape[1:])
@@ -120,9 +118,7 @@ class DigitNet(nn.Module):
 class MLP(nn.Module):
     """A multilayer perceptron: `layers` are widths such as `128 64`, each followed by layer norm and the activation."""
 
-    def __init__(
-        self, layers: str, dropout: float = 0, activation: Activation = "relu", classes: int = 10, shape: Shape = DIGITS
-    ) -> None:
+    def __init__(self, layers: str, dropout: float, activation: Activation, classes: int, shape: Shape) -> None:
         super().__init__()
         if not re.fullmatch(r"[1-9]\d{0,3}(\s+[1-9]\d{0,3})*", layers.strip()):
             raise ValueError(f"model.layers must be widths from 1 to 9999 such as 128 64 for mlp, got {layers!r}")

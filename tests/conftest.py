@@ -16,7 +16,7 @@ from torch import nn
 from lit_mnist.__main__ import main
 from lit_mnist.data import datasets
 from lit_mnist.exact.console import UserError
-from lit_mnist.network import DigitNet
+from lit_mnist.network import DIGITS, DigitNet
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def network(tmp_path: Path, monkeypatch: Patch) -> nn.Module:
     """An untrained network of 502 parameters, and in the current folder the checkpoint that Lightning would write."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    network = DigitNet("4x5/2 8/2", activation="silu").eval().to(memory_format=torch.channels_last)
+    network = DigitNet("4x5/2 8/2", 0.0, "silu", 10, DIGITS).eval().to(memory_format=torch.channels_last)
     folder = Path("lightning_logs/version_0/checkpoints")
     folder.mkdir(parents=True)
     settings = {"network": "digitnet", "layers": "4x5/2 8/2", "activation": "silu", "dropout": 0.0, "classes": 10}

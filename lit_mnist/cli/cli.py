@@ -42,7 +42,6 @@ from lit_mnist.exact.results import Results
 from lit_mnist.module import LitMNIST
 
 MEANT = (  # warnings about what is meant here, or that a user can do nothing about
-    "does not have many workers",  # batches come from memory
     "Checkpoint directory .* exists and is not empty|Previous log files in this directory will be deleted",  # both kept
     "callbacks used to create the checkpoint need to be provided",  # only fit writes checkpoints
     "Total length of `.*` across ranks is zero",  # data.val_size is 0
@@ -50,7 +49,6 @@ MEANT = (  # warnings about what is meant here, or that a user can do nothing ab
     "is not supported by the model summary",
     "isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
     "broadcast_buffers. is deprecated",  # in torch 2.15; torch 2.10 does not know the new name
-    "on epoch level in distributed setting",  # the metrics are those of all processes when they are logged
 )
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 Timeout = restricted_number_type("Timeout", float, [(">", 0), ("<=", 86400)])
@@ -222,8 +220,6 @@ class MNISTCLI(SettingsCLI):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if processes * machines > 1 and not getattr(environment, "creates_processes_externally", True):
             raise UserError("Lightning 2.6 starts processes itself in a SLURM job named bash or interactive: rename it")
-        if isinstance(trainer.strategy, ExactDDP) and now["data.batch_size"] < wanted:
-            raise UserError(f"data.batch_size must be at least {wanted}, one per process, got {now['data.batch_size']}")
 
     def announce(self, trainer: Trainer, module: LightningModule) -> None:
         """Print what is trained, on which device and where to."""

@@ -77,13 +77,10 @@ class MNISTDataModule(LightningDataModule):
         self.sets: dict[str, Batch] = {}
         self.parts: dict[str, Tensor] = {}  # which images of the training set are trained on, and which held out
         self.train_batches: TensorBatches | None = None
-        beyond = {key: most for key, most in MOST.items() if not 0 <= self.hparams[key] <= most}
-        wrong = [f"data.{key} must be in 0..{most}, got {self.hparams[key]}" for key, most in beyond.items()]
-        if name not in datasets.SETS:
-            wrong.append(f"data.name must be one of {', '.join(datasets.SETS)}, got {name}")
-        if not all(0 < share <= 1 for share in shares or []):
-            wrong.append(f"data.shares must be numbers over 0 and up to 1, got {shares}")
-        if wrong:
+        checks = [(key, f"in 0..{most}", 0 <= self.hparams[key] <= most) for key, most in MOST.items()]
+        checks.append(("name", f"one of {', '.join(datasets.SETS)}", name in datasets.SETS))
+        checks.append(("shares", "numbers over 0 and up to 1", all(0 < share <= 1 for share in shares or [])))
+        if wrong := [f"data.{key} must be {allowed}, got {self.hparams[key]}" for key, allowed, ok in checks if not ok]:
             raise UserError("; ".join(wrong))
 
     @cached_property
@@ -111,8 +108,9 @@ class MNISTDataModule(LightningDataModule):
             self.sets["train"] = images, targets = self._load(train=True)
             if not 0 <= hp.val_size < len(images):
                 raise UserError(f"data.val_size must be in 0..{len(images) - 1}, got {hp.val_size}")
-            if not 1 <= hp.batch_size <= len(images) - hp.val_size:
-                raise UserError(f"data.batch_size must be in 1..{len(images) - hp.val_size}, got {hp.batch_size}")
+            least, most = self.trainer.world_size if self.trainer else 1, len(images) - hp.val_size
+            if not least <= hp.batch_size <= most:  # an image for each process
+                raise UserError(f"data.batch_size must be in {least}..{most}, got {hp.batch_size}")
             # validate must score the same images that fit held out, so both stages split alike
             self.parts = dict(zip(("train", "val"), stratified_split(targets, hp.val_size, hp.split_seed), strict=True))
         self.train_batches = None  # whose losses are of another fit
@@ -158,6 +156,10 @@ class MNISTDataModule(LightningDataModule):
         if self.trainer:
             options |= {"rank": self.trainer.global_rank, "processes": self.trainer.world_size}
         return TensorBatches(*self.sets[whole], batch_size, part_of=self.parts.get(name), **options)
+
+    def plot(self, batch: Batch) -> Tensor:
+        """Return the pictures of a batch that the board shows, (B, 1 or 3, H, W) on the scale 0..255."""
+        return batch[0]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.augment(*batch) if self.trainer and self.trainer.training else batch

