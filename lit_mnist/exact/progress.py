@@ -6,10 +6,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from .checkpoints import CheckpointKeeper, callback_of, diverged

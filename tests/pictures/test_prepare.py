@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 from test_report import Mean
 from torch import Tensor
@@ -46,7 +47,7 @@ def save(path: Path, levels: Pixels, mode: str = "L", **options: Any) -> Path:
 def test_what_does_not_matter() -> None:
     """The same digit in another light, place or surroundings."""
     names = ("box", "cell", "desk", "strip", "ruled", "squared", "hard shadow", "strokes that do not touch", "print")
-    pictures = {name: 0.85 - 0.65 * drawn() for name in (*names, "uneven light", "paper", "specks", "canvas")}
+    pictures = {name: 0.85 - 0.65 * drawn() for name in (*names, "uneven light", "paper", "specks", "canvas", "askew")}
     framed = pictures["box"]
     framed[15:105, 75:78] = framed[15:105, 147:150] = framed[15:18, 75:150] = framed[102:105, 75:150] = 0.2
     pictures["a box that it touches"] = framed.copy()
@@ -61,11 +62,13 @@ def test_what_does_not_matter() -> None:
         for line in (*lines, pictures["squared"][:, pitch : pitch + 2]):
             line.clip(max=0.5, out=line)
     y, x = np.indices((200, 200))
+    pictures["askew"][(y + 0.2 * x) % 31 < 2] = 0.5
     pictures["hard shadow"] *= np.where(x + y < 190, 0.5, 1.0).astype(np.float32)
     pictures["uneven light"] *= (0.5 + 0.4 * x * y / 200**2).astype(np.float32)
     pictures["strokes that do not touch"][38:40, 90:122] = 0.85
     pictures["paper"] += 0.02 * np.random.default_rng(0).standard_normal((200, 200)).astype(np.float32)
     pictures["canvas"][:] = np.pad(drawn()[12:188, 30:190], ((12, 12), (30, 10)), constant_values=1)
+    pictures["a sheet's corner"] = np.pad(0.85 - 0.65 * drawn((100, 90), height=300, width=300), ((30, 0), (30, 0)))
     pictures["far away"] = 1 - drawn((300, 700), height=900, width=1200)
     pictures |= {"place": drawn((150, 5)), "size": drawn().repeat(3, 0).repeat(3, 1), "tight": np.pad(SEVEN, 6)}
     differences = {name: difference(digit(levels), digit(drawn())) for name, levels in pictures.items()}
@@ -160,6 +163,17 @@ def test_what_is_no_digit() -> None:
     left_out = {(problem, False) for problem in ("touches the border", "too small", "a box")}
     assert problems == {("touches the border", True), *left_out}
     assert [find_one(levels)[1] for levels in (sheet(places), sheet([(60, 100)]))] == ["more than one digit?", ""]
+
+
+def test_two_that_touch() -> None:
+    """The network decides: each half must look more like a digit than the whole."""
+
+    def classify(seen: Tensor) -> Tensor:
+        return torch.tensor([[1 - difference(each, digit(drawn())) / 255] for each in seen])
+
+    levels = sheet([(60, 100), (100, 100), (260, 100)])
+    for found, widths in ((split(levels), (80, 40)), (split(levels, classify), (40, 40, 40))):
+        assert [box[2] for box, *_ in found] == pytest.approx(widths, abs=3)
 
 
 def test_a_table_and_light_that_falls_off() -> None:
