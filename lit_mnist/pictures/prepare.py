@@ -190,7 +190,8 @@ def ink_of(levels: Pixels, page: bool) -> Pixels:
     reach = int(min(max(6, 0.15 * side), 0.2 * WORKING_SIZE) * max(coarse.shape) / side)  # more than half a stroke
     kernel, inside = np.ones([2 * reach + 1] * 2, np.uint8), (slice(reach, -reach),) * 2
     wide = cv2.erode(np.pad(coarse, reach, "edge"), kernel)
-    opened = cv2.dilate(wide[inside], kernel), cv2.dilate(wide, kernel)[inside]
+    wider = np.ones([2 * reach + 1 + 2 * (coarse is not smooth)] * 2, np.uint8)  # nothing stays of a sheet's edge
+    opened = cv2.dilate(wide[inside], wider), cv2.dilate(wide, wider)[inside]
     # of the second what lies along the border is paper, too: light may fall off towards it
     paper, outer = (cv2.resize(each, levels.shape[::-1]) for each in opened)
     ink, inner = levels - paper, levels - outer
