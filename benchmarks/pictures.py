@@ -8,6 +8,7 @@ Where a checkpoint's training held images out, it says at which `report.UNSURE` 
 import colorsys
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -216,7 +217,8 @@ def read_numbers(network: nn.Module, inks: list[Tensor], labels: list[int]) -> I
     for index in range(50):
         length = 5 if index % 2 else int(painter.uniform(8, 11))
         chosen = torch.randint(len(inks), (length,), generator=painter.generator).tolist()
-        found = prepare.split(painter.number([inks[choice] for choice in chosen]).numpy())
+        picture = painter.number([inks[choice] for choice in chosen]).numpy()
+        found = prepare.split(picture, partial(report.classify, network))
         answers = report.classify(network, torch.stack([seen for _, seen, _ in found if seen is not None])).argmax(1)
         yield answers.tolist() == [labels[choice] for choice in chosen]
 
