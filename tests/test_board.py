@@ -101,14 +101,12 @@ def test_pictures_that_are_drawn() -> None:
     pixels = board.grid(torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2), columns=2, width=2)
     assert [int(pixels[0, y, x]) for y, x in ((4, 4), (5, 11), (10, 4), (0, 0), (6, 4))] == [0, 1, 2, 255, 255]
     assert board.grid(BYTES, columns=8, width=56).shape == (3, 48, 8 * 28 + 4)  # each 40x24
-
     counts = torch.zeros(10, 10, dtype=torch.int64)
     counts[3, 3], counts[3, 5], counts[7, 7] = 9, 1, 4
     colours = board.confusion(counts)[:, 2 + 2 * 44 :: 44, 2 + 44 :: 44]  # rows are the truth, columns the answers
     assert colours[2, 3, 3] == 255 > colours[0, 3, 3]  # right: blue
     assert colours[0, 3, 5] == 255 > colours[2, 3, 5]  # wrong: red
     assert colours[:, 5, 3].tolist() == [255, 255, 255]
-
     images = torch.tensor([10, 20, 30, 40], dtype=torch.uint8)[:, None, None, None].expand(4, 1, 28, 28)
     probabilities, targets = torch.zeros(4, 10), torch.arange(4)
     probabilities[range(4), [0, 7, 7, 3]] = torch.tensor([0.9, 0.6, 0.8, 0.9])
@@ -141,9 +139,7 @@ ERRORS = ANSWERS | {"answers/most confident errors"}
 BATCHES: dict[str, tuple[Any, set[str]]] = {
     "classes": ((BYTES, CLASSES), PICTURES | ERRORS),
     "grey, values": ((BYTES[:, :1], torch.rand(8)), PICTURES),
-    "several values": ((BYTES, torch.rand(8, 2)), PICTURES),
     "masks": ((BYTES, BYTES[:, 0].long()), PICTURES),
-    "beyond": ((BYTES, CLASSES + 1), PICTURES),
     "ignored": ((BYTES, CLASSES - 1), PICTURES),
     "three": ((BYTES, CLASSES, CLASSES), PICTURES | ERRORS),
     "a dict": ({"image": BYTES, "label": CLASSES}, PICTURES),

@@ -37,8 +37,6 @@ FLAGS = {
     for cells in (line.split("|") for line in TABLE.strip().splitlines())
     for flag in cells[0].split()
 }
-
-
 pytestmark = pytest.mark.slow
 
 

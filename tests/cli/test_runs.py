@@ -63,7 +63,6 @@ def test_values_and_order(root: Path, capsys: Capsys) -> None:
     assert [row["val_accuracy"] for row in rows] == [0.75, 0.5, None, None]
     assert [row["test_accuracy"] for row in rows] == [0.625, None, None, None]
     assert rows[0] == rows[0] | {"parameters": 7976, "epochs": 3, "seconds": 12.34}
-
     where = ["--root_dir", str(root), "--format", "csv"]
     assert main(["runs", *where, "--sort", "parameters"]) == 0
     rows = csv.DictReader(io.StringIO(capsys.readouterr().out))

@@ -12,9 +12,7 @@ from lit_mnist.exact.console import UserError
 from lit_mnist.exact.loggers import RunCSVLogger, RunLogger, event_files, logger_states, open_loggers
 
 
-def log(
-    run: Path, *steps: int, lost: tuple[int, ...] = (), origin: Path | None = None, saved: Any = None, written: int = 0
-) -> Any:
+def log(run: Path, *steps: int, lost: Any = (), origin: Path | None = None, saved: Any = None, written: int = 0) -> Any:
     """Log to a run that begins with what was saved; return what is saved after these steps, and before those lost."""
     made = [RunLogger(run.parent, "", run.name, default_hp_metric=False), RunCSVLogger(run.parent, "", run.name)]
     for logger in made:

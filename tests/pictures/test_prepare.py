@@ -166,12 +166,11 @@ def test_what_is_no_digit() -> None:
 
 
 def test_two_that_touch() -> None:
-    """The network decides: each half must look more like a digit than the whole."""
+    levels = sheet([(60, 100), (100, 100), (260, 100)])
 
-    def classify(seen: Tensor) -> Tensor:
+    def classify(seen: Tensor) -> Tensor:  # each half looks more like a seven than the whole
         return torch.tensor([[1 - difference(each, digit(drawn())) / 255] for each in seen])
 
-    levels = sheet([(60, 100), (100, 100), (260, 100)])
     for found, widths in ((split(levels), (80, 40)), (split(levels, classify), (40, 40, 40))):
         assert [box[2] for box, *_ in found] == pytest.approx(widths, abs=3)
 
