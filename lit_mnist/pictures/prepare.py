@@ -233,7 +233,7 @@ def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
     rim = np.pad(np.zeros_like(faint)[3:-3, 3:-3], 3, constant_values=1)
     if not (faint & rim).any():
         return ink
-    tilt = tilt_of(faint)
+    tilt = tilt_of(faint) if min(ink.shape) > 50 else 0  # a smaller picture is all digit
     margin = int(0.3 * max(ink.shape)) if tilt else 0  # for the corners
     level, rim = (rotated(np.pad(mask, margin), tilt) for mask in (faint, rim))
     found = np.zeros_like(level)
