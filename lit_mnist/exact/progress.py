@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.data import extract_batch_size
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from .checkpoints import CheckpointKeeper, callback_of, diverged
