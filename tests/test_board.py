@@ -43,7 +43,6 @@ def test_what_the_board_shows(command: Command, tiny_root: Path) -> None:
     png = bytearray(run.Images("train/images")[-1].encoded_image_string)
     shown = decode_image(torch.frombuffer(png, dtype=torch.uint8))
     assert torch.equal(shown, board.grid(images[:32], columns=8, width=56))
-
     scalars = {tag: run.Scalars(tag) for tag in run.Tags()["scalars"]}
     for tag in ("norm/gradients", "norm/weights", "train/loss_step"):
         assert [event.step for event in scalars[tag]] == [1, 3, 5, 7, 9, 11, 13]

@@ -230,7 +230,8 @@ def tilt_of(mask: Mask) -> float:
 def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
     """Remove straight thin lines, but where strokes cross them, if RULED or if two run from border to border."""
     faint = inked(ink, 0.15)
-    rim = np.pad(np.zeros_like(faint)[3:-3, 3:-3], 3, constant_values=1)
+    rim = np.ones_like(faint)
+    rim[3:-3, 3:-3] = 0
     if not (faint & rim).any():
         return ink
     tilt = tilt_of(faint) if min(ink.shape) > 50 else 0  # a smaller picture is all digit
@@ -238,7 +239,7 @@ def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
     level, rim = (rotated(np.pad(mask, margin), tilt) for mask in (faint, rim))
     found = np.zeros_like(level)
     for turned, target, ends in ((level, found, rim), (np.ascontiguousarray(level.T), found.T, rim.T)):
-        width = ink.shape[turned is level]
+        width = ink.shape[1] if turned is level else len(ink)
         closed = cv2.morphologyEx(turned, cv2.MORPH_CLOSE, np.ones((1, 1 + width // 40), np.uint8))
         runs = cv2.morphologyEx(closed, cv2.MORPH_OPEN, np.ones((1, max(3, width // 12)), np.uint8))
         strokes = cv2.morphologyEx(runs, cv2.MORPH_OPEN, np.ones((max(3, width // 25), 1), np.uint8))
