@@ -101,7 +101,9 @@ class Board(Callback):
         match args:  # outputs, batch, batch_idx, and which of several loaders; another experiment's may be anything
             case Tensor(ndim=2) as logits, (_, Tensor(ndim=1, dtype=torch.int64 | torch.int32) as classes, *_), _, *nth:
                 if self.due(trainer) and trainer.loggers and not any(nth) and logits.is_floating_point():
-                    self._batches.append((pictures_of(trainer, args[1]), logits, classes))
+                    images = pictures_of(trainer, args[1])
+                    images = images if len(images) == len(logits) else logits.new_empty(0)
+                    self._batches.append((images, logits, classes))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.due(trainer):  # on all processes, or on none
@@ -126,10 +128,11 @@ class Board(Callback):
 
 
 def pictures_of(trainer: Any, batch: Any) -> Tensor:
-    """Return a batch's pictures (B, 1 or 3, H, W) on the scale 0..255, by the data's `plot`; (0,) if it has none."""
-    plot = getattr(trainer.datamodule, "plot", None)
-    images: Tensor = plot(batch).detach() if plot else torch.empty(0)
-    return images if images.ndim == 4 and images.shape[1] in (1, 3) else torch.empty(0)
+    """Return a batch's pictures (B, 1 or 3, H, W) on the scale 0..255, by the data's `plot`; (0,) if it gives none."""
+    images = getattr(trainer.datamodule, "plot", lambda _: None)(batch)
+    if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3):
+        return images.detach()
+    return torch.empty(0)
 
 
 def grid(images: Tensor, columns: int, width: int, padding: int = 4) -> Tensor:

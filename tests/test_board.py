@@ -55,7 +55,6 @@ def test_what_the_board_shows(command: Command, tiny_root: Path) -> None:
     texts = {f"{title}/text_summary": part for title, part in texts.items()}
     for tag, part in (texts | {"custom_scalars__config__": "^(train|val)/loss$"}).items():
         assert part.encode() in run.Tensors(tag)[0].tensor_proto.string_val[0]
-
     # the tab of the hyperparameters: all settings, of one type in all runs; TensorBoard finds those that differ
     settings = hparams(run)
     assert [settings[name].number_value for name in ("lr", "max_epochs", "seed")] == [0.05, 2, 1]

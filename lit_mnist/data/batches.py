@@ -46,11 +46,15 @@ class TensorBatches:
     batch_sampler = None  # Lightning 2.6 asks for it wherever there is a sampler
 
     def __post_init__(self) -> None:
-        self.sampler = self  # Lightning calls its `set_epoch` before each training epoch
         self.total = len(self.images if self.part_of is None else self.part_of)
         # of each image: when last seen before this epoch, and within it; infinite where it was not
         unseen = torch.tensor([math.inf, -math.inf], dtype=torch.float16, device=self.images.device)
         self.losses = unseen.view(2, 1).repeat(1, len(self.images) if self.shares else 0)
+
+    @property
+    def sampler(self) -> "TensorBatches":
+        """What Lightning calls `set_epoch` of before each training epoch."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:

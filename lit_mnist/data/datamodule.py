@@ -109,7 +109,7 @@ class MNISTDataModule(LightningDataModule):
             if not 0 <= hp.val_size < len(images):
                 raise UserError(f"data.val_size must be in 0..{len(images) - 1}, got {hp.val_size}")
             least, most = self.trainer.world_size if self.trainer else 1, len(images) - hp.val_size
-            if not least <= hp.batch_size <= most:  # an image for each process
+            if not least <= hp.batch_size <= most:  # at least one image for each process
                 raise UserError(f"data.batch_size must be in {least}..{most}, got {hp.batch_size}")
             # validate must score the same images that fit held out, so both stages split alike
             self.parts = dict(zip(("train", "val"), stratified_split(targets, hp.val_size, hp.split_seed), strict=True))
@@ -158,8 +158,8 @@ class MNISTDataModule(LightningDataModule):
         return TensorBatches(*self.sets[whole], batch_size, part_of=self.parts.get(name), **options)
 
     def plot(self, batch: Batch) -> Tensor:
-        """Return the pictures of a batch that the board shows, (B, 1 or 3, H, W) on the scale 0..255."""
-        return batch[0]
+        """Return the pictures of a batch that the board shows, (B, 1 or 3, H, W) on the scale 0..255; override it."""
+        return batch[0] if isinstance(batch, (tuple, list)) else torch.empty(0)  # your own batches may be others
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.augment(*batch) if self.trainer and self.trainer.training else batch

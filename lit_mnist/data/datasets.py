@@ -158,7 +158,7 @@ def _read(folder: Path, name: str, file: str) -> NDArray[Any]:
         if not complete or shape[1:] != sides or dtype.kind not in types:
             found = f"{dtype.name} {shortened(str(shape))} in {len(data):,} bytes"
             raise ValueError(f"it declares {found}, allowed is a whole file of {allowed}")
-        return np.frombuffer(data, dtype, offset=start).reshape(shape).copy()  # bytes could not be changed
+        return np.frombuffer(data, dtype, offset=start).reshape(shape).copy()  # from bytes it is read-only
     except (OSError, EOFError, zlib.error, struct.error, ValueError, KeyError, MemoryError) as error:
         raise UserError(f"data.root: cannot read {paths[0]} as an IDX file: {error}") from None
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from math import inf, isnan, nan
+from math import inf, isnan
 from pathlib import Path
 from time import monotonic, time
 from types import FrameType
@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from .console import PROGRAM, Interrupted, TrainingFailed, UserError
 from .ddp import gather_all, is_first
-from .runs import FORMAT, FORMAT_ENTRY, own_checkpoints, replaced, run_folder
+from .runs import FORMAT, FORMAT_ENTRY, newest, own_checkpoints, replaced, run_folder
 
 C = TypeVar("C", bound=Callback)
 AGREE_STEPS = 8  # after so many steps several processes agree on whether to save or to stop
@@ -32,7 +32,7 @@ def callback_of(trainer: Trainer, kind: type[C]) -> C | None:
     return next((part for part in trainer.callbacks if isinstance(part, kind)), None)  # type: ignore[attr-defined]
 
 
-def diverged(trainer: Trainer, name: str, value: float) -> TrainingFailed:
+def diverged(trainer: Trainer, name: str, value: float | str) -> TrainingFailed:
     where = f"training failed at step {trainer.global_step} of epoch {trainer.current_epoch}: {name} is {value}"
     return TrainingFailed(f"{where}; try a smaller learning rate (checkpoints written before are kept)")
 
@@ -74,7 +74,8 @@ class Run:
         """Return the run that a checkpoint belongs to, in its own folder; UserError if it cannot be resumed."""
         if (version := loaded.get(FORMAT_ENTRY)) != FORMAT:
             advice = f"this version scores it, and the {PROGRAM} that wrote it resumes it"
-            what = f"that checkpoint has the format {version}: {advice}" if version else "it holds weights alone"
+            nothing = f"it has no state that {PROGRAM} can resume"
+            what = f"that checkpoint has the format {version}: {advice}" if version else nothing
             raise UserError(f"{checkpoint}: {what}")
         folder = run_folder(checkpoint)
         return cls(folder, checkpoint, loaded, folder)
@@ -225,9 +226,9 @@ class CheckpointKeeper(Checkpoint):
             raise Interrupted(signum, self.last_path)
 
     def save(self, trainer: Trainer) -> None:
-        """Write the state of this moment, as the best too where a validation found it so; one that diverged is none."""
+        """Write the state of this moment, as the best too if a validation found it so; TrainingFailed if diverged."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
-            raise diverged(trainer, "a weight", nan)
+            raise diverged(trainer, "a weight", "not finite")
         if trainer.validating and self.best and self._is_best(trainer, self.best):
             score = f"{self.best.monitor.rpartition('/')[2]}={self.best_values[self.best.monitor]:.4f}"
             self.best_path = self._folder / f"best-epoch={trainer.current_epoch:02d}-{score}.ckpt"
@@ -263,7 +264,7 @@ class CheckpointKeeper(Checkpoint):
 
         def note(signum: int, frame: FrameType | None) -> None:
             if self._signal and signum == signal.SIGINT:
-                raise Interrupted(signum, self.last_path)
+                raise Interrupted(signum, newest(self.run.folder) if self.run.folder else None)
             self._signal = signum
 
         for signum in (signal.SIGTERM, signal.SIGINT):

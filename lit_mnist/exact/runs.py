@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from .console import PROGRAM, UserError, shortened
 
-# of the checkpoints that a run keeps; a user's own may lie beside them
+# of the checkpoints that a run keeps (older versions put a score behind the step); a user's own may lie beside them
 OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-epoch=\d{2,}-step=\d{6,}(-.+)?\.ckpt"}
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
 FORMAT = 3  # goes up when a resumed run needs other entries

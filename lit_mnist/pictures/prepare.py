@@ -168,7 +168,7 @@ def full_level(ink: Pixels) -> float:
 def ink_of(levels: Pixels, page: bool) -> Pixels:
     """Separate ink, dark or light, from 0 (paper) to 1 (full ink), of uneven light; UserError if nothing stands out.
 
-    A PAGE has paper all around its ink, and its sheet may end within the picture; else a digit may fill it.
+    A large picture is a PAGE: there is paper around its ink, and the sheet may end within it. A digit may fill another.
     """
     margin = min(levels.shape) // 50 * page
     middle = shrunk(levels[margin : len(levels) - margin, margin : levels.shape[1] - margin], WORKING_SIZE // 2)
@@ -190,13 +190,13 @@ def ink_of(levels: Pixels, page: bool) -> Pixels:
     reach = int(min(max(6, 0.15 * side), 0.2 * WORKING_SIZE) * max(coarse.shape) / side)  # more than half a stroke
     kernel, inside = np.ones([2 * reach + 1] * 2, np.uint8), (slice(reach, -reach),) * 2
     wide = cv2.erode(np.pad(coarse, reach, "edge"), kernel)
-    wider = np.ones([2 * reach + 1 + 2 * (coarse is not smooth)] * 2, np.uint8)  # nothing stays of a sheet's edge
+    wider = np.ones([2 * reach + 1 + 2 * (coarse is not smooth)] * 2, np.uint8)  # nothing remains of a sheet's edge
     opened = cv2.dilate(wide[inside], wider), cv2.dilate(wide, wider)[inside]
-    # of the second what lies along the border is paper, too: light may fall off towards it
+    # the second takes what lies along the border for paper, too: light may fall off towards it
     paper, outer = (cv2.resize(each, levels.shape[::-1]) for each in opened)
     ink, inner = levels - paper, levels - outer
     if dark:  # ink takes its share of the light
-        least = 0.45 * np.quantile(1 - paper[::3, ::3], 0.9)
+        least = max(0.01, 0.45 * np.quantile(1 - paper[::3, ::3], 0.9))
         ink, inner = ink / (1 - paper).clip(min=least), inner / (1 - outer).clip(min=least)
     lower, quarter = np.quantile(inner, (0.1, 0.25))  # both of paper, even if there is more ink than paper
     noise = float(quarter - lower) / 0.607  # of a normal distribution
@@ -228,7 +228,7 @@ def tilt_of(mask: Mask) -> float:
 
 
 def unruled(ink: Pixels, ruled: bool = False) -> Pixels:
-    """Remove straight thin lines, but where strokes cross them, if RULED or if two run from border to border."""
+    """Remove straight thin lines, except where strokes cross them, if RULED or if two run from border to border."""
     faint = inked(ink, 0.15)
     rim = np.ones_like(faint)
     rim[3:-3, 3:-3] = 0
@@ -284,7 +284,7 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
         cells = [hole for hole in holes if min(cv2.minAreaRect(hole)[1]) >= least * min(width, height)]
         straight = [cell for cell in cells if is_rectangle(cell)]
         hull = cv2.convexHull(cv2.findNonZero(own))
-        if min(cv2.minAreaRect(hull)[1]) < 16:
+        if min(cv2.minAreaRect(hull)[1]) < 16:  # a line that lies askew
             continue
         # or one ring, as around a digit, or a drawn box that is open: a digit's own has nothing in it
         found = straight or (cells or [hull] * is_rectangle(hull)) * (len(cells) < 2)
@@ -301,7 +301,7 @@ def unboxed(ink: Pixels) -> tuple[Pixels, list[Box]]:
 
 
 def pieces(ink: Pixels, classify: Classify | None) -> list[tuple[Box, Tensor]]:
-    """Return the box within a part's ink and the digit; of two that touch each one's, if a network is surer of both."""
+    """Return the digit in a part's ink and its box, or those of both halves if the network is surer of each."""
 
     def piece(left: int, right: int) -> tuple[Box, Tensor]:
         x, y, width, height = cv2.boundingRect(inked(ink[:, left:right], 0.1))
