@@ -236,9 +236,11 @@ def main() -> None:
     sets["load_digits"] = torch.from_numpy(load_digits().images).float() / 16, load_digits().target.tolist()
     rows: list[tuple[str, bool, bool | None]] = []
 
-    def classify(name: str, seen: list[Tensor], labels: list[int]) -> None:
-        for p, label in zip(report.classify(network, torch.stack(seen)).tolist(), labels, strict=False):
+    def classify(name: str, seen: list[Tensor], labels: list[int]) -> Tensor:
+        answers = report.classify(network, torch.stack(seen))
+        for p, label in zip(answers.tolist(), labels, strict=False):
             rows.append((name, p.index(max(p)) == label, bool(report.columns(p, smoothing)["unsure"])))
+        return answers
 
     for name, (levels, labels) in sets.items():
         inks = list(levels[: options.count])
@@ -251,9 +253,9 @@ def main() -> None:
     if data["val_size"]:
         images, targets = datasets.load(options.root, train=True)
         held_out = stratified_split(targets, data["val_size"], data["split_seed"])[1]
-        classify("held out of training", [*images[held_out]], targets[held_out].tolist())
-        spread = report.classify(network, images[held_out]).sqrt().sum(1).quantile(0.99).item()
-        limit = round(report.UNSURE + spread - report.most_spread(10, smoothing), 3)
+        answers = classify("held out of training", [*images[held_out]], targets[held_out].tolist())
+        spread = answers.sqrt().sum(1).quantile(0.99).item()
+        limit = round(report.UNSURE + spread - report.most_spread(answers.shape[1], smoothing), 3)
         print(f"1 % of the held-out images are unsure at UNSURE = {limit}")
     classify("letters", [read(letter) for letter in map(Painter().letter, range(200))], [-1] * 200)
     groups = pandas.DataFrame(rows, columns=["pictures", "right", "unsure"]).groupby("pictures", sort=False)

@@ -31,6 +31,9 @@ FIXED["validate"] = FIXED["test"] | {"data.name", "data.val_size", "data.split_s
 FIXED["fit"] = FIXED["validate"] | {"model.optimizer", "seed_everything"}
 PLACES = ("data.root", "data.download")  # a run may be resumed with its data somewhere else
 CONDITIONS = {"versions.torch", "versions.pytorch-lightning", "hardware.processor", "hardware.threads"}
+# of a checkpoint, what scoring reads
+SCORED = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters"}
+SCORED |= {"epoch", "global_step", "pytorch-lightning_version"}
 ON_OFF = ("model.dropout", "model.ema_decay")  # a fit can change them, but turn them neither on nor off
 # a default of a callback, such as Timer's `interval`, may be a member of an enumeration, which YAML does not have
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -116,7 +119,7 @@ class SettingsCLI(LightningCLI):
         hparams = {k: v for k, v in hparams.items() if k not in (*PLACES, "model.classes", "model.image_shape")}
         hparams["seed_everything"] = hparams.pop("data.seed", DEFAULT_SEED)
         if self.command != "fit":
-            self.run = Run(folder, path, {key: loaded[key] for key in runs.ENTRIES}, folder)
+            self.run = Run(folder, path, {key: loaded[key] for key in SCORED}, folder)
             return hparams, hparams
         self.run = Run.resumed(path, loaded)
         if not (folder and (last := runs.newest(folder)) and last.samefile(path)):

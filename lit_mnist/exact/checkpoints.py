@@ -55,11 +55,13 @@ class Run:
 
     def claim(self, runs: Path, name: str | None = None) -> "Run":
         """Make a new folder for this run, `version_N` without a name, which only the first process does."""
+        if not is_first():
+            return self
         runs = runs.absolute()
         missing = [path for path in (runs, *runs.parents) if not path.exists()]
         taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
         numbers = count(max((int(number) for number in taken if number.isdecimal()), default=-1) + 1)
-        while is_first() and not self.folder:
+        while not self.folder:
             folder = runs / (name or f"version_{next(numbers)}")
             try:
                 folder.mkdir(parents=True)

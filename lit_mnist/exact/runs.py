@@ -17,9 +17,6 @@ OURS = {"best": r"best-epoch=\d{2,}-[^=]+=-?\d+\.\d{4}\.ckpt", "last": r"last-ep
 LOCK = ".lock"  # in a run's folder: held by the process that trains it
 FORMAT = 3  # goes up when a resumed run needs other entries
 FORMAT_ENTRY = f"{PROGRAM}_format"
-# what scoring reads
-ENTRIES = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "epoch", "global_step"}
-ENTRIES |= {"pytorch-lightning_version"}
 
 
 def is_run(folder: Path) -> bool:

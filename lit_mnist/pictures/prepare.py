@@ -186,12 +186,12 @@ def ink_of(levels: Pixels, page: bool) -> Pixels:
     dark = push.sum() < 0  # ink is the smaller part, and differs more
     levels = (1 - levels if dark else levels).astype(np.float32)
     smooth = cv2.medianBlur(levels, 5 if min(levels.shape) > 60 else 3)
-    coarse, side = shrunk(smooth, FINE_SIZE // 2), max(levels.shape)
-    reach = int(min(max(6, 0.15 * side), 0.2 * WORKING_SIZE) * max(coarse.shape) / side)  # more than half a stroke
+    reduced, side = shrunk(smooth, FINE_SIZE // 2), max(levels.shape)
+    reach = int(min(max(6, 0.15 * side), 0.2 * WORKING_SIZE) * max(reduced.shape) / side)  # more than half a stroke
     kernel, inside = np.ones([2 * reach + 1] * 2, np.uint8), (slice(reach, -reach),) * 2
-    wide = cv2.erode(np.pad(coarse, reach, "edge"), kernel)
-    wider = np.ones([2 * reach + 1 + 2 * (coarse is not smooth)] * 2, np.uint8)  # nothing remains of a sheet's edge
-    opened = cv2.dilate(wide[inside], wider), cv2.dilate(wide, wider)[inside]
+    eroded = cv2.erode(np.pad(reduced, reach, "edge"), kernel)
+    wider = np.ones([2 * reach + 1 + 2 * (reduced is not smooth)] * 2, np.uint8)  # nothing remains of a sheet's edge
+    opened = cv2.dilate(eroded[inside], wider), cv2.dilate(eroded, wider)[inside]
     # the second takes what lies along the border for paper, too: light may fall off towards it
     paper, outer = (cv2.resize(each, levels.shape[::-1]) for each in opened)
     ink, inner = levels - paper, levels - outer

@@ -51,13 +51,12 @@ def test_the_test_set(command: Command, tiny_root: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_find_pictures(tmp_path: Path) -> None:
-    passed_over = (".DS_Store", ".cache/d.png", "lightning_logs/version_0/pictures-best.png")
-    for name in ("b.png", "a.JPG", "notes.txt", "inner/c.tiff", "photo.HEIC", *passed_over):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    found = find_pictures([str(tmp_path / ".DS_Store"), str(tmp_path)])  # a file that is named is read
-    assert [path.name for path in found] == [".DS_Store", "a.JPG", "b.png", "c.tiff", "notes.txt", "photo.HEIC"]
+def test_find_pictures(network: nn.Module) -> None:  # which makes a folder the current one
+    expected = [".DS_Store", "a.JPG", "b.png", "inner/c.tiff", "notes.txt", "photo.HEIC"]
+    for name in (*expected, ".cache/d.png", "lightning_logs/version_0/pictures-best.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+    assert [str(path) for path in find_pictures([".DS_Store", "."])] == expected  # a file that is named is read
 
 
 def test_pictures(network: nn.Module, capsys: Capsys) -> None:
@@ -123,6 +122,7 @@ def test_labels(network: nn.Module, capsys: Capsys) -> None:
     ("command", "problem"),
     [
         ("predict no/where.png", "'no/where.png' is neither a file nor a folder with files"),
+        ("predict ", "'' is neither a file nor a folder with files"),
         ("predict empty", "'empty' is neither a file nor a folder with files"),
         ("predict --split", "--split and --labels need pictures"),
         ("predict one.png --labels", "--labels one.png: no digit begins its name or folder"),
@@ -142,7 +142,7 @@ def test_bad_input(monkeypatch: Patch, capsys: Capsys, command: str, problem: st
     for name in ("one.png", "mine.png", "old.pt2"):
         Path(name).write_text("mine")
     before = {*Path().rglob("*")}
-    assert problem in fails(capsys, *command.split(), "--ckpt_path", "best")
+    assert problem in fails(capsys, *command.split(" "), "--ckpt_path", "best")
     assert {*Path().rglob("*")} == before
     assert all(Path(name).read_text() == "mine" for name in ("one.png", "mine.png", "old.pt2"))
 
